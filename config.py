@@ -1,0 +1,205 @@
+"""Settings: from the environment and `.env`, checked at start with one sentence per mistake."""
+
+import os
+import re
+import secrets
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+SECRET_MIN = 32
+# Better Auth falls back to this one when nobody sets a secret: everybody knows it.
+_PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # noqa: S105 - refused below
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _secret(value: str) -> str:
+    if len(value) < SECRET_MIN:
+        raise PydanticCustomError("secret", f"must be at least {SECRET_MIN} characters")
+    if value == _PUBLIC_SECRET:
+        raise PydanticCustomError("secret", "is Better Auth's public default; make one of your own")
+    return value
+
+
+def _versioned_secrets(value: str) -> str:
+    for part in value.split(","):
+        if not re.fullmatch(r"\d+:.+", part.strip()):
+            raise PydanticCustomError("secret", "must look like 2:newest,1:older")
+        _secret(_unversioned(part))
+    return value
+
+
+def _unversioned(part: str) -> str:
+    return part.strip().partition(":")[2]
+
+
+def _duration(value: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,8}[smhd]", value):
+        raise PydanticCustomError("duration", "must be a number and a unit: 15m, 24h or 7d")
+    return value
+
+
+def _origin_list(value: str) -> str:
+    for origin in _origins(value):
+        parts = urlsplit(origin)
+        if origin != "*" and (origin != f"{parts.scheme}://{parts.netloc}" or not parts.netloc):
+            raise PydanticCustomError(
+                "origin", "must be origins like https://app.example.com, separated by commas"
+            )
+    return value
+
+
+def _origins(value: str) -> list[str]:
+    return [origin.strip().rstrip("/") for origin in value.split(",") if origin.strip()]
+
+
+class Settings(BaseModel):
+    """What can be set. Given by hand, as tests do, it reads no environment."""
+
+    environment: Annotated[Literal["development", "production"], BeforeValidator(_lower)] = Field(
+        "development", description="`production` refuses the embedded defaults"
+    )
+    database_url: str | None = Field(
+        None, repr=False, description="`postgresql://…` (Neon's as it comes) or `sqlite:///…`"
+    )
+    database_pool_size: int = Field(
+        10, ge=1, le=1000, description="connections of one process, without overflow"
+    )
+    migrate_on_start: bool | None = Field(
+        None, description="bring the schema to head before serving; true for SQLite"
+    )
+    data_dir: Path = Field(Path("data"), description="where the embedded database and secret lie")
+    better_auth_secret: Annotated[str, AfterValidator(_secret)] | None = Field(
+        None, repr=False, description="shared HS256 secret, at least 32 characters"
+    )
+    better_auth_secrets: Annotated[str, AfterValidator(_versioned_secrets)] | None = Field(
+        None, repr=False, description="several, newest first: `2:new,1:old`"
+    )
+    jwt_expiration: Annotated[str, AfterValidator(_duration)] = Field(
+        "7d", description="lifetime of the tokens made here: `15m`, `24h`, `7d`"
+    )
+    allowed_origins: Annotated[str, AfterValidator(_origin_list)] = Field(
+        "http://localhost:3000", description="origins of browsers (CORS), separated by commas"
+    )
+    host: str = Field("127.0.0.1", description="address that `main.py` listens on")
+    port: int = Field(8000, ge=0, le=65535, description="port that `main.py` listens on")
+    debug: bool = Field(False, description="more log, never more in an answer")
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)
+    ] = Field("info", description="least severe line that is logged")
+    log_format: Annotated[Literal["console", "json"], BeforeValidator(_lower)] | None = Field(
+        None, description="`console` or `json`; json in production"
+    )
+    access_log: bool = Field(True, description="one line per request")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Settings":
+        missing = []
+        if self.environment == "production" and not self.database_url:
+            missing.append("DATABASE_URL: must be given in production")
+        if not (self.embedded or self.better_auth_secret or self.better_auth_secrets):
+            missing.append(
+                "BETTER_AUTH_SECRET: must be given, the same as your front end's; "
+                "only the embedded database in development makes one by itself"
+            )
+        if missing:
+            raise PydanticCustomError("incomplete", "{sentences}", {"sentences": "\n".join(missing)})
+        return self
+
+    @property
+    def embedded(self) -> bool:
+        """Whether everything lies in `data_dir`: development without a database given."""
+        return self.environment == "development" and not self.database_url
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir / 'tasks.db'}"
+
+    @property
+    def migrates_on_start(self) -> bool:
+        if self.migrate_on_start is None:
+            return self.resolved_database_url.startswith("sqlite")
+        return self.migrate_on_start
+
+    @cached_property
+    def secrets(self) -> list[str]:
+        """All accepted secrets; the first signs."""
+        several = [_unversioned(part) for part in (self.better_auth_secrets or "").split(",") if part]
+        single = [self.better_auth_secret] if self.better_auth_secret else []
+        return several + single or [_embedded_secret(self.data_dir)]
+
+    @property
+    def jwt_expiration_s(self) -> int:
+        return int(self.jwt_expiration[:-1]) * _SECONDS[self.jwt_expiration[-1]]
+
+    @property
+    def origins(self) -> list[str]:
+        return _origins(self.allowed_origins)
+
+    @property
+    def resolved_log_level(self) -> str:
+        return "debug" if self.debug else self.log_level
+
+    @property
+    def resolved_log_format(self) -> str:
+        return self.log_format or ("json" if self.environment == "production" else "console")
+
+
+class _Environment(BaseSettings, Settings):
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
+
+
+def load_settings() -> Settings:
+    """Read the environment and `.env`; on a mistake print a sentence for each and exit with code 2."""
+    try:
+        return _Environment()
+    except ValidationError as error:
+        refuse([sentence for mistake in error.errors() for sentence in _sentences(mistake)])
+    except UnicodeDecodeError:
+        refuse([".env: is not UTF-8"])
+
+
+def refuse(sentences: list[str]) -> NoReturn:
+    """End the start: a mistake in the settings needs a person, not a traceback."""
+    for sentence in sentences:
+        print(sentence, file=sys.stderr)  # noqa: T201 - logging is not set up yet
+    raise SystemExit(2)
+
+
+def _sentences(mistake: object) -> list[str]:
+    assert isinstance(mistake, dict)  # noqa: S101 - for the type checker
+    if mistake["type"] == "incomplete":
+        return str(mistake["msg"]).splitlines()
+    name = str(mistake["loc"][0]).upper()
+    if mistake["type"] in ("bool_type", "bool_parsing"):
+        return [f"{name}: must be true or false"]
+    clause = re.sub(r"^Input should be", "must be", str(mistake["msg"]))
+    return [f"{name}: {clause}"]
+
+
+def _embedded_secret(data_dir: Path) -> str:
+    """Return the secret of the embedded mode, made once and readable by its owner only."""
+    path = data_dir / "secret"
+    data_dir.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        draft = data_dir / f"secret.{os.getpid()}"
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+        try:
+            os.link(draft, path)  # fails where another process was first: its secret counts
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    return path.read_text().strip()

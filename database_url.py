@@ -1,0 +1,113 @@
+"""From a PostgreSQL URL, as libpq and Neon write it, to the arguments of the driver."""
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+# RFC-like order of libpq's documentation, section 32.1.2; what is not here is refused by name.
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_TLS_PARAMETERS = {"sslmode", "sslrootcert", "sslcert", "sslkey", "sslnegotiation", "channel_binding"}
+_OTHER_PARAMETERS = {"application_name", "connect_timeout", "options", "pgbouncer", "target_session_attrs"}
+CONNECT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class PostgresTarget:
+    """Where a database is, as keyword arguments of `asyncpg.connect`."""
+
+    arguments: dict[str, Any]
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a pooler in transaction mode stands between, which shares server connections."""
+        return not self.arguments["statement_cache_size"]
+
+
+def parse(url: str) -> PostgresTarget:
+    """Read a `postgres://` or `postgresql://` URL, with `+asyncpg` or without.
+
+    `sslmode`, `sslrootcert`, `sslcert`, `sslkey`, `channel_binding`, `connect_timeout`, `options`,
+    `application_name` and `target_session_attrs` mean what libpq means by them. `pgbouncer=true`
+    announces a pooler in transaction mode; Neon's `-pooler` hosts are recognised.
+
+    Raises:
+        ValueError: a sentence that does not repeat the URL, which holds a password.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or 5432
+    except ValueError as error:
+        raise ValueError("is not a valid URL") from error
+    parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if unknown := parameters.keys() - _TLS_PARAMETERS - _OTHER_PARAMETERS - {"host"}:
+        raise ValueError(f"has a parameter that is not known: {', '.join(sorted(unknown))}")
+    host = unquote(host) if host else parameters.get("host")
+    if not host:
+        raise ValueError("names no host")
+    pooled = _flag(parameters, "pgbouncer") or host.split(".")[0].endswith("-pooler")
+    arguments: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "user": unquote(parts.username) if parts.username else None,
+        "password": unquote(parts.password) if parts.password else None,
+        "database": unquote(parts.path.lstrip("/")) or None,
+        "timeout": _seconds(parameters.get("connect_timeout")),
+        "ssl": _tls(parameters),
+        "direct_tls": parameters.get("sslnegotiation") == "direct" or None,
+        # A pooler hands each statement to another server connection, where a name means nothing.
+        "statement_cache_size": 0 if pooled else 100,
+        "server_settings": {
+            name: parameters[name] for name in ("application_name", "options") if parameters.get(name)
+        },
+    }
+    if parameters.get("target_session_attrs"):
+        arguments["target_session_attrs"] = parameters["target_session_attrs"]
+    return PostgresTarget(arguments)
+
+
+def _tls(parameters: dict[str, str]) -> ssl.SSLContext | str | bool:
+    """Return the driver's `ssl` argument: off, its own "try TLS first", or a context that we built."""
+    mode = parameters.get("sslmode") or "prefer"
+    if mode not in _SSL_MODES:
+        raise ValueError(f"has an sslmode that is not one of {', '.join(_SSL_MODES)}")
+    root = parameters.get("sslrootcert")
+    if parameters.get("channel_binding") == "require" or root == "system":
+        # The driver cannot bind channels; checking the server's name is the next strongest promise.
+        mode, root = "verify-full", None if root == "system" else root
+    if mode == "disable":
+        return False
+    if mode in ("allow", "prefer"):
+        return "prefer"
+    checked = mode != "require" or root is not None  # libpq: a root certificate makes require check it
+    context = ssl.create_default_context() if checked else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = mode == "verify-full"
+    context.verify_mode = ssl.CERT_REQUIRED if checked else ssl.CERT_NONE
+    if root:
+        _load(parameters, "sslrootcert", lambda path: context.load_verify_locations(path))
+    if parameters.get("sslcert"):
+        _load(parameters, "sslcert", lambda path: context.load_cert_chain(path, parameters.get("sslkey")))
+    return context
+
+
+def _load(parameters: dict[str, str], name: str, load: Callable[[Path], None]) -> None:
+    try:
+        load(Path(parameters[name]).expanduser())
+    except OSError as error:  # ssl.SSLError is one
+        raise ValueError(f"has an {name} that cannot be read") from error
+
+
+def _seconds(value: str | None) -> float:
+    if not value:
+        return CONNECT_TIMEOUT_S
+    try:
+        seconds = float(value)
+    except ValueError as error:
+        raise ValueError("has a connect_timeout that is not a number of seconds") from error
+    return seconds if seconds > 0 else CONNECT_TIMEOUT_S
+
+
+def _flag(parameters: dict[str, str], name: str) -> bool:
+    return parameters.get(name, "").lower() in ("1", "true", "yes")

@@ -1,0 +1,249 @@
+"""From a database URL to one object that runs the statements of `queries.py`, a round trip each."""
+
+import contextlib
+import sqlite3
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import cycle
+from pathlib import Path
+from typing import Annotated, Any
+
+import aiosqlite
+import asyncpg
+from fastapi import Depends, Request
+from sqlalchemy import Connection, NullPool, event
+from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
+from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
+from sqlalchemy.engine import Dialect, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.compiler import SQLCompiler
+
+import database_url
+from errors import Unavailable
+from pool import Pool
+
+Row = dict[str, Any]
+
+STATEMENT_TIMEOUT_S = 4.0
+SQLITE_READERS = 4
+SQLITE_BUSY_TIMEOUT_MS = 5_000  # other processes may be writing to the file
+
+# "Try again": the classes and codes of PostgreSQL's appendix A that a healthy database outgrows.
+_TRANSIENT_CLASSES = ("08", "53")
+_TRANSIENT_CODES = {
+    "57P01", "57P02", "57P03", "57P05", "57014", "55P03", "55000",
+    "25006", "25P03", "40001", "40P01", "58000",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A statement as one driver wants it: SQL, values in order, and conversions both ways."""
+
+    sql: str
+    parameters: Sequence[tuple[str, Any, Callable[[Any], Any] | None]]
+    columns: Sequence[tuple[str, Callable[[Any], Any] | None]]
+
+    def arguments(self, values: Row) -> list[Any]:
+        return [
+            convert(values.get(name, default)) if convert else values.get(name, default)
+            for name, default, convert in self.parameters
+        ]
+
+    @cached_property
+    def conversions(self) -> list[tuple[str, Callable[[Any], Any]]]:
+        return [(name, convert) for name, convert in self.columns if convert]
+
+
+@lru_cache(maxsize=1024)
+def compile_statement(statement: Executable, dialect: Dialect) -> Compiled:
+    """Compile once; statements are built once too, so identity is the key."""
+    compiled = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
+    assert isinstance(compiled, SQLCompiler)  # noqa: S101 - for the type checker
+    parameters = []
+    for name in compiled.positiontup or []:
+        bind = compiled.binds[name]
+        convert = bind.type.dialect_impl(dialect).bind_processor(dialect)
+        parameters.append((name, bind.effective_value, convert))
+    columns = [
+        (str(column.name), column.type.dialect_impl(dialect).result_processor(dialect, None))
+        for column in statement.exported_columns  # type: ignore[attr-defined]
+    ]
+    return Compiled(compiled.string, parameters, columns)
+
+
+class Database(ABC):
+    """Runs statements, each in a transaction of its own. Values are named as its `bindparam`s are."""
+
+    dialect: Dialect
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Connect ahead of the first request; a database that is away does not keep us from starting."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+    @abstractmethod
+    async def all(self, statement: Executable, **values: Any) -> list[Row]:
+        """Return every row of *statement*.
+
+        Raises:
+            Unavailable: the database cannot be used right now.
+        """
+
+    async def one(self, statement: Executable, **values: Any) -> Row | None:
+        """Return the first row of *statement*, or None."""
+        rows = await self.all(statement, **values)
+        return rows[0] if rows else None
+
+    @abstractmethod
+    def engine(self) -> AsyncEngine:
+        """Return a SQLAlchemy engine on the same database, for migrations."""
+
+
+class Postgres(Database):
+    def __init__(self, url: str, pool_size: int) -> None:
+        self.dialect = PGDialect_asyncpg()  # type: ignore[no-untyped-call]
+        self._target = database_url.parse(url)
+        self._pool_size = pool_size
+
+    @cached_property
+    def pool(self) -> Pool:
+        return Pool(self._connect, self._pool_size)
+
+    async def open(self) -> None:
+        with contextlib.suppress(Unavailable), _transient_as_unavailable():
+            async with self.pool.connection():
+                pass
+
+    async def close(self) -> None:
+        await self.pool.close()
+
+    async def all(self, statement: Executable, **values: Any) -> list[Row]:
+        compiled = compile_statement(statement, self.dialect)
+        with _transient_as_unavailable():
+            async with self.pool.connection() as connection:
+                records = await connection.fetch(compiled.sql, compiled.arguments(values))
+        return [dict(record.items()) for record in records]
+
+    def engine(self) -> AsyncEngine:
+        return create_async_engine("postgresql+asyncpg://", async_creator=self._connect, poolclass=NullPool)
+
+    async def _connect(self) -> Any:
+        return await asyncpg.connect(**self._target.arguments, command_timeout=STATEMENT_TIMEOUT_S)
+
+
+class SQLite(Database):
+    """One connection writes, others read beside it (WAL). Each is a thread that runs one call at a time.
+
+    A statement runs to its end on its thread even when the request behind it is cancelled, so writers
+    queue up in order, none fails and none is half done.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.dialect = SQLiteDialect_aiosqlite()
+        path = make_url(url).database
+        if not path or path == ":memory:":
+            raise ValueError("must name a file: a database in memory ends with its connection")
+        self._path = Path(path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError("names a folder that cannot be made") from error
+
+    async def open(self) -> None:
+        self._writer = await self._connect()
+        self._readers = [await self._connect() for _ in range(SQLITE_READERS)]
+        self._turns = cycle(self._readers)
+
+    async def close(self) -> None:
+        for connection in (*self._readers, self._writer):
+            await connection.close()
+
+    async def all(self, statement: Executable, **values: Any) -> list[Row]:
+        compiled = compile_statement(statement, self.dialect)
+        connection = next(self._turns) if statement.is_select else self._writer
+        with _transient_as_unavailable():
+            found = await connection.execute_fetchall(compiled.sql, compiled.arguments(values))
+        names = [name for name, _ in compiled.columns]
+        rows = [dict(zip(names, values, strict=True)) for values in found]
+        for row in rows:
+            for name, convert in compiled.conversions:
+                row[name] = convert(row[name])
+        return rows
+
+    def engine(self) -> AsyncEngine:
+        engine = create_async_engine("sqlite+aiosqlite://", async_creator=self._connect, poolclass=NullPool)
+        event.listen(engine.sync_engine, "begin", _begin_immediately)
+        return engine
+
+    async def _connect(self) -> aiosqlite.Connection:
+        return await aiosqlite.Connection(self._connect_on_its_thread, iter_chunk_size=64)
+
+    def _connect_on_its_thread(self) -> sqlite3.Connection:
+        # Without an isolation level the driver never opens a transaction on its own account.
+        connection = sqlite3.connect(self._path, isolation_level=None)
+        connection.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_TIMEOUT_MS}")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        # What PostgreSQL has and SQLite has not: lower case beyond ASCII, order by code point.
+        connection.create_function("lower", 1, _lower, deterministic=True)
+        connection.create_collation("C", lambda a, b: (a > b) - (a < b))
+        return connection
+
+
+def connect(url: str, *, pool_size: int) -> Database:
+    """Return the database at *url*, not opened yet.
+
+    Raises:
+        ValueError: a clause about the URL, fit to follow `DATABASE_URL: `.
+    """
+    scheme = url.partition(":")[0].lower()
+    if scheme in ("sqlite", "sqlite+aiosqlite"):
+        try:
+            return SQLite(url)
+        except ArgumentError as error:
+            raise ValueError("is not a valid URL") from error
+    if scheme in ("postgres", "postgresql", "postgres+asyncpg", "postgresql+asyncpg"):
+        return Postgres(url, pool_size)
+    raise ValueError("must begin with postgresql:// or sqlite:///")
+
+
+async def database_of(request: Request) -> Database:
+    database: Database = request.app.state.database
+    return database
+
+
+DbDep = Annotated[Database, Depends(database_of)]
+
+
+def _begin_immediately(connection: Connection) -> None:
+    # A transaction that reads first and locks later fails where another one wrote in between.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _lower(value: str | None) -> str | None:
+    return value.lower() if value is not None else None
+
+
+@contextlib.contextmanager
+def _transient_as_unavailable() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, TimeoutError, sqlite3.OperationalError) as error:
+        raise Unavailable from error
+    except asyncpg.InterfaceError as error:
+        if isinstance(error, ValueError):  # a value that does not fit its type is our bug
+            raise
+        raise Unavailable from error
+    except asyncpg.PostgresError as error:
+        code = error.sqlstate or ""
+        if code[:2] not in _TRANSIENT_CLASSES and code not in _TRANSIENT_CODES:
+            raise
+        raise Unavailable from error

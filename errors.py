@@ -1,0 +1,228 @@
+"""Every problem that the API can answer with, as RFC 9457, and the handlers that render them."""
+
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
+from typing import Any, TypedDict
+
+import orjson
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from strict_json import NotStrictJson
+
+MEDIA_TYPE = "application/problem+json"
+# The names of RFC 9110, which Python's table knows only from 3.13 on.
+_TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._~+/=:-]{1,128}")
+
+
+class FieldError(TypedDict, total=False):
+    """One mistake: `pointer` (RFC 6901) into the body, or the name of a `parameter`."""
+
+    pointer: str
+    parameter: str
+    detail: str
+
+
+class Problem(HTTPException):
+    """An answer that is not a success. `detail` is one string, fit to show a person."""
+
+    status = 500
+    sentence = "Something went wrong on our side. Please try again."
+
+    def __init__(
+        self,
+        detail: str | None = None,
+        *,
+        errors: Iterable[FieldError] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(self.status, detail or self.sentence, headers)
+        self.errors = list(errors)
+
+
+class InternalError(Problem):
+    """A bug: its cause is in the log, under the request's id."""
+
+
+class Unauthorized(Problem):
+    status = 401
+    sentence = "Not authenticated"
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+class Forbidden(Problem):
+    status = 403
+    sentence = "Access denied"
+
+
+class NotFound(Problem):
+    status = 404
+    sentence = "Task not found"
+
+
+class ContentTooLarge(Problem):
+    status = 413
+    sentence = "The request body is too large"
+
+
+class UnsupportedMediaType(Problem):
+    status = 415
+    sentence = "The request body must be JSON: send Content-Type: application/json"
+
+
+class Unprocessable(Problem):
+    status = 422
+    sentence = "The request cannot be processed"
+
+
+class Unavailable(Problem):
+    """The database cannot be used right now; the same request may succeed in *retry_after_s* seconds."""
+
+    status = 503
+    sentence = "The service is temporarily unavailable. Please try again."
+
+    def __init__(self, detail: str | None = None, *, retry_after_s: int = 1) -> None:
+        super().__init__(detail, headers={"Retry-After": str(retry_after_s)})
+
+
+def request_id(scope: Scope) -> str:
+    """Return the id of this request: the client's `X-Request-ID` if it is a plain one, else a new one."""
+    state = scope.setdefault("state", {})
+    if "request_id" not in state:
+        sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        state["request_id"] = sent.decode() if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)
+    return str(state["request_id"])
+
+
+def render(scope: Scope, error: HTTPException) -> Response:
+    """Return *error* as `application/problem+json`."""
+    problem: dict[str, Any] = {
+        "type": "about:blank",
+        "title": _title(error.status_code),
+        "status": error.status_code,
+        "detail": _sentence(error),
+        "instance": request_id(scope),
+    }
+    if errors := getattr(error, "errors", None):
+        problem["errors"] = errors
+    return Response(orjson.dumps(problem), error.status_code, dict(error.headers or {}), MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Let *app* answer every error, its own and the framework's, through `render`."""
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        return render(request.scope, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(request: Request, error: RequestValidationError) -> Response:
+        # The framework hands over the body as bytes when its media type is not JSON.
+        if isinstance(error.body, bytes):
+            return render(request.scope, UnsupportedMediaType())
+        if isinstance(error.body, NotStrictJson):
+            errors: list[FieldError] = [{"pointer": "", "detail": str(error.body)}]
+        else:
+            errors = [_field_error(mistake) for mistake in error.errors()]
+        detail = "; ".join(f"{_name(e)}: {e['detail']}" for e in errors)
+        return render(request.scope, Unprocessable(detail, errors=errors))
+
+
+def responses(*problems: type[Problem]) -> dict[int | str, dict[str, Any]]:
+    """Return the entries of an OpenAPI operation for *problems*; `document` adds the schema."""
+    return {
+        problem.status: {
+            "description": _title(problem.status),
+            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        }
+        for problem in problems
+    }
+
+
+PROBLEM_SCHEMA: dict[str, Any] = {
+    "title": "Problem",
+    "description": "An error, as RFC 9457. `detail` is one sentence that can be shown to a person.",
+    "type": "object",
+    "required": ["type", "title", "status", "detail", "instance"],
+    "properties": {
+        "type": {"type": "string", "format": "uri-reference", "examples": ["about:blank"]},
+        "title": {"type": "string", "examples": ["Unprocessable Content"]},
+        "status": {"type": "integer", "examples": [422]},
+        "detail": {"type": "string", "examples": ["title: must be 1 to 200 characters"]},
+        "instance": {"type": "string", "description": "The request's id, as in `X-Request-ID`."},
+        "errors": {
+            "type": "array",
+            "description": "Each mistake: `pointer` into the body, or the name of a `parameter`.",
+            "items": {
+                "type": "object",
+                "required": ["detail"],
+                "properties": {
+                    "pointer": {"type": "string", "examples": ["/title"]},
+                    "parameter": {"type": "string", "examples": ["limit"]},
+                    "detail": {"type": "string", "examples": ["must be 1 to 200 characters"]},
+                },
+            },
+        },
+    },
+}
+
+
+def _title(status: int) -> str:
+    return _TITLES.get(status) or HTTPStatus(status).phrase
+
+
+def _sentence(error: HTTPException) -> str:
+    if isinstance(error, Problem) or error.detail != HTTPStatus(error.status_code).phrase:
+        return error.detail
+    return {
+        404: "There is nothing at this address",
+        405: "This method is not allowed at this address",
+    }.get(error.status_code, error.detail)
+
+
+def _field_error(mistake: Mapping[str, Any]) -> FieldError:
+    place, *path = mistake["loc"]
+    detail = _clause(mistake)
+    if place != "body":
+        return {"parameter": str(path[0]) if path else str(place), "detail": detail}
+    escaped = (str(part).replace("~", "~0").replace("/", "~1") for part in path)
+    return {"pointer": "".join(f"/{part}" for part in escaped), "detail": detail}
+
+
+def _name(error: FieldError) -> str:
+    return error.get("parameter") or error["pointer"].lstrip("/") or "body"
+
+
+def _clause(mistake: Mapping[str, Any]) -> str:
+    """Return what is wrong with a value, in words that name nothing of ours and repeat no input."""
+    ctx = mistake.get("ctx", {})
+    if mistake["type"].endswith("_type") and mistake.get("input") is None:
+        return "must not be null"
+    match mistake["type"]:
+        case "missing":
+            return "is required"
+        case "bool_type" | "bool_parsing":
+            return "must be true or false"
+        case "string_type" | "string_unicode":
+            return "must be text"
+        case "int_type" | "int_parsing" | "int_parsing_size" | "int_from_float":
+            return "must be a whole number"
+        case "greater_than_equal":
+            return f"must be at least {ctx['ge']}"
+        case "less_than_equal":
+            return f"must be at most {ctx['le']}"
+        case "literal_error":
+            return f"must be {ctx['expected']}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return "must be a JSON object"
+        case _:
+            return str(mistake["msg"])

@@ -1,0 +1,151 @@
+"""The service: what is mounted and in which order, and the commands that start it."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+import db
+import errors
+import logs
+import openapi
+import tokens
+from config import Settings, load_settings, refuse
+from cursors import CursorSigner
+from middleware.access_log import AccessLogMiddleware
+from middleware.cors import ProblemCORSMiddleware
+from middleware.trailing_slash import TrailingSlashMiddleware
+from routes import docs, health, tasks
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Build the application.
+
+    Raises:
+        ValueError: `DATABASE_URL` is not one that can be used.
+    """
+    database = db.connect(settings.resolved_database_url, pool_size=settings.database_pool_size)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if settings.migrates_on_start:
+            await asyncio.to_thread(migrate, database)
+        await database.open()
+        yield
+        await database.close()
+
+    app = FastAPI(
+        title="Task back end",
+        summary="Keeps people's tasks, each user's apart from every other's.",
+        version="1.0.0",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+        telemetry={"auto_configure": False},
+    )
+    app.state.database = database
+    app.state.verifier = tokens.Verifier(settings.secrets)
+    app.state.cursors = CursorSigner(settings.secrets)
+
+    errors.install(app)
+    openapi.install(app)
+    docs.install(app)
+    app.include_router(health.router)
+    app.include_router(tasks.router, prefix="/api")
+    app.include_router(tasks.router, prefix="/api/v1", include_in_schema=False)
+
+    # The last added is the outermost.
+    app.add_middleware(TrailingSlashMiddleware)
+    app.add_middleware(AccessLogMiddleware, lines=settings.access_log)
+    app.add_middleware(ProblemCORSMiddleware, origins=settings.origins)
+    return app
+
+
+def migrate(database: db.Database) -> None:
+    """Bring the schema of *database* to head; of several processes one does it and the others wait."""
+    from alembic import command, config  # only a start that migrates pays for the import
+
+    alembic = config.Config(toml_file=Path(__file__).with_name("pyproject.toml"))
+    alembic.attributes["database"] = database
+    command.upgrade(alembic, "head")
+
+
+def load_app(settings: Settings) -> FastAPI:
+    """Build the application, or end the start with a sentence."""
+    try:
+        return create_app(settings)
+    except ValueError as error:
+        refuse([f"DATABASE_URL: {error}"])
+    except OSError as error:
+        refuse([f"DATA_DIR: {settings.data_dir} cannot be used: {error.strerror}"])
+
+
+def __getattr__(name: str) -> Any:
+    # `uvicorn main:app` reads the environment; importing this module, as tests do, does not.
+    if name == "app":
+        settings = load_settings()
+        logs.configure(settings.resolved_log_level, settings.resolved_log_format)
+        return load_app(settings)
+    raise AttributeError(name)
+
+
+class _Server(uvicorn.Server):
+    """Says how to try the service once it listens."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        super().__init__(config)
+        self._settings = settings
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started and self._settings.embedded:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            print(_welcome(f"http://{host}:{port}", _token("alice", self._settings)), flush=True)
+
+
+def _welcome(address: str, token: str) -> str:
+    curl = f"curl {address}/api/alice/tasks -H 'Authorization: Bearer {token}'"
+    body = """-H 'Content-Type: application/json' -d '{"title": "Buy milk"}'"""
+    return f"{address}/docs\n{curl} {body}\n{curl}"
+
+
+def _token(user_id: str, settings: Settings) -> str:
+    return tokens.issue(user_id, settings.secrets[0], settings.jwt_expiration_s)
+
+
+def main(arguments: list[str]) -> None:
+    """Serve, or with `token USER` print a token for that user."""
+    parser = argparse.ArgumentParser(prog="main.py", description="Serve the task back end.")
+    commands = parser.add_subparsers(dest="command", metavar="")
+    token = commands.add_parser("token", help="print a token for a user and exit")
+    token.add_argument("user")
+    parsed = parser.parse_args(arguments)
+    settings = load_settings()
+    if parsed.command == "token":
+        print(_token(parsed.user, settings))
+        return
+    logs.configure(settings.resolved_log_level, settings.resolved_log_format)
+    config = uvicorn.Config(
+        load_app(settings),
+        settings.host,
+        settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+    )
+    server = _Server(config, settings)
+    server.run()
+    if not server.started:
+        raise SystemExit(3)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

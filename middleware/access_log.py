@@ -1,0 +1,59 @@
+"""An id for every request, one line about it, and the last word when a handler crashes."""
+
+import time
+from typing import Any
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import errors
+
+log = structlog.get_logger("access")
+
+
+class AccessLogMiddleware:
+    def __init__(self, app: ASGIApp, *, lines: bool = True) -> None:
+        self.app = app
+        self._lines = lines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id = errors.request_id(scope)
+        status: int | None = None
+        size_bytes = 0
+
+        async def send_and_watch(message: Message) -> None:
+            nonlocal status, size_bytes
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            else:
+                size_bytes += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_watch)
+        except Exception:
+            log.exception("crash", request_id=request_id, method=scope["method"], path=scope["path"])
+            if status is not None:
+                raise  # half an answer has left: the server must cut it off
+            await errors.render(scope, errors.InternalError())(scope, receive, send_and_watch)
+        finally:
+            if self._lines:
+                self._write_line(scope, request_id, status, time.perf_counter() - started, size_bytes)
+
+    def _write_line(
+        self, scope: Scope, request_id: str, status: int | None, duration_s: float, size_bytes: int
+    ) -> None:
+        line: dict[str, Any] = {
+            "request_id": request_id,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "duration_ms": round(duration_s * 1000, 2),
+            "bytes": size_bytes,
+        }
+        log.info("request", **line)

@@ -1,0 +1,57 @@
+"""Who is calling: the bearer token is verified and compared with the user in the path."""
+
+from typing import Annotated
+
+from fastapi import Depends, Path, Request
+from fastapi.security import HTTPBearer
+
+from errors import Forbidden, Unauthorized
+from tokens import TokenInvalid, Verifier
+
+
+class UserAccess(HTTPBearer):
+    """The dependency of every task operation; as a security scheme it is Swagger UI's Authorize button.
+
+    `HTTPBearer` itself takes the first of several Authorization headers, so the reading is our own.
+    """
+
+    async def __call__(  # type: ignore[override] # it answers with the user, not with credentials
+        self, request: Request, user_id: Annotated[str, Path(description="The `sub` of your token.")]
+    ) -> str:
+        """Return *user_id*, which is the verified caller.
+
+        Raises:
+            Unauthorized: there is no acceptable token.
+            Forbidden: the token is another user's.
+        """
+        verifier: Verifier = request.app.state.verifier
+        try:
+            claims = verifier.verify(bearer_token(request))
+        except TokenInvalid as error:
+            raise Unauthorized(str(error)) from error
+        if claims.sub != user_id:
+            raise Forbidden
+        return user_id
+
+
+def bearer_token(request: Request) -> str:
+    """Return the token of the one Authorization header.
+
+    Raises:
+        Unauthorized: there is none, more than one, or another scheme.
+    """
+    values = request.headers.getlist("authorization")
+    if not values:
+        raise Unauthorized
+    if len(values) > 1:
+        raise Unauthorized("There is more than one Authorization header")
+    scheme, _, token = values[0].partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise Unauthorized("The Authorization header must be: Bearer <token>")
+    return token.strip()
+
+
+verify_user_access = UserAccess(
+    scheme_name="bearer", bearerFormat="JWT", description="The JWT of your front end's session."
+)
+UserDep = Annotated[str, Depends(verify_user_access)]

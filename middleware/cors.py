@@ -1,0 +1,74 @@
+"""CORS for the configured origins: outermost, so that errors and crashes carry its headers too."""
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import errors
+
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+REQUEST_HEADERS = (
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "If-Match",
+    "If-None-Match",
+    "Last-Event-ID",
+    "Prefer",
+    "X-Request-ID",
+    "traceparent",
+)
+EXPOSED_HEADERS = (
+    "ETag",
+    "Location",
+    "Link",
+    "X-Total-Count",
+    "RateLimit",
+    "RateLimit-Policy",
+    "Retry-After",
+    "WWW-Authenticate",
+    "X-Request-ID",
+    "Idempotent-Replayed",
+    "set-auth-jwt",
+)
+
+
+class PreflightRefused(errors.Problem):
+    status = 400
+
+
+class ProblemCORSMiddleware(CORSMiddleware):
+    """Starlette's middleware with its refusals as problems, and an id on every preflight answer."""
+
+    def __init__(self, app: ASGIApp, origins: list[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=METHODS,
+            allow_headers=REQUEST_HEADERS,
+            expose_headers=EXPOSED_HEADERS,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        if (
+            "origin" in headers
+            and "access-control-request-method" in headers
+            and scope["method"] == "OPTIONS"
+        ):
+            answer = self._preflight(scope, headers)
+            answer.headers["X-Request-ID"] = errors.request_id(scope)
+            await answer(scope, receive, send)
+            return
+        await super().__call__(scope, receive, send)
+
+    def _preflight(self, scope: Scope, headers: Headers) -> Response:
+        answer = self.preflight_response(headers)
+        if answer.status_code < 400:
+            return answer
+        refusal = errors.render(scope, PreflightRefused(bytes(answer.body).decode()))
+        for name in ("vary", "access-control-allow-origin"):
+            if name in answer.headers:
+                refusal.headers[name] = answer.headers[name]
+        return refusal

@@ -1,0 +1,55 @@
+"""Run by Alembic: how migrations reach the database, and which tables are ours."""
+
+import asyncio
+from typing import Any
+
+from alembic import context
+from sqlalchemy import Connection, text
+from sqlmodel import SQLModel
+
+import db
+import models  # noqa: F401 - registers the tables
+from config import load_settings, refuse
+
+# Any number will do, as long as nothing else in the database locks by it.
+MIGRATION_LOCK = 7_240_115_033
+
+
+def is_ours(name: str | None, kind: str, _: Any) -> bool:
+    """Keep Better Auth's tables, which may stand beside ours, out of every comparison."""
+    return kind != "table" or name in SQLModel.metadata.tables
+
+
+def run(connection: Connection) -> None:
+    context.configure(
+        connection=connection,
+        target_metadata=SQLModel.metadata,
+        version_table="task_schema_version",
+        include_name=is_ours,
+        render_as_batch=True,  # SQLite alters a table by making it anew
+        transactional_ddl=True,
+    )
+    with context.begin_transaction():
+        # One process migrates, the others wait here and then find nothing to do. On SQLite the
+        # transaction itself is the lock. It ends with the transaction, as a pooler needs it.
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+        context.run_migrations()
+
+
+async def migrate(database: db.Database) -> None:
+    engine = database.engine()
+    async with engine.connect() as connection:
+        await connection.run_sync(run)
+    await engine.dispose()
+
+
+def configured_database() -> db.Database:
+    settings = load_settings()
+    try:
+        return db.connect(settings.resolved_database_url, pool_size=1)
+    except ValueError as error:
+        refuse([f"DATABASE_URL: {error}"])
+
+
+asyncio.run(migrate(context.config.attributes.get("database") or configured_database()))

@@ -1,0 +1,123 @@
+"""Tables, and the rules of their fields, which requests follow too."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, StrictBool, StringConstraints
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from sqlalchemy import BigInteger, DateTime, Identity, Index, Integer, MetaData, String, false, text
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeEngine
+from sqlmodel import Field, SQLModel
+from sqlmodel.sql.sqltypes import UTCDateTime
+
+USER_ID_MAX = 255
+TITLE_MAX = 200
+DESCRIPTION_MAX = 1000
+
+# Migrations drop constraints by name, so every name must be the same on every database.
+SQLModel.metadata.naming_convention = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+).naming_convention
+
+# BIGINT makes no rowid on SQLite; there INTEGER has 64 bits anyway.
+BIG_ID = BigInteger().with_variant(Integer(), "sqlite")
+
+# PostgreSQL's driver gives aware UTC times by itself; SQLite stores no offset, so a decorator puts it back.
+TIMESTAMP: TypeEngine[datetime] = DateTime(timezone=True).with_variant(UTCDateTime(), "sqlite")
+
+
+class Now(FunctionElement[datetime]):
+    """The database's clock, for rows that are loaded without times of their own."""
+
+    inherit_cache = True
+
+
+@compiles(Now)
+def _now(_element: Now, _compiler: SQLCompiler, **_: Any) -> str:
+    return "now()"
+
+
+@compiles(Now, "sqlite")
+def _now_sqlite(_element: Now, _compiler: SQLCompiler, **_: Any) -> str:
+    # As long as the times that we write: they are compared as text.
+    return "(strftime('%Y-%m-%d %H:%M:%f000', 'now'))"
+
+
+@dataclass(frozen=True)
+class Length:
+    """Marks text that both databases can store, of *shortest* to *longest* characters."""
+
+    shortest: int
+    longest: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return handler(schema) | {"minLength": self.shortest, "maxLength": self.longest}
+
+    def check(self, value: str) -> str:
+        if not self.shortest <= len(value) <= self.longest:
+            wanted = f"{self.shortest} to" if self.shortest else "at most"
+            raise PydanticCustomError("length", f"must be {wanted} {self.longest} characters")
+        if not is_storable(value):
+            raise PydanticCustomError("characters", "must not contain U+0000 or unpaired surrogates")
+        return value
+
+
+def is_storable(value: str) -> bool:
+    """Whether PostgreSQL can keep *value*; SQLite is held to the same."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+Title = Annotated[str, StringConstraints(strip_whitespace=True), Length(1, TITLE_MAX)]
+Description = Annotated[str, Length(0, DESCRIPTION_MAX)]
+
+
+class TaskKey(SQLModel):
+    """Whose task, and which; every statement starts from the owner."""
+
+    id: int = Field(primary_key=True, sa_type=BIG_ID, sa_column_args=[Identity()])
+    user_id: str = Field(sa_type=String(USER_ID_MAX))
+
+
+class TaskFields(SQLModel):
+    """What a client may write."""
+
+    title: Title = Field(sa_type=String(TITLE_MAX), description="Stripped of the white space around it.")
+    description: Description | None = Field(default=None, sa_type=String(DESCRIPTION_MAX))
+    completed: StrictBool = Field(default=False, sa_column_kwargs={"server_default": false()})
+
+
+class TaskState(SQLModel):
+    """What the server keeps about a task."""
+
+    completed_at: datetime | None = Field(sa_type=TIMESTAMP, description="When it was completed, if it is.")
+    version: int = Field(
+        sa_column_kwargs={"server_default": text("1")}, description="Changes with every change of the task."
+    )
+    created_at: datetime = Field(sa_type=TIMESTAMP, sa_column_kwargs={"server_default": Now()})
+    updated_at: datetime = Field(sa_type=TIMESTAMP, sa_column_kwargs={"server_default": Now()})
+
+
+class Task(TaskState, TaskFields, TaskKey, table=True):
+    """One task of one user. There is no foreign key: the user table belongs to the issuer of the tokens."""
+
+    __table_args__ = (
+        Index("ix_task_user_id_created_at_id", "user_id", text("created_at DESC"), text("id DESC")),
+        {"sqlite_autoincrement": True},
+    )

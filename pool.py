@@ -1,0 +1,88 @@
+"""A fixed set of PostgreSQL connections that requests take turns with."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import asyncpg
+
+WAIT_S = 3.0  # for a turn; longer, and the client is better told to come back
+IDLE_MAX_S = 280.0  # Neon suspends after 300 s without a query, and its connections die with it
+
+
+class Connection:
+    """One connection and the statements it has prepared, each parsed by the server once.
+
+    asyncpg's own pool takes prepared statements away whenever a connection is handed back. They must
+    outlive that: behind a pooler in transaction mode they are what saves the second round trip.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+        self.used_at = time.monotonic()
+        self._statements: dict[str, Any] = {}
+
+    async def fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
+        statement = self._statements.get(sql)
+        if statement is None:
+            statement = self._statements[sql] = await self.raw.prepare(sql)
+        try:
+            rows: list[Any] = await statement.fetch(*arguments)
+        except asyncpg.InvalidCachedStatementError:
+            # A migration changed the table below us. The server refused before it did anything.
+            statement = self._statements[sql] = await self.raw.prepare(sql)
+            rows = await statement.fetch(*arguments)
+        return rows
+
+    def usable(self) -> bool:
+        return not self.raw.is_closed() and time.monotonic() - self.used_at < IDLE_MAX_S
+
+
+class Pool:
+    """At most *size* connections, the most recently used first; waiters are served in order."""
+
+    def __init__(self, connect: Callable[[], Awaitable[Any]], size: int) -> None:
+        self._connect = connect
+        self._turns = asyncio.Semaphore(size)
+        self._idle: list[Connection] = []
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """Lend a connection.
+
+        Raises:
+            TimeoutError: all were in use for `WAIT_S`.
+        """
+        async with asyncio.timeout(WAIT_S):
+            await self._turns.acquire()
+        try:
+            connection = self._take() or Connection(await self._connect())
+            try:
+                yield connection
+            except asyncpg.PostgresError:
+                self._give_back(connection)  # the server answered: the connection is in order
+                raise
+            except BaseException:
+                connection.raw.terminate()  # an answer may be on its way; nobody may read it as theirs
+                raise
+            self._give_back(connection)
+        finally:
+            self._turns.release()
+
+    async def close(self) -> None:
+        while self._idle:
+            await self._idle.pop().raw.close(timeout=1)
+
+    def _take(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable():
+                return connection
+            connection.raw.terminate()
+        return None
+
+    def _give_back(self, connection: Connection) -> None:
+        connection.used_at = time.monotonic()
+        self._idle.append(connection)

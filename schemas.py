@@ -1,0 +1,104 @@
+"""Request and response bodies, built on the fields of `models.py`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool
+from pydantic_core import PydanticCustomError
+
+from models import TaskFields, TaskKey, TaskState, Title
+
+LIMIT_DEFAULT = 200
+LIMIT_MAX = 1000
+ID_MAX = 2**63 - 1  # BIGINT; both drivers fail on more
+
+Sort = Literal[
+    "created_at", "created", "updated_at", "title", "-created_at", "-created", "-updated_at", "-title"
+]
+
+
+class TaskCreate(TaskFields):
+    """A new task."""
+
+    model_config = {"json_schema_extra": {"examples": [{"title": "Buy milk", "description": "Two bottles"}]}}
+
+
+def _without_defaults(schema: dict[str, Any]) -> None:
+    for field in schema["properties"].values():
+        field.pop("default", None)
+
+
+class TaskUpdate(TaskFields):
+    """Any subset of the writable fields: what is absent keeps its value, null clears."""
+
+    model_config = {"json_schema_extra": _without_defaults}
+
+    title: Title = Field(default="", examples=["Buy oat milk"])  # the default is never read
+
+    def changes(self) -> dict[str, Any]:
+        """Return what was sent."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Completion(BaseModel):
+    """The state to set; without it the state is toggled."""
+
+    completed: StrictBool = Field(default=False, examples=[True])  # the default is never read
+
+    model_config = {"json_schema_extra": _without_defaults}
+
+    def changes(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
+
+
+class TaskOut(TaskState, TaskFields, TaskKey):
+    """A task."""
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+def _true_or_false(value: object) -> bool:
+    """Take `True` as well, which is how Python clients write it, and nothing else that means yes."""
+    match str(value).lower():
+        case "true":
+            return True
+        case "false":
+            return False
+    raise PydanticCustomError("bool_type", "must be true or false")
+
+
+Flag = Annotated[bool, BeforeValidator(_true_or_false)]
+
+
+class TaskListQuery(BaseModel):
+    """Which tasks, in which order, and how many at once."""
+
+    status: Literal["all", "pending", "incomplete", "completed"] = Field(
+        "all", description="`incomplete` is another word for `pending`."
+    )
+    completed: Flag | None = Field(None, description="The same filter by its other name.")
+    sort: Sort | None = Field(
+        None, description="Newest first without it. A leading `-` means descending. Ties break by `id`."
+    )
+    order: Literal["asc", "desc"] | None = Field(None, description="`asc` when `sort` is given.")
+    limit: int = Field(LIMIT_DEFAULT, ge=1, le=LIMIT_MAX)
+    cursor: str | None = Field(None, description="From the `Link` header of the page before.")
+    count: Flag = Field(False, description="Answer with `X-Total-Count`.")
+
+    @property
+    def states(self) -> frozenset[bool]:
+        """The values of a task's `completed` that are asked for."""
+        by_status = {"all": {False, True}, "completed": {True}}.get(self.status, {False})
+        return frozenset(by_status & {self.completed} if self.completed is not None else by_status)
+
+    @property
+    def sort_field(self) -> str:
+        field = (self.sort or "created_at").removeprefix("-")
+        return "created_at" if field == "created" else field
+
+    @property
+    def descending(self) -> bool:
+        if self.sort is None:
+            return self.order != "asc"
+        return self.sort.startswith("-") or self.order == "desc"

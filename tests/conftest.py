@@ -1,0 +1,136 @@
+"""The real app on both databases, and the people who use it."""
+
+import json
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+import tokens
+from config import Settings
+from main import create_app
+from tests.postgres import Server, running_server
+
+SECRET = "a-secret-that-only-the-tests-know-0001"
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody with a token, and a client that speaks to their own tasks unless told otherwise."""
+
+    user_id: str
+    client: httpx.AsyncClient
+    token: str
+
+    @property
+    def tasks(self) -> str:
+        return f"/api/{self.user_id}/tasks"
+
+    async def send(self, method: str, path: str = "", **options: Any) -> httpx.Response:
+        """Send to *path* below the person's tasks, or to an absolute one."""
+        url = path if path.startswith("/api/") else f"{self.tasks}{path}"
+        headers = {"Authorization": f"Bearer {self.token}"}
+        if "json" in options:  # the client's own encoder cannot write null or an unpaired surrogate
+            options["content"] = json.dumps(options.pop("json"))
+            headers["Content-Type"] = "application/json"
+        headers |= options.pop("headers", {})
+        return await self.client.request(method, url, headers=headers, **options)
+
+    async def get(self, path: str = "", **options: Any) -> httpx.Response:
+        return await self.send("GET", path, **options)
+
+    async def post(self, path: str = "", **options: Any) -> httpx.Response:
+        return await self.send("POST", path, **options)
+
+    async def put(self, path: str, **options: Any) -> httpx.Response:
+        return await self.send("PUT", path, **options)
+
+    async def patch(self, path: str, **options: Any) -> httpx.Response:
+        return await self.send("PATCH", path, **options)
+
+    async def delete(self, path: str, **options: Any) -> httpx.Response:
+        return await self.send("DELETE", path, **options)
+
+    async def create(self, title: str = "Buy milk", **fields: Any) -> dict[str, Any]:
+        answer = await self.post(json={"title": title, **fields})
+        assert answer.status_code == 201, answer.text
+        task: dict[str, Any] = answer.json()
+        return task
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgres"])
+async def database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """An empty database, shared by the run: who needs an empty list takes a new person."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{request.getfixturevalue('tmp_path_factory').mktemp('data') / 'tasks.db'}"
+        return
+    server: Server = request.getfixturevalue("postgres")
+    name = await server.create_database()
+    yield server.url_of(name)
+    await server.drop_database(name)
+
+
+def settings_for(database_url: str, **changes: Any) -> Settings:
+    return Settings.model_validate(
+        {
+            "database_url": database_url,
+            "better_auth_secret": SECRET,
+            "migrate_on_start": True,
+            "allowed_origins": "https://app.example.com/",
+        }
+        | changes
+    )
+
+
+@asynccontextmanager
+async def running(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """Start *app* and lend a client of it that gets the answer to a crash, as a real client does."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://testserver") as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="session")
+async def app(database_url: str) -> FastAPI:
+    return create_app(settings_for(database_url))
+
+
+@pytest.fixture(scope="session")
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(app) as client:
+        yield client
+
+
+def person(name: str, client: httpx.AsyncClient) -> Person:
+    user_id = f"{name}{secrets.token_hex(8)}"
+    return Person(user_id, client, tokens.issue(user_id, SECRET, 3600))
+
+
+@pytest.fixture
+def alice(client: httpx.AsyncClient) -> Person:
+    return person("alice", client)
+
+
+@pytest.fixture
+def bob(client: httpx.AsyncClient) -> Person:
+    return person("bob", client)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"

