@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import aiosqlite
 import asyncpg
+import structlog
 from fastapi import Depends, Request
 from sqlalchemy import Connection, NullPool, event
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
@@ -27,6 +28,8 @@ from errors import Unavailable
 from pool import Pool
 
 Row = dict[str, Any]
+
+log = structlog.get_logger("database")
 
 STATEMENT_TIMEOUT_S = 4.0
 SQLITE_READERS = 4
@@ -109,7 +112,7 @@ class Database(ABC):
 class Postgres(Database):
     def __init__(self, url: str, pool_size: int) -> None:
         self.dialect = PGDialect_asyncpg()  # type: ignore[no-untyped-call]
-        self._target = database_url.parse(url)
+        self.target = database_url.parse(url)
         self._pool_size = pool_size
 
     @cached_property
@@ -135,7 +138,10 @@ class Postgres(Database):
         return create_async_engine("postgresql+asyncpg://", async_creator=self._connect, poolclass=NullPool)
 
     async def _connect(self) -> Any:
-        return await asyncpg.connect(**self._target.arguments, command_timeout=STATEMENT_TIMEOUT_S)
+        try:
+            return await asyncpg.connect(**self.target.arguments, command_timeout=STATEMENT_TIMEOUT_S)
+        except asyncpg.PostgresError as error:  # whatever it says: without a connection we cannot serve
+            raise ConnectionError(str(error)) from error
 
 
 class SQLite(Database):
@@ -150,24 +156,24 @@ class SQLite(Database):
         path = make_url(url).database
         if not path or path == ":memory:":
             raise ValueError("must name a file: a database in memory ends with its connection")
-        self._path = Path(path)
+        self.path = Path(path)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError("names a folder that cannot be made") from error
 
     async def open(self) -> None:
-        self._writer = await self._connect()
-        self._readers = [await self._connect() for _ in range(SQLITE_READERS)]
-        self._turns = cycle(self._readers)
+        self.writer = await self._connect()
+        self.readers = [await self._connect() for _ in range(SQLITE_READERS)]
+        self._turns = cycle(self.readers)
 
     async def close(self) -> None:
-        for connection in (*self._readers, self._writer):
+        for connection in (*self.readers, self.writer):
             await connection.close()
 
     async def all(self, statement: Executable, **values: Any) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
-        connection = next(self._turns) if statement.is_select else self._writer
+        connection = next(self._turns) if statement.is_select else self.writer
         with _transient_as_unavailable():
             found = await connection.execute_fetchall(compiled.sql, compiled.arguments(values))
         names = [name for name, _ in compiled.columns]
@@ -187,7 +193,7 @@ class SQLite(Database):
 
     def _connect_on_its_thread(self) -> sqlite3.Connection:
         # Without an isolation level the driver never opens a transaction on its own account.
-        connection = sqlite3.connect(self._path, isolation_level=None)
+        connection = sqlite3.connect(self.path, isolation_level=None)
         connection.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_TIMEOUT_MS}")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
@@ -236,14 +242,18 @@ def _lower(value: str | None) -> str | None:
 def _transient_as_unavailable() -> Iterator[None]:
     try:
         yield
-    except (OSError, TimeoutError, sqlite3.OperationalError) as error:
-        raise Unavailable from error
-    except asyncpg.InterfaceError as error:
-        if isinstance(error, ValueError):  # a value that does not fit its type is our bug
+    except Exception as error:
+        if not _is_transient(error):
             raise
+        log.warning("database unavailable", error=f"{type(error).__name__}: {error}")
         raise Unavailable from error
-    except asyncpg.PostgresError as error:
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether the same statement may succeed later; all else is a bug of ours."""
+    if isinstance(error, asyncpg.PostgresError):
         code = error.sqlstate or ""
-        if code[:2] not in _TRANSIENT_CLASSES and code not in _TRANSIENT_CODES:
-            raise
-        raise Unavailable from error
+        return code[:2] in _TRANSIENT_CLASSES or code in _TRANSIENT_CODES
+    if isinstance(error, asyncpg.InterfaceError):
+        return not isinstance(error, ValueError)  # a value that does not fit its type
+    return isinstance(error, OSError | TimeoutError | sqlite3.OperationalError)

@@ -9,9 +9,11 @@ from typing import Any, TypedDict
 import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Scope
 
 from strict_json import NotStrictJson
@@ -122,6 +124,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 405:
+            error.headers = {"Allow": ", ".join(_allowed(app, request.scope["path"]))}
         return render(request.scope, error)
 
     @app.exception_handler(RequestValidationError)
@@ -174,6 +178,14 @@ PROBLEM_SCHEMA: dict[str, Any] = {
         },
     },
 }
+
+
+def _allowed(app: FastAPI, path: str) -> list[str]:
+    """Return the methods that *path* has; the framework names those of the first route only."""
+    routes = [route for route in iter_route_contexts(app.routes) if isinstance(route.original_route, Route)]
+    return sorted(
+        {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
+    )
 
 
 def _title(status: int) -> str:

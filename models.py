@@ -117,7 +117,8 @@ class TaskState(SQLModel):
 class Task(TaskState, TaskFields, TaskKey, table=True):
     """One task of one user. There is no foreign key: the user table belongs to the issuer of the tokens."""
 
-    __table_args__ = (
-        Index("ix_task_user_id_created_at_id", "user_id", text("created_at DESC"), text("id DESC")),
-        {"sqlite_autoincrement": True},
-    )
+    __table_args__ = {"sqlite_autoincrement": True}
+
+
+_task = Task.__table__.c  # type: ignore[attr-defined] # SQLModel adds it
+Index("ix_task_user_id_created_at_id", _task.user_id, _task.created_at.desc(), _task.id.desc())

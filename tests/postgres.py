@@ -34,13 +34,13 @@ class Server:
     async def create_database(self, template: str = "template1") -> str:
         """Make a database and return its name."""
         name = f"task_test_{secrets.token_hex(6)}"
-        await self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        await self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         return name
 
     async def drop_database(self, name: str) -> None:
-        await self._execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        await self.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
-    async def _execute(self, statement: str) -> None:
+    async def execute(self, statement: str) -> None:
         connection = await asyncpg.connect(self.url)
         try:
             await connection.execute(statement)

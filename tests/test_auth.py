@@ -1,0 +1,114 @@
+import time
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+from fastapi import FastAPI
+
+import tokens
+from tests.conftest import SECRET, Person
+
+
+async def test_no_token_is_401(alice: Person) -> None:
+    answer = await alice.client.get(alice.tasks)
+
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.json()["detail"] == "Not authenticated"
+
+
+@pytest.mark.parametrize(
+    "value", ["", "Bearer", "Bearer ", "Basic YTpi", "Bearer a b", "Bearer é", "bearer x.y.z"]
+)
+async def test_what_is_no_bearer_token_is_401(alice: Person, value: str) -> None:
+    answer = await alice.client.get(alice.tasks, headers={b"Authorization": value.encode("latin-1")})
+
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_two_authorization_headers_are_401(alice: Person) -> None:
+    good = ("Authorization", f"Bearer {alice.token}")
+
+    answer = await alice.client.get(alice.tasks, headers=[good, good])
+
+    assert answer.status_code == 401
+    assert answer.json()["detail"] == "There is more than one Authorization header"
+
+
+async def test_the_scheme_is_read_without_regard_to_case(alice: Person) -> None:
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        answer = await alice.get(headers={"Authorization": f"{scheme} {alice.token}"})
+        assert answer.status_code == 200
+
+
+async def test_an_expired_token_says_so(alice: Person) -> None:
+    expired = jwt.encode({"sub": alice.user_id, "exp": int(time.time()) - 60}, SECRET, "HS256")
+
+    answer = await alice.get(headers={"Authorization": f"Bearer {expired}"})
+
+    assert (answer.status_code, answer.json()["detail"]) == (401, "Token has expired")
+
+
+async def test_a_token_of_a_megabyte_is_401(alice: Person) -> None:
+    answer = await alice.get(headers={"Authorization": f"Bearer {'a' * 1_000_000}"})
+
+    assert (answer.status_code, answer.json()["detail"]) == (401, "Token is larger than 16 KiB")
+
+
+@pytest.mark.parametrize("path", ["", "/1", "/abc", f"/{2**70}", "?limit=0"])
+async def test_who_is_calling_is_settled_before_what_is_asked(alice: Person, bob: Person, path: str) -> None:
+    url = f"{alice.tasks}{path}"
+
+    assert (await alice.client.get(url)).status_code == 401
+    assert (await bob.get(url)).status_code == 403
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"title": null}', b"\xff"])
+async def test_who_is_calling_is_settled_before_the_body_is_judged(
+    alice: Person, bob: Person, content: bytes
+) -> None:
+    options: dict[str, Any] = {"content": content, "headers": {"Content-Type": "application/json"}}
+
+    assert (await alice.client.post(alice.tasks, **options)).status_code == 401
+    assert (await bob.post(alice.tasks, **options)).status_code == 403
+    assert (await alice.post(**options)).status_code == 422
+
+
+def _task_operations(app: FastAPI) -> list[tuple[str, str]]:
+    return [
+        (method.upper(), path)
+        for path, operations in app.openapi()["paths"].items()
+        for method in operations
+        if "{user_id}" in path
+    ]
+
+
+async def test_the_wrong_user_gets_403_from_every_operation(app: FastAPI, alice: Person, bob: Person) -> None:
+    task = await alice.create()
+    operations = _task_operations(app)
+    assert len(operations) == 6
+
+    for method, path in operations:
+        url = path.format(user_id=alice.user_id, task_id=task["id"])
+        for prefix in ("/api", "/api/v1"):
+            answer = await bob.send(method, url.replace("/api", prefix, 1), json={"title": "Mine"})
+            assert (answer.status_code, answer.json()["detail"]) == (403, "Access denied"), (method, url)
+            anonymous = await bob.client.request(method, url)
+            assert anonymous.status_code == 401, (method, url)
+    assert (await alice.get()).json() == [task]
+
+
+async def test_a_token_of_another_secret_is_401(alice: Person) -> None:
+    other = tokens.issue(alice.user_id, "a-secret-that-nobody-has-configured-01", 60)
+
+    answer = await alice.get(headers={"Authorization": f"Bearer {other}"})
+
+    assert (answer.status_code, answer.json()["detail"]) == (401, "Token signature is invalid")
+
+
+async def test_health_needs_no_token_and_ignores_a_bad_one(client: httpx.AsyncClient) -> None:
+    for headers in ({}, {"Authorization": "Bearer nonsense"}):
+        answer = await client.get("/health", headers=headers)
+        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})

@@ -1,0 +1,159 @@
+import base64
+import hmac
+import re
+import string
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import orjson
+import pytest
+
+from cursors import CursorInvalid, CursorSigner
+
+SECRET = "a-secret-that-only-the-tests-know-0001"
+OLDER = "a-secret-that-only-the-tests-know-0000"
+BINDING = "alice?status=pending&sort=title"
+
+MOMENT = datetime(2026, 2, 28, 23, 59, 59, 123456, UTC)
+
+
+@pytest.fixture
+def signer() -> CursorSigner:
+    return CursorSigner([SECRET])
+
+
+def decode(cursor: str) -> bytes:
+    return base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
+
+
+def encode(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        [MOMENT, 7],
+        [MOMENT.replace(microsecond=1), 7],
+        [MOMENT.replace(microsecond=999_999), 7],
+        [MOMENT.replace(microsecond=0), 7],
+        [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)],
+        [MOMENT.astimezone(timezone(timedelta(hours=5, minutes=30))), 7],
+        ["Buy milk", 7],
+        ["École 😀 \"'\\%_&=?/+\n\x01", 7],
+        ["2026-02-28T23:59:59+00:00", 7],
+        ["", 1],
+        [None, 2**63 - 1],
+        [1, True, 2.5],
+        [],
+    ],
+)
+def test_a_position_returns_as_it_was(signer: CursorSigner, position: list[Any]) -> None:
+    read = signer.read(signer.write(position, BINDING), BINDING)
+
+    assert read == position
+    assert [type(part) for part in read] == [type(part) for part in position]
+
+
+def test_a_cursor_needs_no_quoting_in_a_url(signer: CursorSigner) -> None:
+    for number in range(200):
+        assert re.fullmatch(r"[A-Za-z0-9_-]+", signer.write([f"?>~{number}", number], BINDING))
+
+
+@pytest.mark.parametrize("position", [[MOMENT, 7], ["Buy milk", 7], [None, 7]])
+def test_no_bit_of_a_cursor_can_be_changed(signer: CursorSigner, position: list[Any]) -> None:
+    raw = decode(signer.write(position, BINDING))
+
+    for index in range(len(raw)):
+        for bit in range(8):
+            forged = bytearray(raw)
+            forged[index] ^= 1 << bit
+            with pytest.raises(CursorInvalid):
+                signer.read(encode(bytes(forged)), BINDING)
+
+
+def test_no_character_of_a_cursor_can_be_changed_to_lead_elsewhere(signer: CursorSigner) -> None:
+    cursor = signer.write(["Buy milk", 7], BINDING)
+    refused = 0
+
+    for index in range(len(cursor)):
+        for other in string.printable + "é":
+            try:
+                read = signer.read(cursor[:index] + other + cursor[index + 1 :], BINDING)
+            except CursorInvalid:
+                refused += 1
+            else:
+                assert read == ["Buy milk", 7]
+
+    assert refused > 100 * (len(cursor) - 1)
+
+
+def test_a_cursor_can_be_neither_cut_nor_continued(signer: CursorSigner) -> None:
+    raw = decode(signer.write(["Buy milk", 7], BINDING))
+
+    for length in range(len(raw)):
+        with pytest.raises(CursorInvalid):
+            signer.read(encode(raw[:length]), BINDING)
+        with pytest.raises(CursorInvalid):
+            signer.read(encode(raw[length + 1 :]), BINDING)
+    for more in (b"\0", b" ", b"]", raw):
+        with pytest.raises(CursorInvalid):
+            signer.read(encode(raw + more), BINDING)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "bob?status=pending&sort=title",
+        "alice?status=completed&sort=title",
+        "alice?status=pending&sort=-title",
+        "alice?status=pending&sort=title ",
+        "Alice?status=pending&sort=title",
+        "alice",
+        "",
+        BINDING + "\0",
+        "\ud800",
+    ],
+)
+def test_a_cursor_is_good_for_its_own_list_only(signer: CursorSigner, other: str) -> None:
+    cursor = signer.write([MOMENT, 7], BINDING)
+
+    with pytest.raises(CursorInvalid):
+        signer.read(cursor, other)
+    assert signer.read(cursor, BINDING) == [MOMENT, 7]
+
+
+@pytest.mark.parametrize("binding", ["", "\ud800", "a\0b", "é" * 1000])
+def test_a_list_may_have_any_name(signer: CursorSigner, binding: str) -> None:
+    assert signer.read(signer.write([7], binding), binding) == [7]
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    ["", "A", "AAAA", "A" * 22, "A" * 64, "=", "====", " ", "\n", "\0", "é", "٣", "\ud800", "a.b", "A" * 1_000_000],
+    ids=ascii,
+)
+def test_what_we_did_not_write_is_no_cursor(signer: CursorSigner, cursor: str) -> None:
+    with pytest.raises(CursorInvalid):
+        signer.read(cursor, BINDING)
+
+
+def test_cursors_outlive_a_change_of_the_secret() -> None:
+    before, between, after = CursorSigner([OLDER]), CursorSigner([SECRET, OLDER]), CursorSigner([SECRET])
+    old, new = before.write([7], BINDING), between.write([7], BINDING)
+
+    assert between.read(old, BINDING) == [7]
+    assert between.read(new, BINDING) == [7]
+    assert after.read(new, BINDING) == [7]
+    for signer, cursor in ((after, old), (before, new)):
+        with pytest.raises(CursorInvalid):
+            signer.read(cursor, BINDING)
+
+
+def test_the_key_of_tokens_signs_no_cursor(signer: CursorSigner) -> None:
+    payload = orjson.dumps(["Buy milk", 7])
+    mac = hmac.digest(SECRET.encode(), BINDING.encode() + b"\0" + payload, "sha256")
+
+    for length in (16, 32):
+        with pytest.raises(CursorInvalid):
+            signer.read(encode(mac[:length] + payload), BINDING)

@@ -1,0 +1,200 @@
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+import db
+import queries
+from main import create_app
+from tests.conftest import Person, person, running, settings_for
+from tests.postgres import Server
+
+WRITERS = 32
+TASKS = 2_000
+
+
+async def test_many_writers_with_impatient_clients_lose_nothing(alice: Person) -> None:
+    """Every tenth client hangs up; what it asked for is done or not, and nobody else notices."""
+    numbers = iter(range(TASKS))
+    acknowledged: list[int] = []
+
+    async def write() -> None:
+        for number in numbers:
+            request = asyncio.create_task(alice.post(json={"title": str(number)}))
+            if number % 10 == 0:
+                await asyncio.sleep(0.001)
+                request.cancel()
+            (answer,) = await asyncio.gather(request, return_exceptions=True)
+            if isinstance(answer, asyncio.CancelledError):
+                continue
+            assert not isinstance(answer, BaseException)
+            assert answer.status_code == 201
+            acknowledged.append(number)
+
+    await asyncio.gather(*(write() for _ in range(WRITERS)))
+
+    kept = [int(task["title"]) for task in await _everything(alice)]
+    assert len(kept) == len(set(kept))
+    assert set(acknowledged) <= set(kept)
+    assert {number for number in range(TASKS) if number % 10} <= set(acknowledged)
+
+
+async def _everything(someone: Person) -> list[dict[str, str]]:
+    tasks, url = [], "?limit=1000"
+    while url:
+        answer = await someone.get(url)
+        tasks += answer.json()
+        url = answer.links.get("next", {}).get("url", "")
+    return tasks
+
+
+async def test_concurrent_updates_of_one_task_all_count(alice: Person) -> None:
+    task = await alice.create()
+
+    answers = await asyncio.gather(
+        *(alice.put(f"/{task['id']}", json={"description": str(number)}) for number in range(100))
+    )
+
+    assert {answer.status_code for answer in answers} == {200}
+    assert (await alice.get(f"/{task['id']}")).json()["version"] == task["version"] + 100
+
+
+async def test_sqlite_is_durable_and_shared(tmp_path: Path) -> None:
+    database = db.SQLite(f"sqlite:///{tmp_path / 'tasks.db'}")
+    await database.open()
+
+    for connection in (database.writer, *database.readers):
+        for pragma, value in {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}.items():
+            ((found,),) = await connection.execute_fetchall(f"PRAGMA {pragma}")
+            assert found == value
+
+    await database.close()
+
+
+async def test_sqlite_waits_for_another_process_that_writes(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'tasks.db'}"
+    async with running(create_app(settings_for(url))) as client:
+        alice = person("alice", client)
+        other = sqlite3.connect(tmp_path / "tasks.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+
+        waiting = asyncio.create_task(alice.post(json={"title": "Buy milk"}))
+        reading = await alice.get()  # readers do not wait
+        assert not waiting.done()
+        other.execute("COMMIT")
+        other.close()
+
+        assert reading.status_code == 200
+        assert (await waiting).status_code == 201
+
+
+async def test_sqlite_that_stays_locked_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(db, "SQLITE_BUSY_TIMEOUT_MS", 50)
+    async with running(create_app(settings_for(f"sqlite:///{tmp_path / 'tasks.db'}"))) as client:
+        alice = person("alice", client)
+        other = sqlite3.connect(tmp_path / "tasks.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+
+        answer = await alice.post(json={"title": "Buy milk"})
+        other.close()
+
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert (await alice.post(json={"title": "Buy milk"})).status_code == 201
+
+
+async def test_postgres_that_is_away_is_a_503_until_it_is_back(postgres: Server) -> None:
+    name = await postgres.create_database()
+    async with running(create_app(settings_for(postgres.url_of(name)))) as client:
+        alice = person("alice", client)
+        await alice.create()
+        await postgres.drop_database(name)
+
+        answers = [await alice.get() for _ in range(3)]
+
+        assert {answer.status_code for answer in answers} == {503}
+        assert answers[0].headers["retry-after"] == "1"
+        assert "database" not in answers[0].text
+
+
+async def test_a_database_that_is_away_does_not_keep_the_service_from_starting(postgres: Server) -> None:
+    url = "postgresql://nobody@127.0.0.1:1/nowhere"
+    async with running(create_app(settings_for(url, migrate_on_start=False))) as client:
+        assert (await client.get("/health")).status_code == 200
+        assert (await person("alice", client).get()).status_code == 503
+
+
+async def test_a_terminated_connection_is_replaced(postgres: Server) -> None:
+    name = await postgres.create_database()
+    async with running(create_app(settings_for(postgres.url_of(name), database_pool_size=1))) as client:
+        alice = person("alice", client)
+        task = await alice.create()
+        await postgres.execute(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+        )
+
+        answers = [await alice.get(f"/{task['id']}") for _ in range(2)]
+
+        assert answers[-1].json() == task
+    await postgres.drop_database(name)
+
+
+async def test_a_migration_below_a_running_service_goes_unnoticed(postgres: Server) -> None:
+    name = await postgres.create_database()
+    async with running(create_app(settings_for(postgres.url_of(name), database_pool_size=1))) as client:
+        alice = person("alice", client)
+        task = await alice.create()
+        assert (await alice.get(f"/{task['id']}")).status_code == 200
+        other = Server(postgres.url_of(name))
+        await other.execute("ALTER TABLE task ALTER COLUMN version TYPE bigint")
+
+        assert (await alice.get(f"/{task['id']}")).json() == task
+    await postgres.drop_database(name)
+
+
+async def test_rows_loaded_with_few_columns_are_tasks(database_url: str, alice: Person) -> None:
+    engine = db.connect(database_url, pool_size=1).engine()
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql(
+            f"INSERT INTO task (user_id, title) VALUES ('{alice.user_id}', 'loaded')"
+        )
+    await engine.dispose()
+
+    (task,) = (await alice.get()).json()
+
+    assert (task["title"], task["completed"], task["version"]) == ("loaded", False, 1)
+    assert task["created_at"] == task["updated_at"]
+    assert (await alice.patch(f"/{task['id']}/complete")).json()["completed"] is True
+    assert (await alice.create())["id"] > task["id"]
+
+
+@pytest.mark.parametrize(
+    ("url", "clause"),
+    [
+        ("mysql://h/d", "must begin with postgresql:// or sqlite:///"),
+        ("postgresql+psycopg://h/d", "must begin with postgresql:// or sqlite:///"),
+        ("nonsense", "must begin with postgresql:// or sqlite:///"),
+        ("sqlite://", "must name a file"),
+        ("sqlite:///:memory:", "must name a file"),
+        ("sqlite:nonsense", "is not a valid URL"),
+        ("sqlite:////dev/null/tasks.db", "names a folder that cannot be made"),
+        ("postgresql://", "names no host"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused_with_a_clause(url: str, clause: str) -> None:
+    with pytest.raises(ValueError, match=clause):
+        db.connect(url, pool_size=1)
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg", "postgres+asyncpg"])
+def test_every_spelling_of_postgres_is_known(scheme: str) -> None:
+    assert isinstance(db.connect(f"{scheme}://user@host/name", pool_size=1), db.Postgres)
+
+
+def test_statements_are_compiled_once() -> None:
+    database = db.connect("postgresql://user@host/name", pool_size=1)
+    listing = queries.Listing()
+
+    first = db.compile_statement(queries._list_statement(listing, True), database.dialect)
+
+    assert db.compile_statement(queries._list_statement(listing, True), database.dialect) is first

@@ -1,0 +1,197 @@
+"""/docs, also as a person without internet sees it: a real browser on the real service."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+
+from config import Settings
+
+MAIN = Path(__file__).parents[1] / "main.py"
+START_TIMEOUT_S = 30
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# Without names there is no way out, not even for what is not a request of the page.
+BROWSER_OPTIONS = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
+
+
+async def test_the_root_leads_to_the_docs(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/")
+
+    assert answer.status_code == 307
+    assert answer.headers["location"] == "/docs"
+
+
+async def test_the_page_names_no_other_host(client: httpx.AsyncClient) -> None:
+    addresses = await addresses_in_docs(client)
+
+    assert len(addresses) == 3
+    assert [address for address in addresses if not address.startswith("/docs/assets/")] == []
+
+
+async def test_what_the_page_names_is_served(client: httpx.AsyncClient) -> None:
+    answers = [await client.get(address) for address in await addresses_in_docs(client)]
+
+    served = {Path(answer.url.path).suffix: answer.headers["content-type"] for answer in answers}
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert served[".css"].startswith("text/css")
+    assert re.match(r"(text|application)/javascript", served[".js"])  # Python 3.11 has the older name
+    assert served[".png"] == "image/png"
+    assert all(answer.content for answer in answers)
+
+
+def test_a_task_is_created_from_the_docs_without_internet(
+    service: "Service", chromium: str, tmp_path: Path
+) -> None:
+    token = service.token_of("alice")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_OPTIONS)
+        page = browser.new_page(service_workers="block")
+        watched = Watched(page.context, service.address)
+
+        page.goto(f"{service.address}/docs")
+        authorize(page, token)
+        status, body = create_task(page, "alice", '{"title": "Buy milk"}')
+
+        page.screenshot(path=tmp_path / "docs.png", full_page=True)
+        browser.close()
+    assert status == "201"
+    assert json.loads(body)["title"] == "Buy milk"
+    assert service.tasks_of("alice", token) == [json.loads(body)]
+    assert f"{service.address}/openapi.json" in watched.requests
+    assert watched.foreign_requests == []
+    assert watched.errors == []
+
+
+class Watched:
+    """What a browser asks for and complains about; it gets only what is served at *address*."""
+
+    def __init__(self, context: BrowserContext, address: str) -> None:
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self._address = address
+        context.route(self._is_foreign, lambda route: route.abort())
+        context.on("request", lambda request: self.requests.append(request.url))
+        context.on("console", self._listen)
+        context.on("weberror", lambda error: self.errors.append(str(error.error)))
+
+    @property
+    def foreign_requests(self) -> list[str]:
+        return [url for url in self.requests if self._is_foreign(url)]
+
+    def _is_foreign(self, url: str) -> bool:
+        return not url.startswith((f"{self._address}/", "data:"))
+
+    def _listen(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.errors.append(message.text)
+
+
+def authorize(page: Page, token: str) -> None:
+    page.get_by_role("button", name="Authorize").click()
+    dialog = page.locator(".dialog-ux")
+    dialog.get_by_role("textbox").fill(token)
+    dialog.get_by_role("button", name="Apply credentials").click()
+    expect(dialog.get_by_role("button", name="Remove authorization")).to_be_visible()
+    dialog.get_by_role("button", name="Close").first.click()
+
+
+def create_task(page: Page, user_id: str, body: str) -> tuple[str, str]:
+    """Press Execute and return the status and the body that the page then shows."""
+    operation = page.locator("#operations-tasks-create_task")
+    operation.locator(".opblock-summary-control").click()
+    operation.get_by_placeholder("user_id").fill(user_id)
+    operation.locator("textarea").fill(body)
+    operation.get_by_role("button", name="Execute").click()
+    answer = operation.locator(".live-responses-table .response")
+    status = answer.locator(".response-col_status").inner_text()
+    return status.strip(), answer.locator(".highlight-code code").inner_text()
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service, with the settings that it was started with."""
+
+    address: str
+    environment: dict[str, str]
+    folder: Path
+
+    def token_of(self, user_id: str) -> str:
+        command = [sys.executable, str(MAIN), "token", user_id]
+        return subprocess.check_output(command, cwd=self.folder, env=self.environment, text=True).strip()
+
+    def tasks_of(self, user_id: str, token: str) -> list[dict[str, Any]]:
+        url = f"{self.address}/api/{user_id}/tasks"
+        answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, trust_env=False)
+        tasks: list[dict[str, Any]] = answer.json()
+        return tasks
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    """Start the service as a person does who has set nothing, on a port that was free."""
+    settings = {name.upper() for name in Settings.model_fields}
+    environment = {name: value for name, value in os.environ.items() if name.upper() not in settings}
+    environment |= {"PORT": "0", "DATA_DIR": str(tmp_path / "data")}
+    log = tmp_path / "log"
+    # A folder of its own, because a `.env` is read from the working directory.
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, MAIN], cwd=tmp_path, env=environment, stdout=output, stderr=output
+        )
+    try:
+        yield Service(address_in(log, process), environment, tmp_path)
+    finally:
+        process.terminate()
+        process.wait(timeout=START_TIMEOUT_S)
+
+
+def address_in(log: Path, process: "subprocess.Popen[bytes]") -> str:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if found := re.search(r"^(http://127\.0\.0\.1:\d+)/docs$", log.read_text(), re.MULTILINE):
+            return found[1]
+        time.sleep(0.02)
+    raise RuntimeError(f"the service did not start: {log.read_text()}")
+
+
+@pytest.fixture
+def chromium() -> str:
+    if found := next(filter(None, map(shutil.which, BROWSERS)), None):
+        return found
+    sentence = "There is no Chromium: install Debian's package `chromium`."
+    if os.environ.get("CI"):
+        pytest.fail(f"{sentence} CI must not go without this test.")
+    pytest.skip(reason=sentence)  # a browser is much to ask of everybody who runs the tests
+
+
+async def addresses_in_docs(client: httpx.AsyncClient) -> list[str]:
+    answer = await client.get("/docs")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    page = LinkedPage()
+    page.feed(answer.text)
+    return page.addresses
+
+
+class LinkedPage(HTMLParser):
+    """Collects the addresses of a page's script and link tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link"):
+            self.addresses += [value for name, value in attrs if name in ("src", "href") and value]

@@ -1,0 +1,99 @@
+import json
+import re
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from main import create_app
+from tests.conftest import Person, person, running, settings_for
+
+MEMBERS = ["type", "title", "status", "detail", "instance"]
+INTERNAL = re.compile(r"Traceback|\.py|sqlalchemy|asyncpg|sqlite|SELECT|[a-z]Error\b|/home|/usr|pydantic")
+
+
+def assert_problem(answer: httpx.Response, status: int, title: str, detail: str) -> None:
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert list(problem)[:5] == MEMBERS
+    assert (problem["type"], problem["title"], problem["status"]) == ("about:blank", title, status)
+    assert problem["detail"] == detail
+    assert problem["instance"] == answer.headers["x-request-id"]
+    assert not INTERNAL.search(answer.text)
+
+
+async def test_an_unknown_address_is_a_problem(client: httpx.AsyncClient) -> None:
+    for path in ("/nope", "/api", "/api/", "/api/x", "/api/x/tasks/1/2/3", "/docs/assets/nope.js"):
+        assert_problem(await client.get(path), 404, "Not Found", "There is nothing at this address")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/health", {"GET"}),
+        ("DELETE", "/api/x/tasks", {"GET", "POST"}),
+        ("POST", "/api/x/tasks/1", {"GET", "PUT", "DELETE"}),
+        ("GET", "/api/x/tasks/1/complete", {"PATCH"}),
+        ("BREW", "/api/v1/x/tasks", {"GET", "POST"}),
+    ],
+)
+async def test_a_wrong_method_names_the_right_ones(
+    client: httpx.AsyncClient, method: str, path: str, allowed: set[str]
+) -> None:
+    answer = await client.request(method, path)
+
+    assert_problem(answer, 405, "Method Not Allowed", "This method is not allowed at this address")
+    assert set(answer.headers["allow"].split(", ")) == allowed
+
+
+async def test_a_mistake_in_the_body_points_at_it(alice: Person) -> None:
+    answer = await alice.post(json={"title": " "})
+
+    assert_problem(answer, 422, "Unprocessable Content", "title: must be 1 to 200 characters")
+    assert answer.json()["errors"] == [{"pointer": "/title", "detail": "must be 1 to 200 characters"}]
+
+
+async def test_every_mistake_is_named(alice: Person) -> None:
+    answer = await alice.post(json={"description": 5, "completed": "x"})
+
+    assert_problem(
+        answer,
+        422,
+        "Unprocessable Content",
+        "title: is required; description: must be text; completed: must be true or false",
+    )
+
+
+async def test_a_crash_is_a_problem_that_tells_nothing(app_that_crashes: FastAPI) -> None:
+    async with running(app_that_crashes) as client:
+        answer = await person("alice", client).get(headers={"Origin": "https://app.example.com"})
+
+    assert_problem(
+        answer, 500, "Internal Server Error", "Something went wrong on our side. Please try again."
+    )
+    assert answer.headers["access-control-allow-origin"] == "https://app.example.com"
+
+
+@pytest.fixture
+def app_that_crashes(database_url: str, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+    async def all_(*_: object, **__: object) -> None:
+        raise RuntimeError("SELECT secret FROM /home/somebody")
+
+    app = create_app(settings_for(database_url))
+    monkeypatch.setattr(app.state.database, "all", all_)
+    return app
+
+
+@pytest.mark.parametrize("name", ["missing title", "null", "401", "404", "405"])
+async def test_the_detail_is_one_string(alice: Person, name: str) -> None:
+    answer = {
+        "missing title": await alice.post(json={}),
+        "null": await alice.post(json=None),
+        "401": await alice.client.get(alice.tasks),
+        "404": await alice.get("/1"),
+        "405": await alice.delete(""),
+    }[name]
+
+    assert isinstance(json.loads(answer.content)["detail"], str)
+    assert answer.json()["detail"]
