@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -142,6 +143,9 @@ def main(arguments: list[str]) -> None:
         server_header=False,
     )
     server = _Server(config, settings)
+    # uvicorn shuts down in order and then raises the signal again; to stop when asked is a success.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     server.run()
     if not server.started:
         raise SystemExit(3)

@@ -1,6 +1,7 @@
 """The real app on both databases, and the people who use it."""
 
 import json
+import logging
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,8 @@ import tokens
 from config import Settings
 from main import create_app
 from tests.postgres import Server, running_server
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # clients would mix with the service's log
 
 SECRET = "a-secret-that-only-the-tests-know-0001"
 

@@ -130,7 +130,23 @@ def test_a_list_may_have_any_name(signer: CursorSigner, binding: str) -> None:
 
 @pytest.mark.parametrize(
     "cursor",
-    ["", "A", "AAAA", "A" * 22, "A" * 64, "=", "====", " ", "\n", "\0", "é", "٣", "\ud800", "a.b", "A" * 1_000_000],
+    [
+        "",
+        "A",
+        "AAAA",
+        "A" * 22,
+        "A" * 64,
+        "=",
+        "====",
+        " ",
+        "\n",
+        "\0",
+        "é",
+        "٣",
+        "\ud800",
+        "a.b",
+        "A" * 1_000_000,
+    ],
     ids=ascii,
 )
 def test_what_we_did_not_write_is_no_cursor(signer: CursorSigner, cursor: str) -> None:

@@ -52,7 +52,7 @@ async def test_what_the_page_names_is_served(client: httpx.AsyncClient) -> None:
 
 
 def test_a_task_is_created_from_the_docs_without_internet(
-    service: "Service", chromium: str, tmp_path: Path
+    chromium: str, service: "Service", tmp_path: Path
 ) -> None:
     token = service.token_of("alice")
     with sync_playwright() as playwright:

@@ -21,7 +21,6 @@ from strict_json import NotStrictJson
         (b'[{"a": 1}, {"a": 2}]', [{"a": 1}, {"a": 2}]),
         (b"1e308", 1e308),
         (b"9" * 4300, int("9" * 4300)),
-        (b"[" * 100 + b"]" * 100, eval("[" * 100 + "]" * 100)),
     ],
 )
 def test_json_is_read(text: bytes, value: Any) -> None:
@@ -46,7 +45,7 @@ def test_a_whole_number_stays_one() -> None:
     ],
 )
 def test_a_member_comes_once(text: bytes) -> None:
-    with pytest.raises(NotStrictJson, match="^has a member twice$"):
+    with pytest.raises(NotStrictJson, match=r"^has a member twice$"):
         strict_json.loads(text)
 
 
@@ -59,8 +58,16 @@ def test_a_number_is_one_that_json_knows(text: str, name: str) -> None:
 
 @pytest.mark.parametrize("text", [b"1e999", b"-1e999", b"1E+400", b'{"a": [1.5e309]}', b"9" * 400 + b".0"])
 def test_a_number_is_finite(text: bytes) -> None:
-    with pytest.raises(NotStrictJson, match="^has a number that is too large$"):
+    with pytest.raises(NotStrictJson, match=r"^has a number that is too large$"):
         strict_json.loads(text)
+
+
+def test_a_hundred_levels_are_read() -> None:
+    value = strict_json.loads(b"[" * 100 + b"7" + b"]" * 100)
+
+    for _ in range(100):
+        (value,) = value
+    assert value == 7
 
 
 def test_a_number_too_small_to_tell_from_zero_is_zero() -> None:
@@ -69,7 +76,7 @@ def test_a_number_too_small_to_tell_from_zero_is_zero() -> None:
 
 @pytest.mark.parametrize("text", [b"9" * 5000, b"-" + b"9" * 5000, b'{"a": [' + b"1" * 5000 + b"]}"])
 def test_a_number_of_thousands_of_digits_is_too_long(text: bytes) -> None:
-    with pytest.raises(NotStrictJson, match="^has a number that is too long$"):
+    with pytest.raises(NotStrictJson, match=r"^has a number that is too long$"):
         strict_json.loads(text)
 
 
@@ -85,7 +92,7 @@ def test_a_number_of_thousands_of_digits_is_too_long(text: bytes) -> None:
     ids=["open arrays", "arrays", "open objects", "objects", "both"],
 )
 def test_deep_nesting_is_refused(text: bytes) -> None:
-    with pytest.raises(NotStrictJson, match="^is nested too deeply$"):
+    with pytest.raises(NotStrictJson, match=r"^is nested too deeply$"):
         strict_json.loads(text)
 
 
@@ -104,7 +111,7 @@ def test_deep_nesting_is_refused(text: bytes) -> None:
     ],
 )
 def test_text_is_utf_8(text: bytes) -> None:
-    with pytest.raises(NotStrictJson, match="^is not valid UTF-8$"):
+    with pytest.raises(NotStrictJson, match=r"^is not valid UTF-8$"):
         strict_json.loads(text)
 
 
@@ -143,7 +150,7 @@ def test_text_is_utf_8(text: bytes) -> None:
     ],
 )
 def test_what_is_not_json_is_refused_where_it_goes_wrong(text: bytes, position: int) -> None:
-    with pytest.raises(NotStrictJson, match=rf"^is not valid JSON at character \d+$") as refusal:
+    with pytest.raises(NotStrictJson, match=r"^is not valid JSON at character \d+$") as refusal:
         strict_json.loads(text)
 
     assert str(refusal.value) == f"is not valid JSON at character {position}"

@@ -1,0 +1,126 @@
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+import logs
+from main import create_app
+from tests.conftest import Person, person, running, settings_for
+
+
+class Log(io.StringIO):
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in self.getvalue().splitlines()]
+        return [line for line in lines if line["event"] == name]
+
+
+@pytest.fixture
+def log_format() -> str:
+    return "json"
+
+
+@pytest.fixture
+def log(log_format: str) -> Iterator[Log]:
+    """What the service writes while the test runs, in the format that it writes to standard error."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    logs.configure("info", log_format)
+    (handler,) = root.handlers
+    assert isinstance(handler, logging.StreamHandler)
+    log = Log()
+    handler.setStream(log)
+    yield log
+    root.handlers = handlers
+    root.setLevel(level)
+
+
+async def test_every_answer_carries_an_id(client: httpx.AsyncClient, alice: Person) -> None:
+    answers = [await client.get("/health"), await client.get("/nope"), await alice.get("/1")]
+    ids = [answer.headers["x-request-id"] for answer in answers]
+
+    assert len(set(ids)) == 3
+    assert all(re.fullmatch(r"[0-9a-f]{32}", identifier) for identifier in ids)
+
+
+async def test_the_clients_own_id_is_taken_up(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/nope", headers={"X-Request-ID": "a1b2-c3"})
+
+    assert answer.headers["x-request-id"] == answer.json()["instance"] == "a1b2-c3"
+
+
+@pytest.mark.parametrize("sent", ["", "two words", "x" * 129, 'quote"', "\x1b[31m", "é", "a,b;c"])
+async def test_an_id_that_could_confuse_a_log_is_replaced(client: httpx.AsyncClient, sent: str) -> None:
+    answer = await client.get("/health", headers={b"X-Request-ID": sent.encode("latin-1")})
+
+    assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
+
+
+async def test_a_request_is_one_line(alice: Person, log: Log) -> None:
+    answer = await alice.post(json={"title": "Buy milk"})
+
+    (line,) = log.events("request")
+    assert line["method"] == "POST"
+    assert line["path"] == alice.tasks
+    assert line["status"] == 201
+    assert line["bytes"] == len(answer.content)
+    assert line["request_id"] == answer.headers["x-request-id"]
+    assert isinstance(line["duration_ms"], float)
+    assert alice.token not in json.dumps(line)
+
+
+async def test_a_line_cannot_be_forged(client: httpx.AsyncClient, log: Log) -> None:
+    await client.get('/x%0a{"event":"request","status":200}%1b[2J')
+
+    (line,) = log.events("request")
+    assert line["status"] == 404
+
+
+@pytest.mark.parametrize("log_format", ["console"])
+async def test_the_console_cannot_be_forged_either(client: httpx.AsyncClient, log: Log) -> None:
+    await client.get("/x%0aforged%1b[2J")
+
+    assert len(log.getvalue().splitlines()) == 1
+    assert "\x1b[2J" not in log.getvalue()
+
+
+async def test_a_crash_is_logged_with_its_cause_and_id(
+    database_url: str, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def one(*_: object, **__: object) -> None:
+        raise RuntimeError("the cause")
+
+    app = create_app(settings_for(database_url))
+    monkeypatch.setattr(app.state.database, "one", one)
+    async with running(app) as client:
+        answer = await person("alice", client).get("/1")
+
+    (crash,) = log.events("crash")
+    assert crash["request_id"] == answer.headers["x-request-id"]
+    assert crash["level"] == "error"
+    assert "the cause" in json.dumps(crash["exception"])
+
+
+async def test_lines_can_be_switched_off(database_url: str, log: Log) -> None:
+    async with running(create_app(settings_for(database_url, access_log=False))) as client:
+        assert "x-request-id" in (await client.get("/health")).headers
+
+    assert log.events("request") == []
+
+
+async def test_half_an_answer_is_cut_off(app: FastAPI) -> None:
+    from middleware.access_log import AccessLogMiddleware
+
+    async def half(scope: object, receive: object, send: httpx.ASGITransport) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator]
+        raise RuntimeError("the cause")
+
+    transport = httpx.ASGITransport(AccessLogMiddleware(half))  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+        with pytest.raises(RuntimeError, match="the cause"):
+            await client.get("/")

@@ -1,0 +1,108 @@
+from collections.abc import AsyncIterator
+
+import pytest
+
+from middleware.json_body import BODY_MAX_BYTES
+from tests.conftest import Person
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        (b"{", "is not valid JSON at character 1"),
+        (b"title=x", "is not valid JSON at character 0"),
+        (b'{"title": "x"} {}', "is not valid JSON at character 15"),
+        (b'{"title": "x",}', None),
+        (b"\xef\xbb\xbf{}", None),
+        ('{"title": "é"}'.encode("latin-1"), "is not valid UTF-8"),
+        ('{"title": "x"}'.encode("utf-16"), "is not valid UTF-8"),
+        (b'{"title": "a", "title": "b"}', "has a member twice"),
+        (b'{"title": "a", "other": {"x": 1, "x": 2}}', "has a member twice"),
+        (b'{"title": "a", "other": NaN}', "has the number NaN, which JSON does not know"),
+        (b'{"title": "a", "other": -Infinity}', "has the number -Infinity, which JSON does not know"),
+        (b'{"title": "a", "other": 1e999}', "has a number that is too large"),
+        (b'{"title": "a", "other": ' + b"9" * 5000 + b"}", "has a number that is too long"),
+        (b'{"title": ' + b"[" * 30_000 + b"]" * 30_000 + b"}", "is nested too deeply"),
+        (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "is nested too deeply"),
+    ],
+)
+async def test_a_body_that_is_not_strict_json_is_422(
+    alice: Person, content: bytes, detail: str | None
+) -> None:
+    answer = await alice.post(content=content, headers=JSON)
+
+    assert answer.status_code == 422
+    (error,) = answer.json()["errors"]
+    assert error["pointer"] == ""
+    assert error["detail"] == detail or (detail is None and "is not valid JSON" in error["detail"])
+    assert (await alice.get()).json() == []
+
+
+async def test_a_missing_body_is_422(alice: Person) -> None:
+    answer = await alice.post(headers=JSON)
+
+    assert (answer.status_code, answer.json()["detail"]) == (422, "body: is required")
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    [
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "image/json",
+        "json",
+        None,
+    ],
+)
+async def test_a_body_that_is_not_said_to_be_json_is_415(alice: Person, media_type: str | None) -> None:
+    headers = {"Content-Type": media_type} if media_type else {}
+
+    answer = await alice.post(content=b'{"title": "x"}', headers=headers)
+
+    assert answer.status_code == 415
+    assert answer.json()["detail"] == "The request body must be JSON: send Content-Type: application/json"
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    ["application/json", "application/json; charset=utf-8", "APPLICATION/JSON", "application/x+json"],
+)
+async def test_every_json_media_type_is_read(alice: Person, media_type: str) -> None:
+    answer = await alice.post(content=b'{"title": "x"}', headers={"Content-Type": media_type})
+
+    assert answer.status_code == 201
+
+
+def _padded(size_bytes: int) -> bytes:
+    start = b'{"title": "x", "other": "'
+    return start + b"x" * (size_bytes - len(start) - 2) + b'"}'
+
+
+async def test_a_body_of_64_kib_is_read_and_one_byte_more_is_413(alice: Person) -> None:
+    assert (await alice.post(content=_padded(BODY_MAX_BYTES), headers=JSON)).status_code == 201
+
+    answer = await alice.post(content=_padded(BODY_MAX_BYTES + 1), headers=JSON)
+
+    assert (answer.status_code, answer.json()["title"]) == (413, "Content Too Large")
+    assert len((await alice.get()).json()) == 1
+
+
+@pytest.mark.parametrize(("chunks", "status"), [(64, 422), (65, 413), (10_000, 413)])
+async def test_a_body_of_unknown_length_is_counted(alice: Person, chunks: int, status: int) -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        for _ in range(chunks):
+            yield b" " * 1024
+
+    answer = await alice.post(content=stream(), headers=JSON)
+
+    assert answer.status_code == status
+
+
+@pytest.mark.parametrize("length", ["999999999999999999999", "65537"])
+async def test_a_body_that_is_announced_as_too_large_is_not_read(alice: Person, length: str) -> None:
+    answer = await alice.post(content=b"{}", headers=JSON | {"Content-Length": length})
+
+    assert answer.status_code == 413

@@ -1,0 +1,197 @@
+import asyncio
+import json
+import shlex
+import socket
+import stat
+import subprocess
+from pathlib import Path
+
+import httpx
+import jwt
+import pytest
+
+from tests.conftest import SECRET
+from tests.postgres import Server
+from tests.service import PROJECT, run, running_service
+
+MAIN = str(PROJECT / "main.py")
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_started_with_nothing_it_prints_three_lines_that_work(tmp_path: Path) -> None:
+    port = free_port()
+    with running_service(tmp_path, PORT=port) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        docs, create, listing = service.printed
+
+        assert docs == f"http://127.0.0.1:{port}/docs"
+        assert "Swagger UI" in httpx.get(docs).text or "swagger-ui" in httpx.get(docs).text
+        created = json.loads(subprocess.check_output([*shlex.split(create), "--silent"]))
+        assert created["title"] == "Buy milk"
+        assert json.loads(subprocess.check_output([*shlex.split(listing), "--silent"])) == [created]
+
+        assert service.stop() == 0
+
+
+def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
+    port = free_port()
+    for expected in (1, 2):
+        with running_service(tmp_path, PORT=port) as service:
+            service.wait_for(f"http://127.0.0.1:{port}")
+            _, create, listing = service.printed
+            subprocess.check_output([*shlex.split(create), "--silent"])
+            tasks = json.loads(subprocess.check_output([*shlex.split(listing), "--silent"]))
+            assert len(tasks) == expected
+            service.stop()
+
+    secret = tmp_path / "data" / "secret"
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+
+
+def test_uvicorn_serves_too(tmp_path: Path) -> None:
+    port = free_port()
+    command = ["-m", "uvicorn", "main:app", "--port", port]
+    with running_service(tmp_path, *command) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+
+        assert service.stop() in (0, -15)
+    access = [line for line in service.logged.splitlines() if "/health" in line]
+    assert access
+    assert all("request_id=" in line for line in access)
+
+
+def test_an_answer_over_a_socket_names_no_server(tmp_path: Path) -> None:
+    port = free_port()
+    with running_service(tmp_path, PORT=port) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+
+        answer = httpx.get(f"http://127.0.0.1:{port}/health", headers={"Origin": "http://localhost:3000"})
+
+    assert "server" not in answer.headers
+    assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
+    assert answer.headers["x-request-id"]
+
+
+def test_a_large_body_over_a_socket_is_a_problem(tmp_path: Path) -> None:
+    port = free_port()
+    with running_service(tmp_path, PORT=port) as service:
+        address = f"http://127.0.0.1:{port}"
+        service.wait_for(address)
+        token = run(tmp_path, MAIN, "token", "alice").stdout.strip()
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+
+        with httpx.Client(base_url=address, headers=headers) as client:
+            answer = client.post("/api/alice/tasks", content=b"x" * 1_000_000)
+            after = client.get("/api/alice/tasks")
+
+    assert (answer.status_code, answer.json()["title"]) == (413, "Content Too Large")
+    assert (after.status_code, after.json()) == (200, [])
+
+
+async def test_postgres_is_served_as_configured(tmp_path: Path, postgres: Server) -> None:
+    name = await postgres.create_database()
+    port = free_port()
+    settings = {
+        "DATABASE_URL": postgres.url_of(name).replace("postgresql://", "postgres://"),
+        "BETTER_AUTH_SECRET": SECRET,
+        "MIGRATE_ON_START": "true",
+        "ENVIRONMENT": "production",
+        "PORT": port,
+    }
+    with running_service(tmp_path, **settings) as service:
+        address = f"http://127.0.0.1:{port}"
+        await asyncio.to_thread(service.wait_for, address)
+        token = run(tmp_path, MAIN, "token", "alice", **settings).stdout.strip()
+        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {token}"}) as client:
+            created = await client.post(f"{address}/api/alice/tasks", json={"title": "Buy milk"})
+            listed = await client.get(f"{address}/api/alice/tasks")
+
+        assert listed.json() == [created.json()]
+        assert service.printed == []
+        assert all(json.loads(line) for line in service.logged.splitlines())
+        assert service.stop() == 0
+    await postgres.drop_database(name)
+
+
+@pytest.mark.parametrize(("lifetime", "seconds"), [("15m", 900), ("24h", 86_400), ("7d", 604_800)])
+def test_token_prints_a_token_of_the_configured_lifetime(tmp_path: Path, lifetime: str, seconds: int) -> None:
+    done = run(tmp_path, MAIN, "token", "alice", JWT_EXPIRATION=lifetime, BETTER_AUTH_SECRET=SECRET)
+
+    claims = jwt.decode(done.stdout.strip(), SECRET, algorithms=["HS256"])
+    assert claims["sub"] == "alice"
+    assert claims["exp"] - claims["iat"] == seconds
+
+
+@pytest.mark.parametrize("command", [(MAIN,), ("-m", "uvicorn", "main:app"), (MAIN, "token", "alice")])
+def test_a_mistake_in_the_settings_ends_the_start_with_a_sentence(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    done = run(tmp_path, *command, BETTER_AUTH_SECRET="short")
+
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["BETTER_AUTH_SECRET: must be at least 32 characters"]
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("mysql://h/d", "DATABASE_URL: must begin with postgresql:// or sqlite:///"),
+        (
+            "postgresql://u:hunter2@h/d?sslmode=maybe",
+            "DATABASE_URL: has an sslmode that is not one of "
+            "disable, allow, prefer, require, verify-ca, verify-full",
+        ),
+    ],
+)
+def test_a_database_url_that_cannot_be_used_ends_the_start_with_a_sentence(
+    tmp_path: Path, url: str, sentence: str
+) -> None:
+    done = run(tmp_path, MAIN, DATABASE_URL=url, BETTER_AUTH_SECRET=SECRET)
+
+    assert (done.returncode, done.stderr.splitlines()) == (2, [sentence])
+
+
+def test_a_data_folder_that_cannot_be_made_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("in the way")
+
+    done = run(tmp_path, MAIN)
+
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_ends_the_start(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+
+        done = run(tmp_path, MAIN, PORT=str(taken.getsockname()[1]))
+
+    assert done.returncode != 0
+    assert "address already in use" in done.stderr
+    assert "curl" not in done.stdout
+
+
+def test_importing_main_reads_no_settings(tmp_path: Path) -> None:
+    done = run(tmp_path, "-c", "import main", BETTER_AUTH_SECRET="short")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_alembic_migrates_by_the_same_settings(tmp_path: Path) -> None:
+    command = ["-m", "alembic", "-c", str(PROJECT / "pyproject.toml")]
+
+    assert run(tmp_path, *command, "upgrade", "head").returncode == 0
+    assert "0001 (head)" in run(tmp_path, *command, "current").stdout
+    refused = run(tmp_path, *command, "current", DATABASE_URL="nonsense", BETTER_AUTH_SECRET=SECRET)
+    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (
+        2,
+        "DATABASE_URL: must begin with postgresql:// or sqlite:///",
+    )
