@@ -19,7 +19,7 @@ COPY middleware middleware
 COPY migrations migrations
 COPY routes routes
 # The service's user cannot write here, so every start would compile anew.
-RUN python -m compileall -q *.py middleware migrations routes
+RUN python -m compileall -q ./*.py middleware migrations routes
 
 ENV PATH=/app/.venv/bin:$PATH HOST=0.0.0.0 DATA_DIR=/data PYTHONUNBUFFERED=1
 # By number: Kubernetes' runAsNonRoot does not look up names.

@@ -66,13 +66,13 @@ def running_server() -> Iterator[Server]:
 def _started(folder: Path) -> Iterator[int]:
     programs = _programs()
     owner: dict[str, object] = {}
-    if _is_root():
+    if is_root():
         # PostgreSQL refuses to run as root, and the other user may not see where we are installed.
         programs = _copy_of_wheel(programs, folder)
         owner = {"user": "nobody", "group": "nogroup", "extra_groups": []}
         folder.chmod(0o755)
         shutil.chown(folder, "nobody", "nogroup")
-    data, port = folder / "data", _free_port()
+    data, port = folder / "data", free_port()
     _initialise(programs, data, owner)
     command = [programs / "postgres", "-D", data, "-p", str(port)]
     for setting in (
@@ -133,11 +133,11 @@ def _wait_until_listening(server: "subprocess.Popen[bytes]", port: int, log: Pat
     raise RuntimeError(f"PostgreSQL did not start: {log.read_text()}")
 
 
-def _is_root() -> bool:
+def is_root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -9,8 +9,8 @@ import orjson
 import pytest
 
 from cursors import CursorInvalid, CursorSigner
+from tests.conftest import SECRET
 
-SECRET = "a-secret-that-only-the-tests-know-0001"
 OLDER = "a-secret-that-only-the-tests-know-0000"
 BINDING = "alice?status=pending&sort=title"
 

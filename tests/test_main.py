@@ -11,20 +11,14 @@ import jwt
 import pytest
 
 from tests.conftest import SECRET
-from tests.postgres import Server
+from tests.postgres import Server, free_port
 from tests.service import PROJECT, run, running_service
 
 MAIN = str(PROJECT / "main.py")
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def test_started_with_nothing_it_prints_three_lines_that_work(tmp_path: Path) -> None:
-    port = free_port()
+    port = str(free_port())
     with running_service(tmp_path, PORT=port) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
         docs, create, listing = service.printed
@@ -39,7 +33,7 @@ def test_started_with_nothing_it_prints_three_lines_that_work(tmp_path: Path) ->
 
 
 def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
-    port = free_port()
+    port = str(free_port())
     for expected in (1, 2):
         with running_service(tmp_path, PORT=port) as service:
             service.wait_for(f"http://127.0.0.1:{port}")
@@ -54,7 +48,7 @@ def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
 
 
 def test_uvicorn_serves_too(tmp_path: Path) -> None:
-    port = free_port()
+    port = str(free_port())
     command = ["-m", "uvicorn", "main:app", "--port", port]
     with running_service(tmp_path, *command) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -66,7 +60,7 @@ def test_uvicorn_serves_too(tmp_path: Path) -> None:
 
 
 def test_an_answer_over_a_socket_names_no_server(tmp_path: Path) -> None:
-    port = free_port()
+    port = str(free_port())
     with running_service(tmp_path, PORT=port) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
 
@@ -78,7 +72,7 @@ def test_an_answer_over_a_socket_names_no_server(tmp_path: Path) -> None:
 
 
 def test_a_large_body_over_a_socket_is_a_problem(tmp_path: Path) -> None:
-    port = free_port()
+    port = str(free_port())
     with running_service(tmp_path, PORT=port) as service:
         address = f"http://127.0.0.1:{port}"
         service.wait_for(address)
@@ -95,7 +89,7 @@ def test_a_large_body_over_a_socket_is_a_problem(tmp_path: Path) -> None:
 
 async def test_postgres_is_served_as_configured(tmp_path: Path, postgres: Server) -> None:
     name = await postgres.create_database()
-    port = free_port()
+    port = str(free_port())
     settings = {
         "DATABASE_URL": postgres.url_of(name).replace("postgresql://", "postgres://"),
         "BETTER_AUTH_SECRET": SECRET,

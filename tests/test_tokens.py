@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import tokens
+from tests.conftest import SECRET
 from tokens import Claims, TokenExpired, TokenInvalid, Verifier
 
-SECRET = "a-secret-that-only-the-tests-know-0001"
 OLDER = "a-secret-that-only-the-tests-know-0000"
 PUBLIC_KEY = """-----BEGIN PUBLIC KEY-----
 MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=
