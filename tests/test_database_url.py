@@ -433,33 +433,6 @@ NO_HOST = "names no host"
 UNKNOWN = "has a parameter that is not known: "
 NOT_A_MODE = "has an sslmode that is not one of disable, allow, prefer, require, verify-ca, verify-full"
 NOT_SECONDS = "has a connect_timeout that is not a number of seconds"
-WRONG = [
-    ("postgresql://user:hunter2@[::1/tasks", NOT_A_URL),
-    ("postgresql://user:hunter2@::1]/tasks", NOT_A_URL),
-    ("postgresql://user:hunter2@db:port/tasks", NOT_A_URL),
-    ("postgresql://user:hunter2@db:65536/tasks", NOT_A_URL),
-    ("postgresql://user:hunter2@db:-1/tasks", NOT_A_URL),
-    ("postgresql://user:hunter2@db:5432,db2:5432/tasks", NOT_A_URL),
-    ("postgresql://user:hunter2#@db/tasks", NOT_A_URL),
-    ("postgresql://user:hunter2/@db/tasks", NOT_A_URL),
-    ("postgresql://user:hunter2?@db/tasks", NOT_A_URL),
-    ("postgresql://user:[hunter2@db/tasks", NOT_A_URL),
-    ("postgresql://user:hunter2@/tasks", NO_HOST),
-    ("postgresql://user:hunter2@:5432/tasks", NO_HOST),
-    ("postgresql:///tasks", NO_HOST),
-    ("postgresql://", NO_HOST),
-    ("postgresql:", NO_HOST),
-    ("postgresql://user:hunter2@db/tasks?sslmod=require", f"{UNKNOWN}sslmod"),
-    ("postgresql://user:hunter2@db/tasks?SSLMODE=require", f"{UNKNOWN}SSLMODE"),
-    ("postgresql://user:hunter2@db/tasks?password=hunter2", f"{UNKNOWN}password"),
-    ("postgresql://user:hunter2@db/tasks?schema=a&pool=5&sslmode=x", f"{UNKNOWN}pool, schema"),
-    ("postgresql://user:hunter2@db/tasks?sslmode=REQUIRE", NOT_A_MODE),
-    ("postgresql://user:hunter2@db/tasks?sslmode=true", NOT_A_MODE),
-    ("postgresql://user:hunter2@db/tasks?sslmode=verify_full", NOT_A_MODE),
-    ("postgresql://user:hunter2@db/tasks?sslmode=hunter2&channel_binding=require", NOT_A_MODE),
-    ("postgresql://user:hunter2@db/tasks?connect_timeout=soon", NOT_SECONDS),
-    ("postgresql://user:hunter2@db/tasks?connect_timeout=10s", NOT_SECONDS),
-]
 
 
 def mistake_in(url: str) -> str:
@@ -472,7 +445,36 @@ def mistake_in_parameters(parameters: str) -> str:
     return mistake_in(f"postgresql://user:hunter2@{HOST}/tasks?{parameters}")
 
 
-@pytest.mark.parametrize(("url", "clause"), WRONG)
+@pytest.mark.parametrize(
+    ("url", "clause"),
+    [
+        ("postgresql://user:hunter2@[::1/tasks", NOT_A_URL),
+        ("postgresql://user:hunter2@::1]/tasks", NOT_A_URL),
+        ("postgresql://user:hunter2@db:port/tasks", NOT_A_URL),
+        ("postgresql://user:hunter2@db:65536/tasks", NOT_A_URL),
+        ("postgresql://user:hunter2@db:-1/tasks", NOT_A_URL),
+        ("postgresql://user:hunter2@db:5432,db2:5432/tasks", NOT_A_URL),
+        ("postgresql://user:hunter2#@db/tasks", NOT_A_URL),
+        ("postgresql://user:hunter2/@db/tasks", NOT_A_URL),
+        ("postgresql://user:hunter2?@db/tasks", NOT_A_URL),
+        ("postgresql://user:[hunter2@db/tasks", NOT_A_URL),
+        ("postgresql://user:hunter2@/tasks", NO_HOST),
+        ("postgresql://user:hunter2@:5432/tasks", NO_HOST),
+        ("postgresql:///tasks", NO_HOST),
+        ("postgresql://", NO_HOST),
+        ("postgresql:", NO_HOST),
+        ("postgresql://user:hunter2@db/tasks?sslmod=require", f"{UNKNOWN}sslmod"),
+        ("postgresql://user:hunter2@db/tasks?SSLMODE=require", f"{UNKNOWN}SSLMODE"),
+        ("postgresql://user:hunter2@db/tasks?password=hunter2", f"{UNKNOWN}password"),
+        ("postgresql://user:hunter2@db/tasks?schema=a&pool=5&sslmode=x", f"{UNKNOWN}pool, schema"),
+        ("postgresql://user:hunter2@db/tasks?sslmode=REQUIRE", NOT_A_MODE),
+        ("postgresql://user:hunter2@db/tasks?sslmode=true", NOT_A_MODE),
+        ("postgresql://user:hunter2@db/tasks?sslmode=verify_full", NOT_A_MODE),
+        ("postgresql://user:hunter2@db/tasks?sslmode=hunter2&channel_binding=require", NOT_A_MODE),
+        ("postgresql://user:hunter2@db/tasks?connect_timeout=soon", NOT_SECONDS),
+        ("postgresql://user:hunter2@db/tasks?connect_timeout=10s", NOT_SECONDS),
+    ],
+)
 def test_a_mistake_is_told_without_the_password(url: str, clause: str) -> None:
     assert mistake_in(url) == clause
     assert "hunter2" not in clause

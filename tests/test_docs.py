@@ -4,11 +4,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,10 +13,9 @@ import httpx
 import pytest
 from playwright.sync_api import BrowserContext, ConsoleMessage, Page, expect, sync_playwright
 
-from config import Settings
+from tests.postgres import free_port
+from tests.service import PROJECT, run, running_service
 
-MAIN = Path(__file__).parents[1] / "main.py"
-START_TIMEOUT_S = 30
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Without names there is no way out, not even for what is not a request of the page.
 BROWSER_OPTIONS = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
@@ -52,15 +47,15 @@ async def test_what_the_page_names_is_served(client: httpx.AsyncClient) -> None:
 
 
 def test_a_task_is_created_from_the_docs_without_internet(
-    chromium: str, service: "Service", tmp_path: Path
+    chromium: str, address: str, tmp_path: Path
 ) -> None:
-    token = service.token_of("alice")
+    token = run(tmp_path, str(PROJECT / "main.py"), "token", "alice").stdout.strip()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_OPTIONS)
         page = browser.new_page(service_workers="block")
-        watched = Watched(page.context, service.address)
+        watched = Watched(page.context, address)
 
-        page.goto(f"{service.address}/docs")
+        page.goto(f"{address}/docs")
         authorize(page, token)
         status, body = create_task(page, "alice", '{"title": "Buy milk"}')
 
@@ -68,8 +63,8 @@ def test_a_task_is_created_from_the_docs_without_internet(
         browser.close()
     assert status == "201"
     assert json.loads(body)["title"] == "Buy milk"
-    assert service.tasks_of("alice", token) == [json.loads(body)]
-    assert f"{service.address}/openapi.json" in watched.requests
+    assert tasks_of("alice", address, token) == [json.loads(body)]
+    assert f"{address}/openapi.json" in watched.requests
     assert watched.foreign_requests == []
     assert watched.errors == []
 
@@ -119,51 +114,19 @@ def create_task(page: Page, user_id: str, body: str) -> tuple[str, str]:
     return status.strip(), answer.locator(".highlight-code code").inner_text()
 
 
-@dataclass(frozen=True)
-class Service:
-    """A running service, with the settings that it was started with."""
-
-    address: str
-    environment: dict[str, str]
-    folder: Path
-
-    def token_of(self, user_id: str) -> str:
-        command = [sys.executable, str(MAIN), "token", user_id]
-        return subprocess.check_output(command, cwd=self.folder, env=self.environment, text=True).strip()
-
-    def tasks_of(self, user_id: str, token: str) -> list[dict[str, Any]]:
-        url = f"{self.address}/api/{user_id}/tasks"
-        answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, trust_env=False)
-        tasks: list[dict[str, Any]] = answer.json()
-        return tasks
+def tasks_of(user_id: str, address: str, token: str) -> list[dict[str, Any]]:
+    headers = {"Authorization": f"Bearer {token}"}
+    tasks: list[dict[str, Any]] = httpx.get(f"{address}/api/{user_id}/tasks", headers=headers).json()
+    return tasks
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
-    """Start the service as a person does who has set nothing, on a port that was free."""
-    settings = {name.upper() for name in Settings.model_fields}
-    environment = {name: value for name, value in os.environ.items() if name.upper() not in settings}
-    environment |= {"PORT": "0", "DATA_DIR": str(tmp_path / "data")}
-    log = tmp_path / "log"
-    # A folder of its own, because a `.env` is read from the working directory.
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, MAIN], cwd=tmp_path, env=environment, stdout=output, stderr=output
-        )
-    try:
-        yield Service(address_in(log, process), environment, tmp_path)
-    finally:
-        process.terminate()
-        process.wait(timeout=START_TIMEOUT_S)
-
-
-def address_in(log: Path, process: "subprocess.Popen[bytes]") -> str:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        if found := re.search(r"^(http://127\.0\.0\.1:\d+)/docs$", log.read_text(), re.MULTILINE):
-            return found[1]
-        time.sleep(0.02)
-    raise RuntimeError(f"the service did not start: {log.read_text()}")
+def address(tmp_path: Path) -> Iterator[str]:
+    """Start the service as a person does who has set nothing but the port."""
+    port = str(free_port())
+    with running_service(tmp_path, PORT=port) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
