@@ -11,7 +11,7 @@ DEFAULTS_IN_WORDS = {
     "DATABASE_URL": "SQLite in `DATA_DIR`",
     "MIGRATE_ON_START": "true for SQLite",
     "BETTER_AUTH_SECRET": "made once, embedded only",
-    "BETTER_AUTH_SECRETS": "–",
+    "BETTER_AUTH_SECRETS": "none",
     "LOG_FORMAT": "`console`",
 }
 
