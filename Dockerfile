@@ -21,7 +21,8 @@ COPY routes routes
 # The service's user cannot write here, so every start would compile anew.
 RUN python -m compileall -q ./*.py middleware migrations routes
 
-ENV PATH=/app/.venv/bin:$PATH HOST=0.0.0.0 DATA_DIR=/data PYTHONUNBUFFERED=1
+# Without a database and a secret the container refuses to start, rather than print a token into its log.
+ENV PATH=/app/.venv/bin:$PATH ENVIRONMENT=production HOST=0.0.0.0 DATA_DIR=/data PYTHONUNBUFFERED=1
 # By number: Kubernetes' runAsNonRoot does not look up names.
 USER 10001
 VOLUME /data

@@ -146,10 +146,26 @@ def responses(*problems: type[Problem]) -> dict[int | str, dict[str, Any]]:
     return {
         problem.status: {
             "description": _title(problem.status),
-            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            "content": {
+                MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": _example(problem)}
+            },
         }
         for problem in problems
     }
+
+
+def _example(problem: type[Problem]) -> dict[str, Any]:
+    example: dict[str, Any] = {
+        "type": "about:blank",
+        "title": _title(problem.status),
+        "status": problem.status,
+        "detail": problem.sentence,
+        "instance": "4c0b5e0d6d3f4f0e9a4a3ce2b6c1a7d8",
+    }
+    if problem is Unprocessable:
+        mistake = "must be 1 to 200 characters"
+        example |= {"detail": f"title: {mistake}", "errors": [{"pointer": "/title", "detail": mistake}]}
+    return example
 
 
 PROBLEM_SCHEMA: dict[str, Any] = {
@@ -158,10 +174,10 @@ PROBLEM_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["type", "title", "status", "detail", "instance"],
     "properties": {
-        "type": {"type": "string", "format": "uri-reference", "examples": ["about:blank"]},
-        "title": {"type": "string", "examples": ["Unprocessable Content"]},
-        "status": {"type": "integer", "examples": [422]},
-        "detail": {"type": "string", "examples": ["title: must be 1 to 200 characters"]},
+        "type": {"type": "string", "format": "uri-reference"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
         "instance": {"type": "string", "description": "The request's id, as in `X-Request-ID`."},
         "errors": {
             "type": "array",
@@ -170,9 +186,9 @@ PROBLEM_SCHEMA: dict[str, Any] = {
                 "type": "object",
                 "required": ["detail"],
                 "properties": {
-                    "pointer": {"type": "string", "examples": ["/title"]},
-                    "parameter": {"type": "string", "examples": ["limit"]},
-                    "detail": {"type": "string", "examples": ["must be 1 to 200 characters"]},
+                    "pointer": {"type": "string"},
+                    "parameter": {"type": "string"},
+                    "detail": {"type": "string"},
                 },
             },
         },

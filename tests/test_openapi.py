@@ -53,7 +53,7 @@ def test_every_operation_is_described(document: dict[str, Any]) -> None:
 
 def test_every_error_has_the_problem_schema(document: dict[str, Any]) -> None:
     errors = [
-        answer["content"]
+        (int(status), answer["content"]["application/problem+json"])
         for operation in _operations(document)
         for status, answer in operation["responses"].items()
         if status >= "400"
@@ -61,7 +61,9 @@ def test_every_error_has_the_problem_schema(document: dict[str, Any]) -> None:
 
     assert len(errors) == sum(len(statuses) - 1 for _, _, statuses in OPERATIONS.values())
     reference = {"$ref": "#/components/schemas/Problem"}
-    assert all(content == {"application/problem+json": {"schema": reference}} for content in errors)
+    for status, content in errors:
+        assert content["schema"] == reference
+        assert content["example"]["status"] == status
     assert document["components"]["schemas"]["Problem"]["required"] == [
         "type",
         "title",
