@@ -1,5 +1,6 @@
 """Settings: from the environment and `.env`, checked at start with one sentence per mistake."""
 
+import errno
 import os
 import re
 import secrets
@@ -162,11 +163,15 @@ class _Environment(BaseSettings, Settings):
 def load_settings() -> Settings:
     """Read the environment and `.env`; on a mistake print a sentence for each and exit with code 2."""
     try:
-        return _Environment()
+        settings = _Environment()
+        _ = settings.secrets  # makes the embedded one, if there is to be one
+    except OSError as error:
+        refuse([f"DATA_DIR: {error.filename} cannot be used: {error.strerror}"])
     except ValidationError as error:
         refuse([sentence for mistake in error.errors() for sentence in _sentences(mistake)])
     except UnicodeDecodeError:
         refuse([".env: is not UTF-8"])
+    return settings
 
 
 def refuse(sentences: list[str]) -> NoReturn:
@@ -202,4 +207,7 @@ def _embedded_secret(data_dir: Path) -> str:
             pass
         finally:
             draft.unlink()
-    return path.read_text().strip()
+    secret = path.read_text().strip()
+    if len(secret) < SECRET_MIN or secret == _PUBLIC_SECRET:
+        raise OSError(errno.EINVAL, "it holds no secret; remove it and a new one is made", str(path))
+    return secret

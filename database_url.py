@@ -1,13 +1,15 @@
 """From a PostgreSQL URL, as libpq and Neon write it, to the arguments of the driver."""
 
+import contextlib
+import math
 import ssl
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-# RFC-like order of libpq's documentation, section 32.1.2; what is not here is refused by name.
+# PostgreSQL's manual, section 34.1.2; a parameter that is not here is refused by name.
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _TLS_PARAMETERS = {"sslmode", "sslrootcert", "sslcert", "sslkey", "sslnegotiation", "channel_binding"}
 _OTHER_PARAMETERS = {"application_name", "connect_timeout", "options", "pgbouncer", "target_session_attrs"}
@@ -41,6 +43,8 @@ def parse(url: str) -> PostgresTarget:
         host, port = parts.hostname, parts.port or 5432
     except ValueError as error:
         raise ValueError("is not a valid URL") from error
+    if parts.fragment or "@" in parts.path + parts.query:
+        raise ValueError("has a password with a character that must be escaped: / as %2F, ? as %3F, # as %23")
     parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
     if unknown := parameters.keys() - _TLS_PARAMETERS - _OTHER_PARAMETERS - {"host"}:
         raise ValueError(f"has a parameter that is not known: {', '.join(sorted(unknown))}")
@@ -73,28 +77,34 @@ def _tls(parameters: dict[str, str]) -> ssl.SSLContext | str | bool:
     mode = parameters.get("sslmode") or "prefer"
     if mode not in _SSL_MODES:
         raise ValueError(f"has an sslmode that is not one of {', '.join(_SSL_MODES)}")
-    root = parameters.get("sslrootcert")
+    root = parameters.get("sslrootcert") or None
     if parameters.get("channel_binding") == "require" or root == "system":
         # The driver cannot bind channels; checking the server's name is the next strongest promise.
-        mode, root = "verify-full", None if root == "system" else root
+        mode, root = "verify-full", root if root != "system" else None
     if mode == "disable":
         return False
     if mode in ("allow", "prefer"):
         return "prefer"
     checked = mode != "require" or root is not None  # libpq: a root certificate makes require check it
-    context = ssl.create_default_context() if checked else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = mode == "verify-full"
     context.verify_mode = ssl.CERT_REQUIRED if checked else ssl.CERT_NONE
     if root:
-        _load(parameters, "sslrootcert", lambda path: context.load_verify_locations(path))
-    if parameters.get("sslcert"):
-        _load(parameters, "sslcert", lambda path: context.load_cert_chain(path, parameters.get("sslkey")))
+        with _readable("sslrootcert"):
+            context.load_verify_locations(Path(root).expanduser())
+    else:
+        context.load_default_certs()
+    if certificate := parameters.get("sslcert"):
+        key = parameters.get("sslkey")
+        with _readable("sslcert"):
+            context.load_cert_chain(Path(certificate).expanduser(), Path(key).expanduser() if key else None)
     return context
 
 
-def _load(parameters: dict[str, str], name: str, load: Callable[[Path], None]) -> None:
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
     try:
-        load(Path(parameters[name]).expanduser())
+        yield
     except OSError as error:  # ssl.SSLError is one
         raise ValueError(f"has an {name} that cannot be read") from error
 
@@ -104,8 +114,10 @@ def _seconds(value: str | None) -> float:
         return CONNECT_TIMEOUT_S
     try:
         seconds = float(value)
-    except ValueError as error:
-        raise ValueError("has a connect_timeout that is not a number of seconds") from error
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ValueError("has a connect_timeout that is not a number of seconds")
     return seconds if seconds > 0 else CONNECT_TIMEOUT_S
 
 

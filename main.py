@@ -85,8 +85,6 @@ def load_app(settings: Settings) -> FastAPI:
         return create_app(settings)
     except ValueError as error:
         refuse([f"DATABASE_URL: {error}"])
-    except OSError as error:
-        refuse([f"DATA_DIR: {settings.data_dir} cannot be used: {error.strerror}"])
 
 
 def __getattr__(name: str) -> Any:

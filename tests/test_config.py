@@ -2,8 +2,8 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,6 +29,8 @@ NO_SECRET = (
     "only the embedded database in development makes one by itself"
 )
 
+Refusal = Callable[..., list[str]]
+
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
@@ -41,7 +43,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
     """Load the settings from an environment and return the sentences with which that ends."""
 
     def load(**environment: str) -> list[str]:
@@ -98,7 +100,7 @@ def test_nothing_has_to_be_set(folder: Path) -> None:
     done = run("import config; print(config.load_settings().embedded)", folder)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
-    assert list(folder.iterdir()) == []
+    assert [str(path.relative_to(folder)) for path in folder.rglob("*")] == ["data", "data/secret"]
 
 
 @pytest.mark.parametrize(
@@ -163,11 +165,11 @@ def test_nothing_has_to_be_set(folder: Path) -> None:
         ("LOG_FORMAT", "xml", "must be 'console' or 'json'"),
     ],
 )
-def test_a_mistake_is_told_in_a_sentence(refusal: Any, name: str, value: str, clause: str) -> None:
+def test_a_mistake_is_told_in_a_sentence(refusal: Refusal, name: str, value: str, clause: str) -> None:
     assert refusal(**{name: value}) == [f"{name}: {clause}"]
 
 
-def test_every_mistake_is_told(refusal: Any) -> None:
+def test_every_mistake_is_told(refusal: Refusal) -> None:
     sentences = refusal(PORT="eighty", DEBUG="maybe", LOG_LEVEL="loud", BETTER_AUTH_SECRET="x")
 
     assert [sentence.partition(":")[0] for sentence in sorted(sentences)] == [
@@ -196,7 +198,7 @@ def test_every_mistake_is_told(refusal: Any) -> None:
     ],
 )
 def test_a_database_of_your_own_needs_a_secret_and_production_both(
-    refusal: Any, folder: Path, environment: dict[str, str], sentences: list[str]
+    refusal: Refusal, folder: Path, environment: dict[str, str], sentences: list[str]
 ) -> None:
     (folder / "data").mkdir()
     (folder / "data" / "secret").write_text(SECRET)
@@ -217,7 +219,7 @@ def test_a_database_of_your_own_needs_a_secret_and_production_both(
         {"BETTER_AUTH_SECRETS": f"1:{SECRET}-hunter2", "ENVIRONMENT": "production"},
     ],
 )
-def test_no_sentence_holds_a_secret(refusal: Any, environment: dict[str, str]) -> None:
+def test_no_sentence_holds_a_secret(refusal: Refusal, environment: dict[str, str]) -> None:
     sentences = refusal(**environment)
 
     assert sentences
@@ -271,7 +273,7 @@ def test_the_environment_beats_the_file(monkeypatch: pytest.MonkeyPatch, folder:
     assert (settings.port, settings.host, settings.log_level) == (7002, "0.0.0.0", "error")
 
 
-def test_a_mistake_in_the_file_is_told(refusal: Any, folder: Path) -> None:
+def test_a_mistake_in_the_file_is_told(refusal: Refusal, folder: Path) -> None:
     (folder / ".env").write_text("PORT=eighty\nBETTER_AUTH_SECRET=hunter2\n")
 
     assert sorted(refusal()) == [f"BETTER_AUTH_SECRET: {TOO_SHORT}", f"PORT: {NOT_AN_INTEGER}"]
@@ -280,7 +282,7 @@ def test_a_mistake_in_the_file_is_told(refusal: Any, folder: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["PORT=7001\n".encode("utf-16"), f"# é\nBETTER_AUTH_SECRET={SECRET}\n".encode("latin-1")]
 )
-def test_a_file_that_is_not_utf_8_is_told(refusal: Any, folder: Path, content: bytes) -> None:
+def test_a_file_that_is_not_utf_8_is_told(refusal: Refusal, folder: Path, content: bytes) -> None:
     (folder / ".env").write_bytes(content)
 
     assert refusal() == [".env: is not UTF-8"]
@@ -330,18 +332,26 @@ def test_an_embedded_secret_that_is_there_stays(folder: Path, content: str) -> N
     assert (folder / "secret").read_text() == content
 
 
-@pytest.mark.xfail(reason="an empty secret is used, with which anybody can sign", strict=True)
-@pytest.mark.parametrize("content", ["", "\n", "short", PUBLIC_SECRET])
-def test_an_embedded_secret_that_is_none_is_never_used(folder: Path, content: str) -> None:
-    (folder / "secret").write_text(content)
+@pytest.mark.parametrize("content", ["", "\n", "short", PUBLIC_SECRET, f" {'x' * 31}\n"])
+def test_an_embedded_secret_that_is_none_is_never_used(refusal: Refusal, folder: Path, content: str) -> None:
+    (folder / "data").mkdir()
+    (folder / "data" / "secret").write_text(content)
 
-    with pytest.raises(OSError, match="secret"):
-        _ = Settings(data_dir=folder).secrets
+    assert refusal() == [
+        "DATA_DIR: data/secret cannot be used: it holds no secret; remove it and a new one is made"
+    ]
+    assert (folder / "data" / "secret").read_text() == content
 
 
-def test_a_secret_that_is_given_leaves_no_file(folder: Path) -> None:
-    assert Settings(data_dir=folder / "data", better_auth_secret=SECRET).secrets == [SECRET]
-    assert not (folder / "data").exists()
+def test_a_data_folder_that_cannot_be_made_is_told(refusal: Refusal, folder: Path) -> None:
+    (folder / "data").touch()
+
+    assert refusal() == ["DATA_DIR: data cannot be used: File exists"]
+
+
+def test_a_secret_that_is_given_leaves_no_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    assert settings_of(monkeypatch, BETTER_AUTH_SECRET=SECRET).secrets == [SECRET]
+    assert list(folder.iterdir()) == []
 
 
 def test_processes_that_race_to_make_the_secret_agree(folder: Path) -> None:

@@ -88,6 +88,12 @@ def test_no_character_of_a_cursor_can_be_changed_to_lead_elsewhere(signer: Curso
     assert refused > 100 * (len(cursor) - 1)
 
 
+def test_a_cursor_cannot_be_guessed(signer: CursorSigner) -> None:
+    mac_bytes = len(decode(signer.write([], BINDING))) - len(b"[]")
+
+    assert mac_bytes >= 16
+
+
 def test_a_cursor_can_be_neither_cut_nor_continued(signer: CursorSigner) -> None:
     raw = decode(signer.write(["Buy milk", 7], BINDING))
 

@@ -335,18 +335,13 @@ def test_each_sslmode_checks_what_libpq_checks(
 
 
 EVERY = {"public", "public misnamed", "private", "private misnamed"}
-TRUSTS_THE_SYSTEM_TOO = pytest.mark.xfail(reason="sslrootcert is added to the system's CAs", strict=True)
 
 
 @pytest.mark.parametrize(
     ("parameters", "accepted"),
     [
         ("sslmode=require", EVERY),
-        pytest.param(
-            "sslmode=require&sslrootcert=",
-            EVERY,
-            marks=pytest.mark.xfail(reason="counts as given", strict=True),
-        ),
+        ("sslmode=require&sslrootcert=", EVERY),
         ("sslmode=require&channel_binding=prefer", EVERY),
         ("sslmode=require&channel_binding=require", {"public"}),
         ("sslmode=disable&channel_binding=require", {"public"}),
@@ -355,22 +350,10 @@ TRUSTS_THE_SYSTEM_TOO = pytest.mark.xfail(reason="sslrootcert is added to the sy
         ("sslmode=verify-full&sslrootcert=system", {"public"}),
         ("sslmode=require&sslrootcert=system", {"public"}),
         ("sslmode=verify-full&sslrootcert={public}", {"public"}),
-        pytest.param(
-            "sslmode=require&sslrootcert={private}",
-            {"private", "private misnamed"},
-            marks=TRUSTS_THE_SYSTEM_TOO,
-        ),
-        pytest.param(
-            "sslmode=verify-ca&sslrootcert={private}",
-            {"private", "private misnamed"},
-            marks=TRUSTS_THE_SYSTEM_TOO,
-        ),
-        pytest.param("sslmode=verify-full&sslrootcert={private}", {"private"}, marks=TRUSTS_THE_SYSTEM_TOO),
-        pytest.param(
-            "sslmode=require&channel_binding=require&sslrootcert={private}",
-            {"private"},
-            marks=TRUSTS_THE_SYSTEM_TOO,
-        ),
+        ("sslmode=require&sslrootcert={private}", {"private", "private misnamed"}),
+        ("sslmode=verify-ca&sslrootcert={private}", {"private", "private misnamed"}),
+        ("sslmode=verify-full&sslrootcert={private}", {"private"}),
+        ("sslmode=require&channel_binding=require&sslrootcert={private}", {"private"}),
     ],
 )
 @pytest.mark.usefixtures("system_trusts_public")
@@ -394,10 +377,7 @@ def test_a_server_is_trusted_as_sslmode_and_sslrootcert_say(
         "sslcert={file}&sslkey={key}",
         "sslcert={both}",
         "sslcert=~/client.pem&sslkey={key}",
-        pytest.param(
-            "sslcert=~/client.pem&sslkey=~/client.key",
-            marks=pytest.mark.xfail(reason="~ is not expanded in sslkey", strict=True),
-        ),
+        "sslcert=~/client.pem&sslkey=~/client.key",
     ],
 )
 def test_a_client_certificate_is_shown_to_the_server(
@@ -480,19 +460,16 @@ def test_a_mistake_is_told_without_the_password(url: str, clause: str) -> None:
     assert "hunter2" not in clause
 
 
-@pytest.mark.xfail(reason="what follows the ? is taken for the name of a parameter", strict=True)
 @pytest.mark.parametrize("password", ["?hunter2", "12?hunter2", "12/a?hunter2", "12?a&hunter2&b"])
 def test_a_password_that_looks_like_parameters_is_not_repeated(password: str) -> None:
     assert "hunter2" not in mistake_in(f"postgresql://user:{password}@{HOST}/tasks")
 
 
-@pytest.mark.xfail(reason="what follows the # is left out, and the user taken for the host", strict=True)
 @pytest.mark.parametrize("password", ["#hunter2", "12#hunter2", "12/#hunter2"])
 def test_a_password_with_a_number_sign_is_refused(password: str) -> None:
     assert "hunter2" not in mistake_in(f"postgresql://user:{password}@{HOST}/tasks")
 
 
-@pytest.mark.xfail(reason="infinity is taken for a number of seconds", strict=True)
 @pytest.mark.parametrize("value", ["inf", "Infinity", "1e999"])
 def test_a_connection_is_never_awaited_for_ever(value: str) -> None:
     assert mistake_in_parameters(f"connect_timeout={value}") == NOT_SECONDS

@@ -510,6 +510,16 @@ def test_no_more_tokens_are_remembered_than_allowed(checks: list[bytes]) -> None
     assert len(checks) == 11
 
 
+def test_a_remembered_token_takes_nobodys_place(checks: list[bytes]) -> None:
+    verifier = Verifier([SECRET], remembered_max=2)
+    alice, bob = claiming(sub="alice"), claiming(sub="bob")
+
+    for known in (alice, bob, bob, bob, alice):
+        verifier.verify(known)
+
+    assert len(checks) == 2
+
+
 def test_ten_thousand_tokens_are_remembered(verifier: Verifier, checks: list[bytes]) -> None:
     seen = [claiming(sub=f"user{number}") for number in range(10_001)]
 
