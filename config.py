@@ -1,14 +1,15 @@
 """Settings: from the environment and `.env`, checked at start with one sentence per mistake."""
 
+import contextlib
 import errno
 import os
 import re
 import secrets
 import sys
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -17,6 +18,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 SECRET_MIN = 32
 # Better Auth falls back to this one when nobody sets a secret: everybody knows it.
 _PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # noqa: S105 - refused below
+# As browsers write it: lower case, no path, no user, a port in digits (RFC 6454, section 6.2).
+_ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -25,8 +28,12 @@ def _lower(value: object) -> object:
 
 
 def _secret(value: str) -> str:
-    if len(value) < SECRET_MIN:
+    if len(value.strip()) < SECRET_MIN:
         raise PydanticCustomError("secret", f"must be at least {SECRET_MIN} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("secret", "must be UTF-8") from error
     if value == _PUBLIC_SECRET:
         raise PydanticCustomError("secret", "is Better Auth's public default; make one of your own")
     return value
@@ -52,8 +59,7 @@ def _duration(value: str) -> str:
 
 def _origin_list(value: str) -> str:
     for origin in _origins(value):
-        parts = urlsplit(origin)
-        if origin != "*" and (origin != f"{parts.scheme}://{parts.netloc}" or not parts.netloc):
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise PydanticCustomError(
                 "origin", "must be origins like https://app.example.com, separated by commas"
             )
@@ -61,7 +67,7 @@ def _origin_list(value: str) -> str:
 
 
 def _origins(value: str) -> list[str]:
-    return [origin.strip().rstrip("/") for origin in value.split(",") if origin.strip()]
+    return [origin.strip().rstrip("/").lower() for origin in value.split(",") if origin.strip()]
 
 
 class Settings(BaseModel):
@@ -164,13 +170,16 @@ def load_settings() -> Settings:
     """Read the environment and `.env`; on a mistake print a sentence for each and exit with code 2."""
     try:
         settings = _Environment()
-        _ = settings.secrets  # makes the embedded one, if there is to be one
     except OSError as error:
-        refuse([f"DATA_DIR: {error.filename} cannot be used: {error.strerror}"])
+        refuse([f".env: cannot be read: {error.strerror}"])
     except ValidationError as error:
         refuse([sentence for mistake in error.errors() for sentence in _sentences(mistake)])
     except UnicodeDecodeError:
         refuse([".env: is not UTF-8"])
+    try:
+        _ = settings.secrets  # makes the embedded one, if there is to be one
+    except OSError as error:
+        refuse([f"DATA_DIR: {error.filename} cannot be used: {error.strerror}"])
     return settings
 
 
@@ -195,19 +204,15 @@ def _sentences(mistake: object) -> list[str]:
 def _embedded_secret(data_dir: Path) -> str:
     """Return the secret of the embedded mode, made once and readable by its owner only."""
     path = data_dir / "secret"
-    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
-        draft = data_dir / f"secret.{os.getpid()}"
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_urlsafe(32))
-        try:
-            os.link(draft, path)  # fails where another process was first: its secret counts
-        except FileExistsError:
-            pass
-        finally:
-            draft.unlink()
-    secret = path.read_text().strip()
+        with tempfile.NamedTemporaryFile("w", dir=data_dir) as draft:  # of mode 600
+            draft.write(secrets.token_urlsafe(32))
+            draft.flush()
+            os.fsync(draft.fileno())
+            with contextlib.suppress(FileExistsError):  # another process was first: its secret counts
+                os.link(draft.name, path)
+    secret = path.read_text(errors="replace").strip()
     if len(secret) < SECRET_MIN or secret == _PUBLIC_SECRET:
         raise OSError(errno.EINVAL, "it holds no secret; remove it and a new one is made", str(path))
     return secret

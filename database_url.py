@@ -10,7 +10,12 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 # PostgreSQL's manual, section 34.1.2; a parameter that is not here is refused by name.
-_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_CHOICES = {
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "sslnegotiation": ("postgres", "direct"),
+    "channel_binding": ("disable", "prefer", "require"),
+    "target_session_attrs": ("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
+}
 _TLS_PARAMETERS = {"sslmode", "sslrootcert", "sslcert", "sslkey", "sslnegotiation", "channel_binding"}
 _OTHER_PARAMETERS = {"application_name", "connect_timeout", "options", "pgbouncer", "target_session_attrs"}
 CONNECT_TIMEOUT_S = 5.0
@@ -40,21 +45,25 @@ def parse(url: str) -> PostgresTarget:
     """
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or 5432
-    except ValueError as error:
-        raise ValueError("is not a valid URL") from error
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError("is not a valid URL") from None  # the cause may repeat a piece of the password
     if parts.fragment or "@" in parts.path + parts.query:
         raise ValueError("has a password with a character that must be escaped: / as %2F, ? as %3F, # as %23")
     parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
     if unknown := parameters.keys() - _TLS_PARAMETERS - _OTHER_PARAMETERS - {"host"}:
         raise ValueError(f"has a parameter that is not known: {', '.join(sorted(unknown))}")
     host = unquote(host) if host else parameters.get("host")
-    if not host:
-        raise ValueError("names no host")
+    if not host or "," in host:
+        raise ValueError("must name one host" if host else "names no host")
+    for name, choices in _CHOICES.items():
+        if parameters.get(name) and parameters[name] not in choices:
+            article = "an" if name.startswith("ssl") else "a"
+            raise ValueError(f"has {article} {name} that is not one of {', '.join(choices)}")
     pooled = _flag(parameters, "pgbouncer") or host.split(".")[0].endswith("-pooler")
     arguments: dict[str, Any] = {
         "host": host,
-        "port": port,
+        "port": 5432 if port is None else port,
         "user": unquote(parts.username) if parts.username else None,
         "password": unquote(parts.password) if parts.password else None,
         "database": unquote(parts.path.lstrip("/")) or None,
@@ -75,8 +84,6 @@ def parse(url: str) -> PostgresTarget:
 def _tls(parameters: dict[str, str]) -> ssl.SSLContext | str | bool:
     """Return the driver's `ssl` argument: off, its own "try TLS first", or a context that we built."""
     mode = parameters.get("sslmode") or "prefer"
-    if mode not in _SSL_MODES:
-        raise ValueError(f"has an sslmode that is not one of {', '.join(_SSL_MODES)}")
     root = parameters.get("sslrootcert") or None
     if parameters.get("channel_binding") == "require" or root == "system":
         # The driver cannot bind channels; checking the server's name is the next strongest promise.

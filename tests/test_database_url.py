@@ -416,7 +416,7 @@ NOT_SECONDS = "has a connect_timeout that is not a number of seconds"
 
 
 def mistake_in(url: str) -> str:
-    with pytest.raises(ValueError, match=r"^(is|has|names) ") as mistake:
+    with pytest.raises(ValueError, match=r"^(is|has|names|must name) ") as mistake:
         database_url.parse(url)
     return str(mistake.value)
 
@@ -452,6 +452,20 @@ def mistake_in_parameters(parameters: str) -> str:
         ("postgresql://user:hunter2@db/tasks?sslmode=verify_full", NOT_A_MODE),
         ("postgresql://user:hunter2@db/tasks?sslmode=hunter2&channel_binding=require", NOT_A_MODE),
         ("postgresql://user:hunter2@db/tasks?connect_timeout=soon", NOT_SECONDS),
+        ("postgresql://user:hunter2@one,two/tasks", "must name one host"),
+        (
+            "postgresql://user:hunter2@db/tasks?sslnegotiation=x",
+            "has an sslnegotiation that is not one of postgres, direct",
+        ),
+        (
+            "postgresql://user:hunter2@db/tasks?channel_binding=x",
+            "has a channel_binding that is not one of disable, prefer, require",
+        ),
+        (
+            "postgresql://user:hunter2@db/tasks?target_session_attrs=x",
+            "has a target_session_attrs that is not one of "
+            "any, read-write, read-only, primary, standby, prefer-standby",
+        ),
         ("postgresql://user:hunter2@db/tasks?connect_timeout=10s", NOT_SECONDS),
     ],
 )
