@@ -1,19 +1,17 @@
 """From a database URL to one object that runs the statements of `queries.py`, a round trip each."""
 
-import contextlib
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import aiosqlite
 import asyncpg
 import structlog
-from fastapi import Depends, Request
 from sqlalchemy import Connection, NullPool, event
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
@@ -120,18 +118,24 @@ class Postgres(Database):
         return Pool(self._connect, self._pool_size)
 
     async def open(self) -> None:
-        with contextlib.suppress(Unavailable), _transient_as_unavailable():
-            async with self.pool.connection():
-                pass
+        try:
+            await self.pool.fetch("SELECT 1", [])
+        except Exception as error:
+            if not _is_transient(error):
+                raise
+            _unavailable(error)
 
     async def close(self) -> None:
         await self.pool.close()
 
     async def all(self, statement: Executable, **values: Any) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
-        with _transient_as_unavailable():
-            async with self.pool.connection() as connection:
-                records = await connection.fetch(compiled.sql, compiled.arguments(values))
+        try:
+            records = await self.pool.fetch(compiled.sql, compiled.arguments(values))
+        except Exception as error:
+            if _is_transient(error):
+                raise _unavailable(error) from error
+            raise
         return [dict(record.items()) for record in records]
 
     def engine(self) -> AsyncEngine:
@@ -174,8 +178,12 @@ class SQLite(Database):
     async def all(self, statement: Executable, **values: Any) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
         connection = next(self._turns) if statement.is_select else self.writer
-        with _transient_as_unavailable():
+        try:
             found = await connection.execute_fetchall(compiled.sql, compiled.arguments(values))
+        except Exception as error:
+            if _is_transient(error):
+                raise _unavailable(error) from error
+            raise
         names = [name for name, _ in compiled.columns]
         rows = [dict(zip(names, values, strict=True)) for values in found]
         for row in rows:
@@ -221,14 +229,6 @@ def connect(url: str, *, pool_size: int) -> Database:
     raise ValueError("must begin with postgresql:// or sqlite:///")
 
 
-async def database_of(request: Request) -> Database:
-    database: Database = request.app.state.database
-    return database
-
-
-DbDep = Annotated[Database, Depends(database_of)]
-
-
 def _begin_immediately(connection: Connection) -> None:
     # A transaction that reads first and locks later fails where another one wrote in between.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -238,15 +238,9 @@ def _lower(value: str | None) -> str | None:
     return value.lower() if value is not None else None
 
 
-@contextlib.contextmanager
-def _transient_as_unavailable() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not _is_transient(error):
-            raise
-        log.warning("database unavailable", error=f"{type(error).__name__}: {error}")
-        raise Unavailable from error
+def _unavailable(error: Exception) -> Unavailable:
+    log.warning("database unavailable", error=f"{type(error).__name__}: {error}")
+    return Unavailable()
 
 
 def _is_transient(error: Exception) -> bool:

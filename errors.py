@@ -16,8 +16,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from strict_json import NotStrictJson
-
 MEDIA_TYPE = "application/problem+json"
 # The names of RFC 9110, which Python's table knows only from 3.13 on.
 _TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
@@ -82,8 +80,12 @@ class UnsupportedMediaType(Problem):
 
 
 class Unprocessable(Problem):
+    """Mistakes in what was sent, each named."""
+
     status = 422
-    sentence = "The request cannot be processed"
+
+    def __init__(self, errors: list[FieldError]) -> None:
+        super().__init__("; ".join(f"{_name(error)}: {error['detail']}" for error in errors), errors=errors)
 
 
 class Unavailable(Problem):
@@ -130,15 +132,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> Response:
-        # The framework hands over the body as bytes when its media type is not JSON.
-        if isinstance(error.body, bytes):
-            return render(request.scope, UnsupportedMediaType())
-        if isinstance(error.body, NotStrictJson):
-            errors: list[FieldError] = [{"pointer": "", "detail": str(error.body)}]
-        else:
-            errors = [_field_error(mistake) for mistake in error.errors()]
-        detail = "; ".join(f"{_name(e)}: {e['detail']}" for e in errors)
-        return render(request.scope, Unprocessable(detail, errors=errors))
+        mistakes = [_field_error(mistake) for mistake in error.errors()]
+        return render(request.scope, Unprocessable(mistakes))
 
 
 def responses(*problems: type[Problem]) -> dict[int | str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -38,6 +39,7 @@ def create_app(settings: Settings) -> FastAPI:
         if settings.migrates_on_start:
             await asyncio.to_thread(migrate, database)
         await database.open()
+        gc.freeze()  # what start-up has made stays; the collector need not look at it again and again
         yield
         await database.close()
 
@@ -50,7 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
-        telemetry={"auto_configure": False},
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.database = database
     app.state.verifier = tokens.Verifier(settings.secrets)
@@ -58,10 +60,10 @@ def create_app(settings: Settings) -> FastAPI:
 
     errors.install(app)
     openapi.install(app)
-    docs.install(app)
-    app.include_router(health.router)
-    app.include_router(tasks.router, prefix="/api")
+    app.include_router(tasks.router, prefix="/api")  # first: routes are tried in order
     app.include_router(tasks.router, prefix="/api/v1", include_in_schema=False)
+    app.include_router(health.router)
+    docs.install(app)
 
     # The last added is the outermost.
     app.add_middleware(TrailingSlashMiddleware)

@@ -1,9 +1,8 @@
 """A fixed set of PostgreSQL connections that requests take turns with."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
@@ -48,34 +47,40 @@ class Pool:
         self._turns = asyncio.Semaphore(size)
         self._idle: list[Connection] = []
 
-    @contextlib.asynccontextmanager
-    async def connection(self) -> AsyncIterator[Connection]:
-        """Lend a connection.
+    async def fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
+        """Run one statement on whichever connection is free and return its rows.
 
         Raises:
-            TimeoutError: all were in use for `WAIT_S`.
+            TimeoutError: all connections were in use for `WAIT_S`.
         """
-        async with asyncio.timeout(WAIT_S):
-            await self._turns.acquire()
+        connection = await self._acquire()
         try:
-            connection = self._take() or Connection(await self._connect())
-            try:
-                yield connection
-            except asyncpg.PostgresError:
-                self._give_back(connection)  # the server answered: the connection is in order
-                raise
-            except BaseException:
-                connection.raw.terminate()  # an answer may be on its way; nobody may read it as theirs
-                raise
-            self._give_back(connection)
+            return await connection.fetch(sql, arguments)
+        except asyncpg.PostgresError:
+            raise  # the server answered: the connection is in order
+        except BaseException:
+            connection.raw.terminate()  # an answer may be on its way; nobody may read it as theirs
+            raise
         finally:
-            self._turns.release()
+            self._release(connection)
 
     async def close(self) -> None:
         while self._idle:
             await self._idle.pop().raw.close(timeout=1)
 
-    def _take(self) -> Connection | None:
+    async def _acquire(self) -> Connection:
+        if self._turns.locked():
+            async with asyncio.timeout(WAIT_S):
+                await self._turns.acquire()
+        else:
+            await self._turns.acquire()
+        try:
+            return self._take_idle() or Connection(await self._connect())
+        except BaseException:
+            self._turns.release()
+            raise
+
+    def _take_idle(self) -> Connection | None:
         while self._idle:
             connection = self._idle.pop()
             if connection.usable():
@@ -83,6 +88,8 @@ class Pool:
             connection.raw.terminate()
         return None
 
-    def _give_back(self, connection: Connection) -> None:
-        connection.used_at = time.monotonic()
-        self._idle.append(connection)
+    def _release(self, connection: Connection) -> None:
+        if not connection.raw.is_closed():
+            connection.used_at = time.monotonic()
+            self._idle.append(connection)
+        self._turns.release()

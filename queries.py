@@ -1,9 +1,10 @@
 """Every statement. Each starts from the owner, is sent in one round trip and is built once."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import (
     Boolean,
@@ -29,6 +30,7 @@ from sqlalchemy.sql.base import Executable
 
 from db import Database, Row
 from models import BIG_ID, TIMESTAMP, Task, TaskFields
+from schemas import Listing
 
 TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
 COLUMNS = tuple(TASKS.c)
@@ -39,63 +41,69 @@ _OWNED = TASKS.c.user_id == bindparam("owner", type_=TASKS.c.user_id.type)
 _THIS = TASKS.c.id == bindparam("task_id", type_=BIG_ID)
 
 
-class Listing(NamedTuple):
-    """What shapes the list statement; few enough to be kept built."""
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A verified user, and the database that keeps their tasks. Every statement starts from one."""
 
-    states: frozenset[bool] = frozenset((False, True))
-    sort_field: str = "created_at"
-    descending: bool = True
+    user_id: str
+    db: Database
+
+    async def one(self, statement: Executable, **values: Any) -> Row | None:
+        return await self.db.one(statement, owner=self.user_id, **values)
+
+    async def all(self, statement: Executable, **values: Any) -> list[Row]:
+        return await self.db.all(statement, owner=self.user_id, **values)
 
 
-async def create_task(db: Database, user_id: str, fields: Mapping[str, Any]) -> Row:
-    """Insert a task of *user_id* and return it."""
+async def create_task(owner: Owner, fields: Mapping[str, Any]) -> Row:
+    """Insert a task of *owner* and return it."""
     now = datetime.now(UTC)
     completed_at = now if fields["completed"] else None
-    row = await db.one(_INSERT, owner=user_id, now=now, completed_at=completed_at, **_sent(fields))
+    row = await owner.one(_INSERT, now=now, completed_at=completed_at, **_sent(fields))
     assert row is not None  # noqa: S101 - INSERT … RETURNING answers with the row or fails
     return row
 
 
-async def get_task(db: Database, user_id: str, task_id: int) -> Row | None:
-    return await db.one(_SELECT_ONE, owner=user_id, task_id=task_id)
+async def get_task(owner: Owner, task_id: int) -> Row | None:
+    return await owner.one(_SELECT_ONE, task_id=task_id)
 
 
-async def update_task(db: Database, user_id: str, task_id: int, changes: Mapping[str, Any]) -> Row | None:
+async def update_task(owner: Owner, task_id: int, changes: Mapping[str, Any]) -> Row | None:
     """Set the fields in *changes* and return the task.
 
     What is set to the value it has is no change: version and times stay, so a retry is harmless.
     """
     if not changes:
-        return await get_task(db, user_id, task_id)
+        return await get_task(owner, task_id)
     statement = _update_statement(frozenset(changes))
-    return await db.one(statement, owner=user_id, task_id=task_id, now=datetime.now(UTC), **_sent(changes))
+    return await owner.one(statement, task_id=task_id, now=datetime.now(UTC), **_sent(changes))
 
 
-async def toggle_task(db: Database, user_id: str, task_id: int) -> Row | None:
-    return await db.one(_TOGGLE, owner=user_id, task_id=task_id, now=datetime.now(UTC))
+async def toggle_task(owner: Owner, task_id: int) -> Row | None:
+    return await owner.one(_TOGGLE, task_id=task_id, now=datetime.now(UTC))
 
 
-async def delete_task(db: Database, user_id: str, task_id: int) -> bool:
+async def delete_task(owner: Owner, task_id: int) -> bool:
     """Delete the task and return whether there was one."""
-    return await db.one(_DELETE, owner=user_id, task_id=task_id) is not None
+    return await owner.one(_DELETE, task_id=task_id) is not None
 
 
 async def list_tasks(
-    db: Database, user_id: str, listing: Listing, limit: int, after: tuple[Any, int] | None = None
+    owner: Owner, listing: Listing, limit: int, after: tuple[Any, int] | None = None
 ) -> list[Row]:
-    """Return up to *limit* tasks of *user_id* that come after the position *after*."""
+    """Return up to *limit* tasks of *owner* that come after the position *after*."""
     key, task_id = after or (None, None)
     statement = _list_statement(listing, after is not None)
-    return await db.all(statement, owner=user_id, limit=limit, after_key=key, after_id=task_id)
+    return await owner.all(statement, limit=limit, after_key=key, after_id=task_id)
 
 
 async def list_and_count_tasks(
-    db: Database, user_id: str, listing: Listing, limit: int, after: tuple[Any, int] | None = None
+    owner: Owner, listing: Listing, limit: int, after: tuple[Any, int] | None = None
 ) -> tuple[list[Row], int]:
     """Return the page as `list_tasks` does, and how many tasks all pages hold together."""
     key, task_id = after or (None, None)
     statement = _counted_list_statement(listing, after is not None)
-    rows = await db.all(statement, owner=user_id, limit=limit, after_key=key, after_id=task_id)
+    rows = await owner.all(statement, limit=limit, after_key=key, after_id=task_id)
     total = rows[0]["total"]
     # The count stands beside every task, and alone when the page is empty.
     tasks = [{name: row[name] for name in row if name != "total"} for row in rows if row["id"] is not None]

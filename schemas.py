@@ -1,8 +1,9 @@
 """Request and response bodies, built on the fields of `models.py`."""
 
-from typing import Annotated, Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from pydantic_core import PydanticCustomError
 
 from models import TaskFields, TaskKey, TaskState, Title
@@ -71,8 +72,18 @@ def _true_or_false(value: object) -> bool:
 Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 
 
+class Listing(NamedTuple):
+    """Which tasks, by their state, and in which order."""
+
+    states: frozenset[bool] = frozenset((False, True))
+    sort_field: str = "created_at"
+    descending: bool = True
+
+
 class TaskListQuery(BaseModel):
     """Which tasks, in which order, and how many at once."""
+
+    model_config = ConfigDict(frozen=True)
 
     status: Literal["all", "pending", "incomplete", "completed"] = Field(
         "all", description="`incomplete` is another word for `pending`."
@@ -86,19 +97,14 @@ class TaskListQuery(BaseModel):
     cursor: str | None = Field(None, description="From the `Link` header of the page before.")
     count: Flag = Field(False, description="Answer with `X-Total-Count`.")
 
-    @property
-    def states(self) -> frozenset[bool]:
-        """The values of a task's `completed` that are asked for."""
-        by_status = {"all": {False, True}, "completed": {True}}.get(self.status, {False})
-        return frozenset(by_status & {self.completed} if self.completed is not None else by_status)
-
-    @property
-    def sort_field(self) -> str:
+    @cached_property
+    def listing(self) -> Listing:
+        states = {"all": {False, True}, "completed": {True}}.get(self.status, {False})
+        if self.completed is not None:
+            states &= {self.completed}
         field = (self.sort or "created_at").removeprefix("-")
-        return "created_at" if field == "created" else field
-
-    @property
-    def descending(self) -> bool:
         if self.sort is None:
-            return self.order != "asc"
-        return self.sort.startswith("-") or self.order == "desc"
+            descending = self.order != "asc"
+        else:
+            descending = self.sort.startswith("-") or self.order == "desc"
+        return Listing(frozenset(states), "created_at" if field == "created" else field, descending)

@@ -15,9 +15,7 @@ def loads(text: bytes) -> Any:
         NotStrictJson: for anything that two readers could understand differently.
     """
     try:
-        return json.loads(
-            text.decode(), object_pairs_hook=_members, parse_constant=_constant, parse_float=_finite
-        )
+        return _DECODER.decode(text.decode())
     except UnicodeDecodeError as error:
         raise NotStrictJson("is not valid UTF-8") from error
     except json.JSONDecodeError as error:
@@ -46,3 +44,6 @@ def _finite(digits: str) -> float:
     if number in (float("inf"), float("-inf")):
         raise NotStrictJson("has a number that is too large")
     return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_members, parse_constant=_constant, parse_float=_finite)

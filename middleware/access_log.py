@@ -1,20 +1,18 @@
 """An id for every request, one line about it, and the last word when a handler crashes."""
 
 import time
-from typing import Any
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import errors
 
-log = structlog.get_logger("access")
-
 
 class AccessLogMiddleware:
     def __init__(self, app: ASGIApp, *, lines: bool = True) -> None:
         self.app = app
         self._lines = lines
+        self._log = structlog.get_logger("access").bind()  # bound once: it costs more than the line
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,7 +35,7 @@ class AccessLogMiddleware:
         try:
             await self.app(scope, receive, send_and_watch)
         except Exception:
-            log.exception("crash", request_id=request_id, method=scope["method"], path=scope["path"])
+            self._log.exception("crash", request_id=request_id, method=scope["method"], path=scope["path"])
             if status is not None:
                 raise  # half an answer has left: the server must cut it off
             await errors.render(scope, errors.InternalError())(scope, receive, send_and_watch)
@@ -48,12 +46,12 @@ class AccessLogMiddleware:
     def _write_line(
         self, scope: Scope, request_id: str, status: int | None, duration_s: float, size_bytes: int
     ) -> None:
-        line: dict[str, Any] = {
-            "request_id": request_id,
-            "method": scope["method"],
-            "path": scope["path"],
-            "status": status,
-            "duration_ms": round(duration_s * 1000, 2),
-            "bytes": size_bytes,
-        }
-        log.info("request", **line)
+        self._log.info(
+            "request",
+            request_id=request_id,
+            method=scope["method"],
+            path=scope["path"],
+            status=status,
+            duration_ms=round(duration_s * 1000, 2),
+            bytes=size_bytes,
+        )

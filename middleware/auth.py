@@ -6,6 +6,7 @@ from fastapi import Depends, Path, Request
 from fastapi.security import HTTPBearer
 
 from errors import Forbidden, Unauthorized
+from queries import Owner
 from tokens import TokenInvalid, Verifier
 
 
@@ -17,8 +18,8 @@ class UserAccess(HTTPBearer):
 
     async def __call__(  # type: ignore[override] # it answers with the user, not with credentials
         self, request: Request, user_id: Annotated[str, Path(description="The `sub` of your token.")]
-    ) -> str:
-        """Return *user_id*, which is the verified caller.
+    ) -> Owner:
+        """Return the verified caller as the owner of what the path names.
 
         Raises:
             Unauthorized: there is no acceptable token.
@@ -31,7 +32,7 @@ class UserAccess(HTTPBearer):
             raise Unauthorized(str(error)) from error
         if claims.sub != user_id:
             raise Forbidden
-        return user_id
+        return Owner(user_id, request.app.state.database)
 
 
 def bearer_token(request: Request) -> str:
@@ -54,4 +55,4 @@ def bearer_token(request: Request) -> str:
 verify_user_access = UserAccess(
     scheme_name="bearer", bearerFormat="JWT", description="The JWT of your front end's session."
 )
-UserDep = Annotated[str, Depends(verify_user_access)]
+OwnerDep = Annotated[Owner, Depends(verify_user_access)]

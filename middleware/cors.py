@@ -3,7 +3,7 @@
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import errors
 
@@ -51,17 +51,19 @@ class ProblemCORSMiddleware(CORSMiddleware):
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        if (
-            "origin" in headers
-            and "access-control-request-method" in headers
-            and scope["method"] == "OPTIONS"
-        ):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if not any(name == b"origin" for name, _ in scope["headers"]):
+            await self.app(scope, receive, _varying(send))  # no browser asks
+            return
+        headers = Headers(scope=scope)
+        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             answer = self._preflight(scope, headers)
             answer.headers["X-Request-ID"] = errors.request_id(scope)
             await answer(scope, receive, send)
             return
-        await super().__call__(scope, receive, send)
+        await self.simple_response(scope, receive, send, headers)
 
     def _preflight(self, scope: Scope, headers: Headers) -> Response:
         answer = self.preflight_response(headers)
@@ -72,3 +74,14 @@ class ProblemCORSMiddleware(CORSMiddleware):
             if name in answer.headers:
                 refusal.headers[name] = answer.headers[name]
         return refusal
+
+
+def _varying(send: Send) -> Send:
+    """Tell caches that another origin may get other headers."""
+
+    async def send_with_vary(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"vary", b"Origin")]
+        await send(message)
+
+    return send_with_vary

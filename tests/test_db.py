@@ -7,6 +7,7 @@ import pytest
 import db
 import queries
 from main import create_app
+from schemas import Listing
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 
@@ -193,7 +194,7 @@ def test_every_spelling_of_postgres_is_known(scheme: str) -> None:
 
 def test_statements_are_compiled_once() -> None:
     database = db.connect("postgresql://user@host/name", pool_size=1)
-    listing = queries.Listing()
+    listing = Listing()
 
     first = db.compile_statement(queries._list_statement(listing, True), database.dialect)
 

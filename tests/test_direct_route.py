@@ -2,7 +2,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from middleware.json_body import BODY_MAX_BYTES
+from middleware.direct_route import BODY_MAX_BYTES
 from tests.conftest import Person
 
 JSON = {"Content-Type": "application/json"}

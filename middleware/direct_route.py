@@ -1,0 +1,153 @@
+"""Routes that read what their endpoints declare by themselves: the caller first, then path, query and body.
+
+The framework's reading is general, costs a third of a request and parses the body before it asks who is
+calling (docs/decisions/0006). The declarations stay the framework's, and so does the OpenAPI document.
+"""
+
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import lru_cache
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from urllib.parse import parse_qsl
+
+from fastapi import Request, Response, params
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
+
+import strict_json
+from errors import ContentTooLarge, Unprocessable, UnsupportedMediaType
+
+BODY_MAX_BYTES = 64 * 1024
+QUERIES_REMEMBERED = 1024
+
+Reader = Callable[[Request], Awaitable[Any]]
+
+
+class DirectRoute(APIRoute):
+    """A route whose endpoint answers with a `Response` and takes any of these, by annotation:
+
+    - `Annotated[T, Depends(f)]`: what `await f(request, ...)` returns, before everything else; what else *f*
+      takes are parts of the path as they are,
+    - `Annotated[T, Path(...)]`: a part of the path,
+    - `Annotated[Model, Query()]`: the query as a frozen model; of a parameter sent twice the last one counts,
+    - `Request`,
+    - anything else: the body, as strict JSON of at most `BODY_MAX_BYTES`; with a default it may be left out.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint = self.endpoint
+        readers = _readers(endpoint)
+
+        async def handle(request: Request) -> Response:
+            values, mistakes = {}, []
+            for name, place, read in readers:
+                try:
+                    values[name] = await read(request)
+                except ValidationError as error:
+                    mistakes += [{**mistake, "loc": (*place, *mistake["loc"])} for mistake in error.errors()]
+            if mistakes:
+                raise RequestValidationError(mistakes)
+            response: Response = await endpoint(**values)
+            return response
+
+        return handle
+
+
+def _readers(endpoint: Callable[..., Any]) -> list[tuple[str, tuple[str, ...], Reader]]:
+    """Return how each parameter of *endpoint* is read: its name, where mistakes are, and the reader."""
+    hints = get_type_hints(endpoint, include_extras=True)
+    readers: list[tuple[str, tuple[str, ...], Reader]] = []
+    for name, parameter in inspect.signature(endpoint).parameters.items():
+        hint = hints[name]
+        extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        if dependency := _first(params.Depends, extras):
+            readers.insert(0, (name, (), _dependency_reader(dependency.dependency)))
+        elif _first(params.Path, extras):
+            readers.append((name, ("path", name), _path_reader(name, hint)))
+        elif _first(params.Query, extras):
+            readers.append((name, ("query",), _query_reader(hint)))
+        elif hint is Request:
+            readers.append((name, (), _request_reader))
+        else:
+            readers.append((name, ("body",), _body_reader(hint, parameter.default)))
+    return readers
+
+
+def _first(kind: type[Any], extras: tuple[Any, ...]) -> Any:
+    return next((extra for extra in extras if isinstance(extra, kind)), None)
+
+
+def _dependency_reader(dependency: Callable[..., Awaitable[Any]]) -> Reader:
+    parts = [name for name in inspect.signature(dependency).parameters if name != "request"]
+
+    async def read(request: Request) -> Any:
+        return await dependency(request, **{name: request.path_params[name] for name in parts})
+
+    return read
+
+
+async def _request_reader(request: Request) -> Request:
+    return request
+
+
+def _path_reader(name: str, hint: Any) -> Reader:
+    validate = TypeAdapter(hint).validate_python
+
+    async def read(request: Request) -> Any:
+        return validate(request.path_params[name])
+
+    return read
+
+
+def _query_reader(hint: Any) -> Reader:
+    validate = TypeAdapter(hint).validate_python
+
+    @lru_cache(QUERIES_REMEMBERED)
+    def parse(query: bytes) -> Any:
+        return validate(dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True)))
+
+    async def read(request: Request) -> Any:
+        return parse(request.scope["query_string"])
+
+    return read
+
+
+def _body_reader(hint: Any, default: Any) -> Reader:
+    validate = TypeAdapter(hint).validate_python
+
+    async def read(request: Request) -> Any:
+        body = await _body(request)
+        if not body:
+            if default is not inspect.Parameter.empty:
+                return default
+            raise RequestValidationError([{"type": "missing", "loc": ("body",)}])
+        if not _is_json(request.headers.get("content-type", "")):
+            raise UnsupportedMediaType
+        try:
+            value = strict_json.loads(body)
+        except strict_json.NotStrictJson as error:
+            raise Unprocessable([{"pointer": "", "detail": str(error)}]) from error
+        return validate(value)
+
+    return read
+
+
+async def _body(request: Request) -> bytes:
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > BODY_MAX_BYTES:
+        raise ContentTooLarge
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > BODY_MAX_BYTES:
+            raise ContentTooLarge
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _is_json(content_type: str) -> bool:
+    media_type = content_type.partition(";")[0].strip().lower()
+    return media_type == "application/json" or (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    )
