@@ -119,11 +119,11 @@ class Postgres(Database):
 
     async def open(self) -> None:
         try:
-            await self.pool.fetch("SELECT 1", [])
-        except Exception as error:
-            if not _is_transient(error):
+            await self.pool.warm()
+        except* Exception as errors:
+            if not all(_is_transient(error) for error in errors.exceptions):
                 raise
-            _unavailable(error)
+            _unavailable(errors.exceptions[0])
 
     async def close(self) -> None:
         await self.pool.close()

@@ -44,6 +44,7 @@ class Pool:
 
     def __init__(self, connect: Callable[[], Awaitable[Any]], size: int) -> None:
         self._connect = connect
+        self._size = size
         self._turns = asyncio.Semaphore(size)
         self._idle: list[Connection] = []
 
@@ -63,6 +64,16 @@ class Pool:
             raise
         finally:
             self._release(connection)
+
+    async def warm(self) -> None:
+        """Connect as often as allowed: a first connection costs some 20 round trips, better not a request's.
+
+        Raises:
+            BaseExceptionGroup: none or not all could be made.
+        """
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._size):
+                group.create_task(self.fetch("SELECT pg_backend_pid()", []))
 
     async def close(self) -> None:
         while self._idle:

@@ -7,6 +7,7 @@ import pytest
 import db
 from main import create_app
 from tests.conftest import Person, person, running, settings_for
+from tests.postgres import Server
 from tests.postgres_proxy import running_proxy
 
 
@@ -78,3 +79,26 @@ async def test_a_wrong_caller_reaches_no_statement(
 
     assert answer.status_code == 403
     assert sent == []
+
+
+async def test_each_operation_is_one_round_trip_to_a_database_ten_milliseconds_away(
+    postgres: Server,
+) -> None:
+    name = await postgres.create_database()
+    async with (
+        running_proxy(postgres.url_of(name), delay_s=0.01) as proxy,
+        running(create_app(settings_for(proxy.url, database_pool_size=1))) as client,
+    ):
+        anna = person("anna", client)
+        counted: list[int] = []
+        for _ in range(2):  # the first time, the connection learns the statement
+            counted.clear()
+            for method, path, body, _verb in OPERATIONS:
+                task = await anna.create()
+                proxy.clear()
+                options = {"json": body} if body is not None else {}
+                assert (await anna.send(method, path.format(task["id"]), **options)).is_success
+                counted.append(proxy.round_trips)
+    await postgres.drop_database(name)
+
+    assert counted == [1] * len(OPERATIONS)

@@ -1,0 +1,287 @@
+"""Compare this service with a floor and with the usual back end: `uv run --group bench bench/run.py`.
+
+Needs wrk (Debian: apt-get install wrk). Brings its own PostgreSQL, seeds it, runs each server on one core and
+the load on the other in interleaved rounds, and writes `results.json` and `results.svg` beside this file.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import asyncpg  # noqa: E402
+import httpx  # noqa: E402
+
+import db  # noqa: E402
+import main  # noqa: E402
+import tokens  # noqa: E402
+from tests.postgres import Server, free_port, running_server  # noqa: E402
+
+SECRET = "a-secret-for-the-benchmark-only-00001"
+USERS, TASKS_PER_USER = 1_000, 1_000
+OPERATIONS = ("one", "list", "create", "complete")
+LABELS = {"one": "GET one", "list": "GET list of 20", "create": "POST", "complete": "PATCH complete"}
+SERVERS: dict[str, tuple[str, dict[str, str]]] = {
+    "floor": ("bench.floor:app", {}),
+    "this service": ("main:app", {"ACCESS_LOG": "false"}),
+    "this service, default": ("main:app", {"ENVIRONMENT": "production"}),
+    "the usual back end": ("bench.usual:app", {}),
+}
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Process:
+    """A server on the first core, measured by what the kernel says of it."""
+
+    def __init__(self, name: str, database_url: str, folder: Path) -> None:
+        self.name, self.port = name, free_port()
+        target, settings = SERVERS[name]
+        environment = (
+            os.environ
+            | settings
+            | {
+                "DATABASE_URL": database_url,
+                "BETTER_AUTH_SECRET": SECRET,
+                "DATA_DIR": str(folder),
+            }
+        )
+        command = [sys.executable, "-m", "uvicorn", target, "--port", str(self.port), "--no-access-log"]
+        self.log_path = folder / f"{self.port}.log"
+        with self.log_path.open("w") as log:
+            self.process = subprocess.Popen(
+                ["taskset", "-c", "0", *command], cwd=HERE.parent, env=environment, stdout=log, stderr=log
+            )
+        self.address = f"http://127.0.0.1:{self.port}"
+
+    def wait(self) -> None:
+        for _ in range(200):
+            with contextlib.suppress(httpx.TransportError):
+                httpx.get(f"{self.address}/health").raise_for_status()
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"{self.name} did not start")
+
+    def log(self) -> str:
+        return self.log_path.read_text()[-3000:]
+
+    def cpu_s(self) -> float:
+        return cpu_s(self.process.pid)
+
+    def peak_mb(self) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def postgres_cpu_s() -> float:
+    """Return what all PostgreSQL processes of this run have used."""
+    total = 0.0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            text = stat.read_text()
+            if "(postgres)" in text:
+                total += cpu_s(int(text.split()[0]))
+    return total
+
+
+async def seed(url: str, users: int) -> None:
+    database = db.connect(url, pool_size=1)
+    await asyncio.to_thread(main.migrate, database)
+    connection = await asyncpg.connect(url)
+    await connection.execute(
+        "INSERT INTO task (id, user_id, title, description, completed, created_at, updated_at) "
+        "SELECT n, 'user' || lpad(((n - 1) / $1 + 1)::text, 4, '0'), 'Task number ' || n, "
+        "'Some more about it', n % 3 = 0, t, t FROM "
+        "(SELECT n, now() - interval '1 second' * (n * 7919 % 10000000) AS t "
+        "FROM generate_series(1, $1::bigint * $2::bigint) n) rows",
+        TASKS_PER_USER,
+        users,
+        timeout=600,
+    )
+    await connection.execute(f"ALTER TABLE task ALTER COLUMN id RESTART WITH {users * TASKS_PER_USER + 1}")
+    await connection.execute("VACUUM ANALYZE task", timeout=600)
+    await connection.close()
+
+
+@contextlib.contextmanager
+def running(names: list[str], url: str, folder: Path) -> Iterator[list[Process]]:
+    processes = [Process(name, url, folder) for name in names]
+    try:
+        for process in processes:
+            process.wait()
+        yield processes
+    finally:
+        for process in processes:
+            process.process.terminate()
+            process.process.wait()
+
+
+def check_bodies(processes: list[Process], token: str) -> None:
+    """Fail unless every server gives the same answers, up to times and ids of what it has made."""
+    for method, path, body in (
+        ("GET", "/7", None),
+        ("GET", "?limit=20", None),
+        ("POST", "", {"title": "Buy milk", "description": "Two bottles of it"}),
+        ("PATCH", "/8/complete", None),
+    ):
+        answers = []
+        for process in processes:
+            url = f"{process.address}/api/user0001/tasks{path}"
+            answer = httpx.request(method, url, json=body, headers={"Authorization": f"Bearer {token}"})
+            if answer.is_error:
+                raise RuntimeError(f"{process.name}: {answer.text} {process.log()}")
+            content = answer.json()
+            rows = content if isinstance(content, list) else [content]
+            answers.append([{k: row[k] for k in ("user_id", "title", "description")} for row in rows])
+        assert all(answer == answers[0] for answer in answers), (method, path, answers)
+
+
+def load(
+    process: Process, operation: str, token_file: Path, seconds: float, connections: int
+) -> dict[str, float]:
+    command = [
+        "taskset",
+        "-c",
+        "1",
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{seconds}s",
+        "-s",
+        HERE / "requests.lua",
+    ]
+    command += [process.address, "--", operation, token_file, str(TASKS_PER_USER)]
+    before, before_postgres = process.cpu_s(), postgres_cpu_s()
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    result = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT"))[7:])
+    if result["errors"]:
+        raise RuntimeError(f"{process.name}, {operation}: {output}")
+    thousands = result["requests"] / 1000
+    return {
+        "cpu_s_per_1000": (process.cpu_s() - before) / thousands,
+        "postgres_cpu_s_per_1000": (postgres_cpu_s() - before_postgres) / thousands,
+        "requests_per_s": result["requests"] / result["seconds"],
+        "p50_ms": result["p50_ms"],
+        "p99_ms": result["p99_ms"],
+    }
+
+
+def summarise(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+
+
+def report(results: dict[str, Any]) -> None:
+    for operation in OPERATIONS:
+        print(f"\n{LABELS[operation]}")
+        print(f"{'':26}{'CPU s/1000':>11}{'of floor':>10}{'req/s':>9}{'p50 ms':>8}{'p99 ms':>8}{'PG CPU':>8}")
+        for name, by_operation in results["servers"].items():
+            row = by_operation[operation]
+            print(
+                f"{name:26}{row['cpu_s_per_1000']:11.3f}{row['of_floor']:10.0%}{row['requests_per_s']:9.0f}"
+                f"{row['p50_ms']:8.1f}{row['p99_ms']:8.1f}{row['postgres_cpu_s_per_1000']:8.3f}"
+            )
+    print("\npeak memory, MB:", results["peak_mb"])
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "bench"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    names = [name for name in results["servers"] if name != "floor"]
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
+        shares = [results["servers"][name][operation]["of_floor"] * 100 for operation in OPERATIONS]
+        bars = axes.bar([x + place * width for x in range(len(OPERATIONS))], shares, width, label=name)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    axes.axhline(100, color="black", linewidth=0.8)
+    axes.set_xticks([x + width for x in range(len(OPERATIONS))], [LABELS[o] for o in OPERATIONS])
+    axes.set_ylabel("% of the floor's speed per CPU second")
+    axes.legend(fontsize=8, loc="upper right")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+async def prepare(server: Server, users: int) -> str:
+    url = server.url_of(await server.create_database())
+    await seed(url, users)
+    return url
+
+
+def main_() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=3)
+    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--users", type=int, default=USERS, help="each with 1,000 tasks")
+    parser.add_argument("--servers", nargs="*", default=list(SERVERS), choices=list(SERVERS))
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    if not shutil.which("wrk"):
+        raise SystemExit("wrk is not installed (Debian: apt-get install wrk)")
+    with running_server() as server, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        url = asyncio.run(prepare(server, options.users))
+        made = [tokens.issue(f"user{n:04}", SECRET, 86_400) for n in range(1, options.users + 1)]
+        token_file = folder / "tokens"
+        token_file.write_text("\n".join(made) + "\n")
+        measured: dict[str, dict[str, list[dict[str, float]]]] = {
+            name: {operation: [] for operation in OPERATIONS} for name in options.servers
+        }
+        with running(options.servers, url, folder) as processes:
+            check_bodies(processes, made[0])
+            for number in range(options.rounds + 1):
+                for operation in OPERATIONS:
+                    for process in processes:
+                        seconds = options.seconds if number else 1  # the first round warms up
+                        result = load(process, operation, token_file, seconds, options.connections)
+                        if number:
+                            measured[process.name][operation].append(result)
+                print(f"round {number} of {options.rounds}", file=sys.stderr)
+            results: dict[str, Any] = {
+                "date": datetime.now(UTC).date().isoformat(),
+                "command": "uv run --group bench bench/run.py",
+                "python": platform.python_version(),
+                "tasks": options.users * TASKS_PER_USER,
+                "connections": options.connections,
+                "peak_mb": {process.name: round(process.peak_mb()) for process in processes},
+                "servers": {
+                    name: {operation: summarise(rounds) for operation, rounds in by_operation.items()}
+                    for name, by_operation in measured.items()
+                },
+            }
+    for by_operation in results["servers"].values():
+        for operation, row in by_operation.items():
+            floor = results["servers"]["floor"][operation]["cpu_s_per_1000"]
+            row["of_floor"] = floor / row["cpu_s_per_1000"]
+    report(results)
+    if not options.no_write:
+        (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        draw(results, HERE / "results.svg")
+
+
+if __name__ == "__main__":
+    main_()
