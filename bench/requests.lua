@@ -1,20 +1,22 @@
 -- What wrk sends: one operation, by users in turn, each with their own token.
--- Arguments: operation, file of tokens (one a line), tasks per user.
+-- Arguments: operation, file of tokens (one a line), tasks per user; for "path" the path, asked for by user 1.
 
-local operation, tokens, per_user = nil, {}, 0
-local methods = { one = "GET", list = "GET", create = "POST", complete = "PATCH" }
+local operation, tokens, per_user, fixed = nil, {}, 0, nil
+local methods = { one = "GET", list = "GET", create = "POST", complete = "PATCH", path = "GET" }
 
 function init(args)
-  operation, per_user = args[1], tonumber(args[3])
+  operation, per_user, fixed = args[1], tonumber(args[3]), args[4]
   for line in io.lines(args[2]) do tokens[#tokens + 1] = line end
   math.randomseed(os.time())
 end
 
 function request()
-  local user = math.random(#tokens)
+  local user = fixed and 1 or math.random(#tokens)
   local headers = { ["Authorization"] = "Bearer " .. tokens[user] }
   local path, body = string.format("/api/user%04d/tasks", user), nil
-  if operation == "list" then
+  if fixed then
+    path = fixed
+  elseif operation == "list" then
     path = path .. "?limit=20"
   elseif operation == "create" then
     headers["Content-Type"] = "application/json"

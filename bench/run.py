@@ -83,8 +83,14 @@ class Process:
         return cpu_s(self.process.pid)
 
     def peak_mb(self) -> float:
+        return self._memory_mb("VmHWM")
+
+    def resident_mb(self) -> float:
+        return self._memory_mb("VmRSS")
+
+    def _memory_mb(self, name: str) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.splitlines() if line.startswith(name))
         return int(line.split()[1]) / 1024
 
 
@@ -157,7 +163,7 @@ def check_bodies(processes: list[Process], token: str) -> None:
 
 
 def load(
-    process: Process, operation: str, token_file: Path, seconds: float, connections: int
+    process: Process, operation: str, token_file: Path, seconds: int, connections: int, *path: str
 ) -> dict[str, float]:
     command = [
         "taskset",
@@ -170,7 +176,7 @@ def load(
         "-s",
         HERE / "requests.lua",
     ]
-    command += [process.address, "--", operation, token_file, str(TASKS_PER_USER)]
+    command += [process.address, "--", operation, token_file, str(TASKS_PER_USER), *path]
     before, before_postgres = process.cpu_s(), postgres_cpu_s()
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     result = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT"))[7:])
@@ -180,6 +186,7 @@ def load(
     return {
         "cpu_s_per_1000": (process.cpu_s() - before) / thousands,
         "postgres_cpu_s_per_1000": (postgres_cpu_s() - before_postgres) / thousands,
+        "requests": result["requests"],
         "requests_per_s": result["requests"] / result["seconds"],
         "p50_ms": result["p50_ms"],
         "p99_ms": result["p99_ms"],

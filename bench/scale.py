@@ -1,0 +1,135 @@
+"""How this service scales: `uv run --group bench bench/scale.py`.
+
+The cost of page 1 and page 1,000 in growing tables, the load in growing numbers of connections, and the memory after many
+requests. Prints, and writes `scale.json` beside this file. Needs wrk, as `run.py` does.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import asyncpg  # noqa: E402
+import httpx  # noqa: E402
+
+import db  # noqa: E402
+import main  # noqa: E402
+import tokens  # noqa: E402
+from bench.run import SECRET, Process, load, running  # noqa: E402
+from tests.postgres import Server, running_server  # noqa: E402
+
+USER = "user0001"
+PAGE, PAGE_SIZE = 1_000, 10
+NAME = "this service"
+
+
+async def filled(server: Server, rows: int) -> str:
+    """Return the URL of a database in which one user has *rows* tasks."""
+    url = server.url_of(await server.create_database())
+    await asyncio.to_thread(main.migrate, db.connect(url, pool_size=1))
+    connection = await asyncpg.connect(url)
+    await connection.execute(
+        "INSERT INTO task (user_id, title, created_at, updated_at) SELECT $1, 'Task number ' || n, t, t FROM "
+        "(SELECT n, now() - interval '1 second' * (n * 7919 % 10000000) AS t "
+        "FROM generate_series(1, $2::bigint) n) rows",
+        USER,
+        rows,
+        timeout=600,
+    )
+    await connection.execute("VACUUM ANALYZE task", timeout=600)
+    await connection.close()
+    return url
+
+
+def deep_page(process: Process, token: str) -> str:
+    """Walk to page 1,000 and return its path."""
+    path = f"/api/{USER}/tasks?limit={PAGE_SIZE}"
+    with httpx.Client(base_url=process.address, headers={"Authorization": f"Bearer {token}"}) as client:
+        for _ in range(PAGE - 1):
+            path = client.get(path).raise_for_status().links["next"]["url"]
+    return path
+
+
+def lists(server: Server, folder: Path, token_file: Path, token: str, rounds: int) -> list[dict[str, Any]]:
+    """Measure page 1 and page 1,000 in tables of three sizes, interleaved."""
+    sizes = [10_000, 100_000, 1_000_000]
+    services = []
+    paths: list[tuple[str, str]] = []
+    for rows in sizes:
+        manager = running([NAME], asyncio.run(filled(server, rows)), folder)
+        (process,) = manager.__enter__()
+        services.append((rows, process, manager))
+        paths.append((f"/api/{USER}/tasks?limit={PAGE_SIZE}", deep_page(process, token)))
+    results: dict[tuple[int, str], list[float]] = {}
+    for _ in range(rounds):
+        for (rows, process, _), (first, deep) in zip(services, paths, strict=True):
+            for label, path in ((f"page 1 of {PAGE_SIZE}", first), (f"page {PAGE} of {PAGE_SIZE}", deep)):
+                measured = load(process, "path", token_file, 2, 16, path)
+                cost = measured["cpu_s_per_1000"] + measured["postgres_cpu_s_per_1000"]
+                results.setdefault((rows, label), []).append(cost)
+    for _, _, manager in services:
+        manager.__exit__(None, None, None)
+    return [
+        {"rows": rows, "list": label, "cpu_s_per_1000": statistics.median(costs)}
+        for (rows, label), costs in results.items()
+    ]
+
+
+def connections(process: Process, token_file: Path, rounds: int) -> list[dict[str, Any]]:
+    results: dict[int, list[dict[str, float]]] = {}
+    path = f"/api/{USER}/tasks/1"
+    for _ in range(rounds):
+        for count in (32, 128, 512):
+            results.setdefault(count, []).append(load(process, "path", token_file, 3, count, path))
+    names = ("requests_per_s", "p50_ms", "p99_ms")
+    return [
+        {"connections": count, **{name: statistics.median(each[name] for each in rounds_) for name in names}}
+        for count, rounds_ in results.items()
+    ]
+
+
+def memory(process: Process, token_file: Path, requests: int) -> list[dict[str, float]]:
+    """Return the resident memory in MB at the start and after each tenth of *requests*."""
+    path = f"/api/{USER}/tasks?limit={PAGE_SIZE}"
+    done, found = 0.0, []
+    while done < requests:
+        found.append({"requests": done, "resident_mb": round(process.resident_mb(), 1)})
+        step = 0.0
+        while step < requests / 10:
+            step += load(process, "path", token_file, 5, 32, path)["requests"]
+        done += step
+    return [*found, {"requests": done, "resident_mb": round(process.resident_mb(), 1)}]
+
+
+def main_() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=1_000_000, help="for the memory")
+    options = parser.parse_args()
+    with running_server() as server, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        token = tokens.issue(USER, SECRET, 86_400)
+        token_file = folder / "tokens"
+        token_file.write_text(f"{token}\n")
+        results: dict[str, Any] = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": "uv run --group bench bench/scale.py",
+            "lists": lists(server, folder, token_file, token, options.rounds),
+        }
+        with running([NAME], asyncio.run(filled(server, 10_000)), folder) as (process,):
+            results["connections"] = connections(process, token_file, options.rounds)
+            results["memory"] = memory(process, token_file, options.requests)
+    print(json.dumps(results, indent=2))
+    (HERE / "scale.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main_()
