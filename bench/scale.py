@@ -1,7 +1,7 @@
 """How this service scales: `uv run --group bench bench/scale.py`.
 
-The cost of page 1 and page 1,000 in growing tables, the load in growing numbers of connections, and the memory after many
-requests. Prints, and writes `scale.json` beside this file. Needs wrk, as `run.py` does.
+The cost of page 1 and page 1,000 in growing tables, the load in growing numbers of connections, and the
+memory after many requests. Prints, and writes `scale.json` beside this file. Needs wrk, as `run.py` does.
 """
 
 import argparse
