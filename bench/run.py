@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ SERVERS: dict[str, tuple[str, dict[str, str]]] = {
     "floor": ("bench.floor:app", {}),
     "this service": ("main:app", {"ACCESS_LOG": "false"}),
     "this service, default": ("main:app", {"ENVIRONMENT": "production"}),
+    "this service, SQLite": ("main:app", {"ACCESS_LOG": "false"}),
     "the usual back end": ("bench.usual:app", {}),
 }
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -129,9 +131,25 @@ async def seed(url: str, users: int) -> None:
     await connection.close()
 
 
+def seed_sqlite(path: Path, users: int) -> str:
+    """Make the same rows in a file and return its URL."""
+    url = f"sqlite:///{path}"
+    main.migrate(db.connect(url, pool_size=1))
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < :users * :each) "
+            "INSERT INTO task (id, user_id, title, description, completed, created_at, updated_at) "
+            "SELECT n, printf('user%04d', (n - 1) / :each + 1), 'Task number ' || n, 'Some more about it', "
+            "n % 3 = 0, t, t FROM (SELECT n, strftime('%Y-%m-%d %H:%M:%f000', 'now', "
+            "printf('-%d seconds', n * 7919 % 10000000)) AS t FROM n)",
+            {"users": users, "each": TASKS_PER_USER},
+        )
+    return url
+
+
 @contextlib.contextmanager
-def running(names: list[str], url: str, folder: Path) -> Iterator[list[Process]]:
-    processes = [Process(name, url, folder) for name in names]
+def running(names: list[str], url: str, folder: Path, sqlite_url: str = "") -> Iterator[list[Process]]:
+    processes = [Process(name, sqlite_url if "SQLite" in name else url, folder) for name in names]
     try:
         for process in processes:
             process.wait()
@@ -227,7 +245,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.axhline(100, color="black", linewidth=0.8)
     axes.set_xticks([x + width for x in range(len(OPERATIONS))], [LABELS[o] for o in OPERATIONS])
     axes.set_ylabel("% of the floor's speed per CPU second")
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names), frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
@@ -258,7 +276,8 @@ def main_() -> None:
         measured: dict[str, dict[str, list[dict[str, float]]]] = {
             name: {operation: [] for operation in OPERATIONS} for name in options.servers
         }
-        with running(options.servers, url, folder) as processes:
+        sqlite_url = seed_sqlite(folder / "tasks.db", options.users)
+        with running(options.servers, url, folder, sqlite_url) as processes:
             check_bodies(processes, made[0])
             for number in range(options.rounds + 1):
                 for operation in OPERATIONS:
