@@ -10,6 +10,7 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -20,6 +21,9 @@ SECRET_MIN = 32
 _PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # noqa: S105 - refused below
 # As browsers write it: lower case, no path, no user, a port in digits (RFC 6454, section 6.2).
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+_ALGORITHMS = frozenset(
+    "HS256 EdDSA Ed25519 ES256 ES384 ES512 RS256 RS384 RS512 PS256 PS384 PS512".split()  # noqa: SIM905
+)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -66,6 +70,23 @@ def _origin_list(value: str) -> str:
     return value
 
 
+def _address(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise PydanticCustomError("address", "must be an address like https://app.example.com")
+    return value.rstrip("/")
+
+
+def _algorithm_list(value: str) -> str:
+    if not (listed := _listed(value)) or not listed <= _ALGORITHMS:
+        raise PydanticCustomError("algorithm", f"must be of {', '.join(sorted(_ALGORITHMS))}")
+    return value
+
+
+def _listed(value: str | None) -> frozenset[str]:
+    return frozenset(part.strip() for part in (value or "").split(",") if part.strip())
+
+
 def _origins(value: str) -> list[str]:
     return [origin.strip().rstrip("/").lower() for origin in value.split(",") if origin.strip()]
 
@@ -92,6 +113,19 @@ class Settings(BaseModel):
     better_auth_secrets: Annotated[str, AfterValidator(_versioned_secrets)] | None = Field(
         None, repr=False, description="several, newest first: `2:new,1:old`"
     )
+    better_auth_url: Annotated[str, AfterValidator(_address)] | None = Field(
+        None, description="Better Auth's base URL; enough for its tokens (EdDSA and the like)"
+    )
+    jwks_url: Annotated[str, AfterValidator(_address)] | None = Field(
+        None, description="where the public keys are, if not at `BETTER_AUTH_URL` + `/api/auth/jwks`"
+    )
+    jwks: str | None = Field(None, repr=False, description="the public keys themselves, or a file of them")
+    jwt_issuer: str | None = Field(None, description="accepted `iss`, separated by commas")
+    jwt_audience: str | None = Field(None, description="accepted `aud`, separated by commas")
+    jwt_algorithms: Annotated[str, AfterValidator(_algorithm_list)] | None = Field(
+        None, description="accepted algorithms, separated by commas; all that fit the keys"
+    )
+    jwt_leeway_s: float = Field(10, ge=0, le=300, description="how far clocks may differ, in seconds")
     jwt_expiration: Annotated[str, AfterValidator(_duration)] = Field(
         "7d", description="lifetime of the tokens made here: `15m`, `24h`, `7d`"
     )
@@ -114,11 +148,13 @@ class Settings(BaseModel):
         missing = []
         if self.environment == "production" and not self.database_url:
             missing.append("DATABASE_URL: must be given in production")
-        if not (self.embedded or self.better_auth_secret or self.better_auth_secrets):
+        if not (self.embedded or self.better_auth_secret or self.better_auth_secrets or self.has_keys):
             missing.append(
-                "BETTER_AUTH_SECRET: must be given, the same as your front end's; "
-                "only the embedded database in development makes one by itself"
+                "BETTER_AUTH_SECRET: must be given, the same as your front end's, or BETTER_AUTH_URL; "
+                "only the embedded database in development makes a secret by itself"
             )
+        if self.has_keys and not (self.issuers and self.audiences):
+            missing.append("JWT_ISSUER, JWT_AUDIENCE: must be given where BETTER_AUTH_URL is not")
         if missing:
             raise PydanticCustomError("incomplete", "{sentences}", {"sentences": "\n".join(missing)})
         return self
@@ -143,7 +179,50 @@ class Settings(BaseModel):
         """All accepted secrets; the first signs."""
         several = [_unversioned(part) for part in (self.better_auth_secrets or "").split(",") if part]
         single = [self.better_auth_secret] if self.better_auth_secret else []
-        return several + single or [_embedded_secret(self.data_dir)]
+        return several + single or ([_embedded_secret(self.data_dir)] if self.embedded else [])
+
+    @property
+    def cursor_secrets(self) -> list[str]:
+        """What cursors are signed with: every process must have the same."""
+        return self.secrets or [self.resolved_database_url]
+
+    @property
+    def algorithms(self) -> frozenset[str]:
+        return _listed(self.jwt_algorithms) or _ALGORITHMS
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether tokens that are signed with an issuer's private key are accepted."""
+        return bool(self.better_auth_url or self.jwks_url or self.jwks)
+
+    @property
+    def resolved_jwks_url(self) -> str | None:
+        return self.jwks_url or (f"{self.better_auth_url}/api/auth/jwks" if self.better_auth_url else None)
+
+    @property
+    def issuers(self) -> frozenset[str]:
+        """What `iss` must be one of in tokens that are signed with the issuer's keys."""
+        return self.given_issuers or self._better_auth_origin
+
+    @property
+    def audiences(self) -> frozenset[str]:
+        return self.given_audiences or self._better_auth_origin
+
+    @property
+    def given_issuers(self) -> frozenset[str]:
+        """What `iss` must be one of in tokens that are signed with a secret; empty for any or none."""
+        return _listed(self.jwt_issuer)
+
+    @property
+    def given_audiences(self) -> frozenset[str]:
+        return _listed(self.jwt_audience)
+
+    @property
+    def _better_auth_origin(self) -> frozenset[str]:
+        if not self.better_auth_url:
+            return frozenset()
+        parts = urlsplit(self.better_auth_url)
+        return frozenset({f"{parts.scheme}://{parts.netloc}"})
 
     @property
     def jwt_expiration_s(self) -> int:

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 import db
 import errors
+import jwks
 import logs
 import openapi
 import tokens
@@ -33,15 +34,20 @@ def create_app(settings: Settings) -> FastAPI:
         ValueError: `DATABASE_URL` is not one that can be used.
     """
     database = db.connect(settings.resolved_database_url, pool_size=settings.database_pool_size)
+    keys = _keys(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if keys:
+            await keys.open()
         if settings.migrates_on_start:
             await asyncio.to_thread(migrate, database)
         await database.open()
         gc.freeze()  # what start-up has made stays; the collector need not look at it again and again
         yield
         await database.close()
+        if keys:
+            await keys.close()
 
     app = FastAPI(
         title="Task back end",
@@ -55,8 +61,15 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.database = database
-    app.state.verifier = tokens.Verifier(settings.secrets)
-    app.state.cursors = CursorSigner(settings.secrets)
+    app.state.verifier = tokens.Verifier(
+        settings.secrets,
+        keys,
+        algorithms=settings.algorithms,
+        of_secrets=tokens.Expectations(settings.given_issuers, settings.given_audiences),
+        of_keys=tokens.Expectations(settings.issuers, settings.audiences),
+        leeway_s=settings.jwt_leeway_s,
+    )
+    app.state.cursors = CursorSigner(settings.cursor_secrets)
 
     errors.install(app)
     openapi.install(app)
@@ -72,6 +85,13 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
+def _keys(settings: Settings) -> jwks.StaticKeys | jwks.FetchedKeys | None:
+    if settings.jwks:
+        inline = settings.jwks.lstrip().startswith("{")
+        return jwks.StaticKeys(settings.jwks.encode() if inline else Path(settings.jwks).read_bytes())
+    return jwks.FetchedKeys(settings.resolved_jwks_url) if settings.resolved_jwks_url else None
+
+
 def migrate(database: db.Database) -> None:
     """Bring the schema of *database* to head; of several processes one does it and the others wait."""
     from alembic import command, config  # only a start that migrates pays for the import
@@ -85,6 +105,10 @@ def load_app(settings: Settings) -> FastAPI:
     """Build the application, or end the start with a sentence."""
     try:
         return create_app(settings)
+    except jwks.KeySetInvalid as error:
+        refuse([f"JWKS: {error}"])
+    except OSError as error:
+        refuse([f"JWKS: {error.filename} cannot be read: {error.strerror}"])
     except ValueError as error:
         refuse([f"DATABASE_URL: {error}"])
 
@@ -131,6 +155,8 @@ def main(arguments: list[str]) -> None:
     parsed = parser.parse_args(arguments)
     settings = load_settings()
     if parsed.command == "token":
+        if not settings.secrets:
+            refuse(["BETTER_AUTH_SECRET: must be given to make a token"])
         print(_token(parsed.user, settings))
         return
     logs.configure(settings.resolved_log_level, settings.resolved_log_format)

@@ -1,23 +1,25 @@
-"""Bearer tokens: verify and issue JWTs that are signed with a shared secret (RFC 7519, HS256)."""
+"""Bearer tokens (JWT, RFC 7519): verified with shared secrets or an issuer's public keys, and issued."""
 
 import base64
 import binascii
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jwt
 from jwt.algorithms import HMACAlgorithm
 
+import jwks
 import strict_json
 
 TOKEN_MAX_BYTES = 16 * 1024  # an avatar in the payload has been seen to make 27 kB; 16 KiB is generous
 SUBJECT_MAX = 255
 # Better Auth signs other things with the same secret: an unknown typ is somebody else's token.
 _TYPES = {"jwt", "at+jwt"}
+ALGORITHMS = ("HS256", *jwks.ALGORITHMS)
 # Headers that would let a token choose its own key or meaning.
 _FORBIDDEN_HEADERS = ("crit", "b64", "jwk", "jku", "x5u", "x5c")
 
@@ -38,34 +40,72 @@ class Claims:
     exp: float
 
 
-class Verifier:
-    """Verifies tokens, remembering those that were good so that a signature is checked once."""
+class KeySource(Protocol):
+    async def key(self, kid: str) -> jwks.Key: ...
 
-    def __init__(self, secrets: Sequence[str], *, leeway_s: float = 10, remembered_max: int = 10_000) -> None:
-        self._keys = [secret.encode() for secret in secrets]
+
+@dataclass(frozen=True)
+class Expectations:
+    """Whose tokens are good: any of these issuers, for any of these audiences. Empty means any at all."""
+
+    issuers: frozenset[str] = frozenset()
+    audiences: frozenset[str] = frozenset()
+
+    def check(self, payload: dict[str, Any]) -> None:
+        if self.issuers and payload.get("iss") not in self.issuers:
+            raise TokenInvalid("Token is of another issuer")
+        audience = payload.get("aud")
+        named = audience if isinstance(audience, list) else [audience]
+        if self.audiences and not any(isinstance(name, str) and name in self.audiences for name in named):
+            raise TokenInvalid("Token is for another audience")
+
+
+class Verifier:
+    """Verifies tokens, remembering those that were good so that a signature is checked once.
+
+    A token chooses between what is configured and no further: HS256 needs *secrets*, the other algorithms
+    need *keys*, of which `kid` names one, whose type says what algorithms it may be used with.
+    """
+
+    def __init__(
+        self,
+        secrets: Sequence[str] = (),
+        keys: KeySource | None = None,
+        *,
+        algorithms: Collection[str] = ALGORITHMS,
+        of_secrets: Expectations = Expectations(),
+        of_keys: Expectations = Expectations(),
+        leeway_s: float = 10,
+        remembered_max: int = 10_000,
+    ) -> None:
+        self._secrets = [secret.encode() for secret in secrets]
+        self._keys = keys
+        self._algorithms = frozenset(algorithms)
+        self._of_secrets, self._of_keys = of_secrets, of_keys
         self._leeway_s = leeway_s
         self._remembered_max = remembered_max
         self._remembered: dict[bytes, Claims] = {}
 
-    def verify(self, token: str) -> Claims:
+    async def verify(self, token: str) -> Claims:
         """Return the claims of *token*, a compact JWS (RFC 7515).
 
         Raises:
             TokenExpired: `exp` lies more than the leeway in the past.
             TokenInvalid: any other reason.
+            jwks.KeysUnavailable: the keys cannot be fetched.
         """
         if len(token) > TOKEN_MAX_BYTES:
             raise TokenInvalid(f"Token is larger than {TOKEN_MAX_BYTES // 1024} KiB")
         digest = hashlib.sha256(token.encode(errors="replace")).digest()
         remembered = self._remembered.get(digest)
-        claims = remembered or self._verify_afresh(token)
+        claims = remembered or await self._verify_afresh(token)
         if claims.exp <= time.time() - self._leeway_s:
             raise TokenExpired("Token has expired")
         if remembered is None:
             self._remember(digest, claims)
         return claims
 
-    def _verify_afresh(self, token: str) -> Claims:
+    async def _verify_afresh(self, token: str) -> Claims:
         try:
             header_part, payload_part, signature_part = token.split(".")
             signature = _decode(signature_part)
@@ -76,10 +116,32 @@ class Verifier:
         if not isinstance(header, dict) or not isinstance(payload, dict):
             raise TokenInvalid("Token is malformed")
         _check_header(header)
-        signed = f"{header_part}.{payload_part}".encode()
-        if not any(_HS256.verify(signed, key, signature) for key in self._keys):
+        expected = await self._check_signature(header, f"{header_part}.{payload_part}".encode(), signature)
+        claims = self._claims(payload)
+        expected.check(payload)
+        return claims
+
+    async def _check_signature(self, header: dict[str, Any], signed: bytes, signature: bytes) -> Expectations:
+        """Return what else is expected of a token that is signed with such a key."""
+        algorithm = header.get("alg")
+        if not isinstance(algorithm, str) or algorithm not in self._algorithms:
+            raise TokenInvalid("Token algorithm is not accepted")
+        if algorithm == "HS256" and self._secrets:
+            if not any(_HS256.verify(signed, secret, signature) for secret in self._secrets):
+                raise TokenInvalid("Token signature is invalid")
+            return self._of_secrets
+        if algorithm == "HS256" or self._keys is None:
+            raise TokenInvalid("Token algorithm is not accepted")
+        kid = header.get("kid")
+        if not isinstance(kid, str):
+            raise TokenInvalid("Token names no key")
+        try:
+            key = await self._keys.key(kid)
+        except jwks.KeyUnknown as error:
+            raise TokenInvalid("Token key is unknown") from error
+        if not key.verify(algorithm, signed, signature):
             raise TokenInvalid("Token signature is invalid")
-        return self._claims(payload)
+        return self._of_keys
 
     def _claims(self, payload: dict[str, Any]) -> Claims:
         subject = payload.get("sub")
@@ -122,8 +184,6 @@ def _decode(part: str) -> bytes:
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    if header.get("alg") != "HS256":
-        raise TokenInvalid("Token algorithm is not accepted")
     if "typ" in header and str(header["typ"]).lower() not in _TYPES:
         raise TokenInvalid("Token is not an access token")
     if any(name in header for name in _FORBIDDEN_HEADERS):

@@ -5,7 +5,8 @@ from typing import Annotated
 from fastapi import Depends, Path, Request
 from fastapi.security import HTTPBearer
 
-from errors import Forbidden, Unauthorized
+import jwks
+from errors import Forbidden, Unauthorized, Unavailable
 from queries import Owner
 from tokens import TokenInvalid, Verifier
 
@@ -24,12 +25,15 @@ class UserAccess(HTTPBearer):
         Raises:
             Unauthorized: there is no acceptable token.
             Forbidden: the token is another user's.
+            Unavailable: the issuer's keys cannot be fetched.
         """
         verifier: Verifier = request.app.state.verifier
         try:
-            claims = verifier.verify(bearer_token(request))
+            claims = await verifier.verify(bearer_token(request))
         except TokenInvalid as error:
             raise Unauthorized(str(error)) from error
+        except jwks.KeysUnavailable as error:
+            raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
         if claims.sub != user_id:
             raise Forbidden
         return Owner(user_id, request.app.state.database)

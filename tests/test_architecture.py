@@ -7,8 +7,8 @@ PROJECT = Path(__file__).parent.parent
 # As in CLAUDE.md: each floor imports only from floors below; `routes` may use `middleware`.
 FLOORS = [
     {"strict_json"},
-    {"config", "errors", "models", "tokens", "cursors", "logs", "database_url", "pool"},
-    {"schemas", "db", "openapi"},
+    {"config", "errors", "models", "jwks", "cursors", "logs", "database_url", "pool"},
+    {"tokens", "schemas", "db", "openapi"},
     {"queries"},
     {"middleware"},
     {"routes"},

@@ -1,4 +1,6 @@
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -6,8 +8,11 @@ import jwt
 import pytest
 from fastapi import FastAPI
 
+import jwks
 import tokens
-from tests.conftest import SECRET, Person
+from main import create_app
+from tests.conftest import SECRET, Person, person, running, settings_for
+from tests.issuer import ORIGIN, document, new_key, running_issuer
 
 
 async def test_no_token_is_401(alice: Person) -> None:
@@ -112,3 +117,92 @@ async def test_health_needs_no_token_and_ignores_a_bad_one(client: httpx.AsyncCl
     for headers in ({}, {"Authorization": "Bearer nonsense"}):
         answer = await client.get("/health", headers=headers)
         assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize("algorithm", jwks.ALGORITHMS)
+async def test_tokens_of_an_issuer_and_of_a_secret_are_accepted_side_by_side(
+    database_url: str, algorithm: str
+) -> None:
+    key = new_key(algorithm)
+    async with running_issuer(key) as issuer:
+        settings = settings_for(database_url, better_auth_url=ORIGIN, jwks_url=issuer.url)
+        async with running(create_app(settings)) as client:
+            alice = person("alice", client)
+            by_key = key.token(sub=alice.user_id)
+
+            created = await alice.create()
+            listed = await alice.get(headers={"Authorization": f"Bearer {by_key}"})
+
+            assert listed.json() == [created]
+            assert len(issuer.requests) == 1
+
+
+async def test_better_auths_address_alone_is_enough(database_url: str) -> None:
+    key = new_key("EdDSA")
+    async with running_issuer(key) as issuer:
+        origin = issuer.url.removesuffix("/api/auth/jwks")
+        settings = settings_for(database_url, better_auth_url=origin, better_auth_secret=None)
+        async with running(create_app(settings)) as client:
+            good, other = key.token(iss=origin, aud=origin), key.token()
+
+            answers = [
+                await client.get("/api/alice/tasks", headers={"Authorization": f"Bearer {token}"})
+                for token in (good, other, person("alice", client).token)
+            ]
+
+    assert [answer.status_code for answer in answers] == [200, 401, 401]
+
+
+async def test_keys_that_cannot_be_fetched_are_503_and_never_401(database_url: str) -> None:
+    key = new_key("EdDSA")
+    async with running_issuer(key) as issuer:
+        issuer.reply = None
+        settings = settings_for(database_url, better_auth_url=ORIGIN, jwks_url=issuer.url)
+        async with running(create_app(settings)) as client:
+            by_key = await client.get("/api/alice/tasks", headers={"Authorization": f"Bearer {key.token()}"})
+            by_secret = await person("alice", client).get()
+
+    assert (by_key.status_code, by_key.headers["retry-after"]) == (503, "5")
+    assert by_key.headers["content-type"] == "application/problem+json"
+    assert by_secret.status_code == 200
+
+
+async def test_keys_outlive_their_issuer(database_url: str) -> None:
+    key = new_key("ES256")
+    async with running_issuer(key) as issuer:
+        settings = settings_for(database_url, better_auth_url=ORIGIN, jwks_url=issuer.url)
+        async with running(create_app(settings)) as client:
+            first = await client.get("/api/alice/tasks", headers={"Authorization": f"Bearer {key.token()}"})
+            issuer.reply = None
+            another = key.token(jti="another")
+            second = await client.get("/api/alice/tasks", headers={"Authorization": f"Bearer {another}"})
+
+    assert [first.status_code, second.status_code] == [200, 200]
+
+
+async def test_static_keys_need_no_issuer(database_url: str, tmp_path: Path) -> None:
+    key = new_key("RS256")
+    file = tmp_path / "keys.json"
+    file.write_bytes(document(key))
+    for given in (str(file), document(key).decode()):
+        settings = settings_for(database_url, jwks=given, jwt_issuer=f"x, {ORIGIN}", jwt_audience=ORIGIN)
+        async with running(create_app(settings)) as client:
+            answer = await client.get("/api/alice/tasks", headers={"Authorization": f"Bearer {key.token()}"})
+        assert answer.status_code == 200
+
+
+async def test_paging_works_without_any_secret(database_url: str) -> None:
+    key = new_key("EdDSA")
+    settings = settings_for(
+        database_url, better_auth_secret=None, jwks=document(key).decode(), better_auth_url=ORIGIN
+    )
+    async with running(create_app(settings)) as client:
+        alice = replace(person("alice", client), token="")
+        alice = replace(alice, token=key.token(sub=alice.user_id))
+        await alice.create("1")
+        await alice.create("2")
+
+        first = await alice.get("?limit=1")
+        second = await alice.get(first.links["next"]["url"])
+
+    assert [first.json()[0]["title"], second.json()[0]["title"]] == ["2", "1"]

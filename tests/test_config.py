@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import config
+import tokens
 from config import Settings, load_settings
 from tests.conftest import SECRET
 
@@ -25,8 +26,8 @@ NOT_A_BOOLEAN = "must be true or false"
 NOT_ORIGINS = "must be origins like https://app.example.com, separated by commas"
 NO_DATABASE = "DATABASE_URL: must be given in production"
 NO_SECRET = (
-    "BETTER_AUTH_SECRET: must be given, the same as your front end's; "
-    "only the embedded database in development makes one by itself"
+    "BETTER_AUTH_SECRET: must be given, the same as your front end's, or BETTER_AUTH_URL; "
+    "only the embedded database in development makes a secret by itself"
 )
 
 Refusal = Callable[..., list[str]]
@@ -501,3 +502,42 @@ def test_a_switch_may_be_written_in_several_ways(
     monkeypatch: pytest.MonkeyPatch, value: str, expected: bool
 ) -> None:
     assert settings_of(monkeypatch, ACCESS_LOG=value).access_log is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "clause"),
+    [
+        ("BETTER_AUTH_URL", "app.example.com", "must be an address like https://app.example.com"),
+        ("BETTER_AUTH_URL", "ftp://app.example.com", "must be an address like https://app.example.com"),
+        ("JWKS_URL", "https://", "must be an address like https://app.example.com"),
+        ("JWT_LEEWAY_S", "-1", "must be greater than or equal to 0"),
+        ("JWT_ALGORITHMS", "EdDSA,none", None),
+        ("JWT_ALGORITHMS", "HS512", None),
+        ("JWT_ALGORITHMS", ",", None),
+        ("JWKS_URL", "https://app.example.com/keys", None),
+    ],
+)
+def test_mistakes_about_the_issuer_are_told(folder: Path, name: str, value: str, clause: str | None) -> None:
+    done = run("import config; config.load_settings()", folder, **{name: value})
+
+    assert done.returncode == 2
+    (sentence,) = done.stderr.splitlines()
+    if clause is None:
+        assert sentence.startswith(("JWT_ALGORITHMS: must be of ", "JWT_ISSUER, JWT_AUDIENCE: must be given"))
+    else:
+        assert sentence == f"{name}: {clause}"
+
+
+def test_better_auths_origin_is_issuer_and_audience_unless_they_are_given() -> None:
+    alone = Settings(better_auth_url="https://app.example.com/base/")
+    given = Settings(better_auth_url="https://app.example.com", jwt_issuer="a, b", jwt_audience="c")
+
+    assert alone.issuers == alone.audiences == {"https://app.example.com"}
+    assert alone.resolved_jwks_url == "https://app.example.com/base/api/auth/jwks"
+    assert (alone.given_issuers, alone.given_audiences) == (frozenset(), frozenset())
+    assert given.issuers == {"a", "b"}
+    assert given.audiences == {"c"}
+
+
+def test_the_accepted_algorithms_are_those_that_can_be_verified() -> None:
+    assert Settings().algorithms == set(tokens.ALGORITHMS)

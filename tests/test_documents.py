@@ -12,6 +12,12 @@ DEFAULTS_IN_WORDS = {
     "MIGRATE_ON_START": "true for SQLite",
     "BETTER_AUTH_SECRET": "made once, embedded only",
     "BETTER_AUTH_SECRETS": "none",
+    "BETTER_AUTH_URL": "none",
+    "JWKS_URL": "from `BETTER_AUTH_URL`",
+    "JWKS": "none",
+    "JWT_ISSUER": "from `BETTER_AUTH_URL`",
+    "JWT_AUDIENCE": "from `BETTER_AUTH_URL`",
+    "JWT_ALGORITHMS": "all that fit the keys",
     "LOG_FORMAT": "`console`",
 }
 

@@ -344,19 +344,19 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 @pytest.mark.parametrize(("reason", "refused"), ALL_REFUSED)
-def test_a_token_is_refused_for_its_reason(verifier: Verifier, reason: str, refused: str) -> None:
+async def test_a_token_is_refused_for_its_reason(verifier: Verifier, reason: str, refused: str) -> None:
     for _ in range(2):
         with pytest.raises(TokenInvalid) as refusal:
-            verifier.verify(refused)
+            await verifier.verify(refused)
 
         assert type(refusal.value) is TokenInvalid
         assert str(refusal.value) == reason
 
 
 @pytest.mark.parametrize(("reason", "refused"), ALL_REFUSED)
-def test_a_refusal_never_holds_the_token(verifier: Verifier, reason: str, refused: str) -> None:
+async def test_a_refusal_never_holds_the_token(verifier: Verifier, reason: str, refused: str) -> None:
     with pytest.raises(TokenInvalid) as refusal:
-        verifier.verify(refused)
+        await verifier.verify(refused)
 
     told = "".join(traceback.format_exception(refusal.value))
     for secret in (*refused.split("."), "alice", "@example.com", SECRET):
@@ -386,8 +386,8 @@ def test_a_refusal_never_holds_the_token(verifier: Verifier, reason: str, refuse
         pytest.param(of_length(16 * 1024), id="16 KiB"),
     ],
 )
-def test_a_good_token_is_accepted(verifier: Verifier, accepted: str) -> None:
-    assert verifier.verify(accepted).sub == "alice"
+async def test_a_good_token_is_accepted(verifier: Verifier, accepted: str) -> None:
+    assert (await verifier.verify(accepted)).sub == "alice"
 
 
 @pytest.mark.parametrize(
@@ -407,83 +407,87 @@ def test_a_good_token_is_accepted(verifier: Verifier, accepted: str) -> None:
         "null",
     ],
 )
-def test_the_claims_are_those_of_the_token(verifier: Verifier, user_id: str) -> None:
-    assert verifier.verify(claiming(sub=user_id)) == Claims(user_id, SOON)
+async def test_the_claims_are_those_of_the_token(verifier: Verifier, user_id: str) -> None:
+    assert (await verifier.verify(claiming(sub=user_id))) == Claims(user_id, SOON)
 
 
-def test_a_fraction_of_a_second_counts(verifier: Verifier, clock: Clock) -> None:
+async def test_a_fraction_of_a_second_counts(verifier: Verifier, clock: Clock) -> None:
     clock.now = NOW + 10
 
-    assert verifier.verify(claiming(exp=NOW + 0.25)).exp == NOW + 0.25
+    assert (await verifier.verify(claiming(exp=NOW + 0.25))).exp == NOW + 0.25
     with pytest.raises(TokenExpired):
-        verifier.verify(claiming(exp=NOW - 0.25))
+        await verifier.verify(claiming(exp=NOW - 0.25))
 
 
 @pytest.mark.parametrize("exp", [NOW - 10, NOW - 10.0, NOW - 11, NOW - 86_400, 1, 0, -1, -1e300])
-def test_an_expired_token_says_so(verifier: Verifier, exp: float) -> None:
+async def test_an_expired_token_says_so(verifier: Verifier, exp: float) -> None:
     with pytest.raises(TokenExpired) as refusal:
-        verifier.verify(claiming(exp=exp))
+        await verifier.verify(claiming(exp=exp))
 
     assert str(refusal.value) == "Token has expired"
 
 
 @pytest.mark.parametrize(("leeway_s", "accepted"), [(0, 0), (10, 9), (60, 59)])
-def test_a_token_outlives_its_expiry_by_the_leeway(leeway_s: int, accepted: int) -> None:
+async def test_a_token_outlives_its_expiry_by_the_leeway(leeway_s: int, accepted: int) -> None:
     verifier = Verifier([SECRET], leeway_s=leeway_s)
 
-    assert verifier.verify(claiming(exp=NOW - accepted + 1e-3))
+    assert await verifier.verify(claiming(exp=NOW - accepted + 1e-3))
     with pytest.raises(TokenExpired):
-        verifier.verify(claiming(exp=NOW - leeway_s))
+        await verifier.verify(claiming(exp=NOW - leeway_s))
 
 
-def test_the_leeway_is_ten_seconds(verifier: Verifier, clock: Clock) -> None:
+async def test_the_leeway_is_ten_seconds(verifier: Verifier, clock: Clock) -> None:
     clock.now = SOON + 9.9
-    assert verifier.verify(GOOD)
+    assert await verifier.verify(GOOD)
 
     clock.now = SOON + 10
     with pytest.raises(TokenExpired):
-        verifier.verify(GOOD)
+        await verifier.verify(GOOD)
 
 
-def test_every_secret_is_accepted_while_they_rotate() -> None:
+async def test_every_secret_is_accepted_while_they_rotate() -> None:
     before, between, after = Verifier([OLDER]), Verifier([SECRET, OLDER]), Verifier([SECRET])
     old, new = token(secret=OLDER), token(secret=SECRET)
 
-    assert [between.verify(old).sub, between.verify(new).sub] == ["alice", "alice"]
-    assert [before.verify(old).sub, after.verify(new).sub] == ["alice", "alice"]
+    assert [(await between.verify(old)).sub, (await between.verify(new)).sub] == ["alice", "alice"]
+    assert [(await before.verify(old)).sub, (await after.verify(new)).sub] == ["alice", "alice"]
     for verifier, refused in ((before, new), (after, old), (between, token(secret=SECRET + OLDER))):
         with pytest.raises(TokenInvalid, match=r"^Token signature is invalid$"):
-            verifier.verify(refused)
+            await verifier.verify(refused)
 
 
-def test_a_signature_is_checked_once(verifier: Verifier, checks: list[bytes]) -> None:
-    first = verifier.verify(GOOD)
-    again = [verifier.verify(GOOD) for _ in range(5)]
+async def test_a_signature_is_checked_once(verifier: Verifier, checks: list[bytes]) -> None:
+    first = await verifier.verify(GOOD)
+    again = [(await verifier.verify(GOOD)) for _ in range(5)]
 
     assert again == [first] * 5
     assert len(checks) == 1
 
 
-def test_every_other_token_has_its_own_signature_checked(verifier: Verifier, checks: list[bytes]) -> None:
+async def test_every_other_token_has_its_own_signature_checked(
+    verifier: Verifier, checks: list[bytes]
+) -> None:
     others = [claiming(sub=f"user{number}") for number in range(5)]
 
-    assert [verifier.verify(other).sub for other in others] == [f"user{number}" for number in range(5)]
+    assert [(await verifier.verify(other)).sub for other in others] == [
+        f"user{number}" for number in range(5)
+    ]
     assert checks == [signature_of(other) for other in others]
 
 
-def test_a_remembered_token_expires(verifier: Verifier, clock: Clock, checks: list[bytes]) -> None:
-    verifier.verify(GOOD)
+async def test_a_remembered_token_expires(verifier: Verifier, clock: Clock, checks: list[bytes]) -> None:
+    await verifier.verify(GOOD)
     clock.now = SOON + 10
 
     for _ in range(3):
         with pytest.raises(TokenExpired, match=r"^Token has expired$"):
-            verifier.verify(GOOD)
+            await verifier.verify(GOOD)
     assert len(checks) == 1
 
 
 @pytest.mark.parametrize("place", ["header", "payload", "signature"])
-def test_a_token_that_resembles_a_remembered_one_is_refused(verifier: Verifier, place: str) -> None:
-    verifier.verify(GOOD)
+async def test_a_token_that_resembles_a_remembered_one_is_refused(verifier: Verifier, place: str) -> None:
+    await verifier.verify(GOOD)
     header, payload, signature = GOOD.split(".")
 
     alike = {
@@ -492,41 +496,41 @@ def test_a_token_that_resembles_a_remembered_one_is_refused(verifier: Verifier, 
         "signature": f"{header}.{payload}.{part(bytes(32))}",
     }[place]
     with pytest.raises(TokenInvalid):
-        verifier.verify(alike)
+        await verifier.verify(alike)
 
 
-def test_no_more_tokens_are_remembered_than_allowed(checks: list[bytes]) -> None:
+async def test_no_more_tokens_are_remembered_than_allowed(checks: list[bytes]) -> None:
     verifier = Verifier([SECRET], remembered_max=3)
     seen = [claiming(sub=f"user{number}") for number in range(10)]
 
     for other in seen:
-        verifier.verify(other)
+        await verifier.verify(other)
         assert len(verifier._remembered) <= 3
     for other in seen[-3:]:
-        verifier.verify(other)
+        await verifier.verify(other)
 
     assert len(checks) == 10
-    assert verifier.verify(seen[0]).sub == "user0"
+    assert (await verifier.verify(seen[0])).sub == "user0"
     assert len(checks) == 11
 
 
-def test_a_remembered_token_takes_nobodys_place(checks: list[bytes]) -> None:
+async def test_a_remembered_token_takes_nobodys_place(checks: list[bytes]) -> None:
     verifier = Verifier([SECRET], remembered_max=2)
     alice, bob = claiming(sub="alice"), claiming(sub="bob")
 
     for known in (alice, bob, bob, bob, alice):
-        verifier.verify(known)
+        await verifier.verify(known)
 
     assert len(checks) == 2
 
 
-def test_ten_thousand_tokens_are_remembered(verifier: Verifier, checks: list[bytes]) -> None:
+async def test_ten_thousand_tokens_are_remembered(verifier: Verifier, checks: list[bytes]) -> None:
     seen = [claiming(sub=f"user{number}") for number in range(10_001)]
 
     for other in seen[1:] * 2:
-        verifier.verify(other)
+        await verifier.verify(other)
     assert len(checks) == 10_000
-    verifier.verify(seen[0])
+    await verifier.verify(seen[0])
 
     assert len(verifier._remembered) == 10_000
 
@@ -539,44 +543,44 @@ def test_ten_thousand_tokens_are_remembered(verifier: Verifier, checks: list[byt
         pytest.param([token(CLAIMS | {"n": n}, secret=OLDER) for n in range(50)], id="forged"),
     ],
 )
-def test_a_bad_token_never_takes_the_place_of_a_good_one(checks: list[bytes], bad: list[str]) -> None:
+async def test_a_bad_token_never_takes_the_place_of_a_good_one(checks: list[bytes], bad: list[str]) -> None:
     verifier = Verifier([SECRET], remembered_max=1)
-    verifier.verify(GOOD)
+    await verifier.verify(GOOD)
 
     for other in bad:
         with pytest.raises(TokenInvalid):
-            verifier.verify(other)
+            await verifier.verify(other)
     checks.clear()
 
-    assert verifier.verify(GOOD).sub == "alice"
+    assert (await verifier.verify(GOOD)).sub == "alice"
     assert checks == []
 
 
-def test_what_is_remembered_of_a_token_is_not_the_token(verifier: Verifier) -> None:
-    verifier.verify(GOOD)
+async def test_what_is_remembered_of_a_token_is_not_the_token(verifier: Verifier) -> None:
+    await verifier.verify(GOOD)
 
     assert len(verifier._remembered) == 1
     assert signature_of(GOOD).hex() not in repr(verifier._remembered)
     assert GOOD.rpartition(".")[2] not in repr(vars(verifier))
 
 
-def test_a_token_for_a_user_is_issued(verifier: Verifier, clock: Clock) -> None:
+async def test_a_token_for_a_user_is_issued(verifier: Verifier, clock: Clock) -> None:
     issued = tokens.issue("alice", SECRET, 900)
 
     header, payload, _ = (base64.urlsafe_b64decode(part + "==") for part in issued.split("."))
     assert json.loads(header) == {"alg": "HS256", "typ": "JWT"}
     assert json.loads(payload) == {"sub": "alice", "iat": NOW, "exp": NOW + 900}
-    assert verifier.verify(issued) == Claims("alice", NOW + 900)
+    assert (await verifier.verify(issued)) == Claims("alice", NOW + 900)
     clock.now = NOW + 910
     with pytest.raises(TokenExpired):
-        verifier.verify(issued)
+        await verifier.verify(issued)
 
 
 @pytest.mark.parametrize("user_id", ["42", "ü@example.com", "😀" * 255])
-def test_an_issued_token_is_accepted_for_any_user(verifier: Verifier, user_id: str) -> None:
-    assert verifier.verify(tokens.issue(user_id, SECRET, 0.5 * 3600)) == Claims(user_id, NOW + 1800)
+async def test_an_issued_token_is_accepted_for_any_user(verifier: Verifier, user_id: str) -> None:
+    assert (await verifier.verify(tokens.issue(user_id, SECRET, 0.5 * 3600))) == Claims(user_id, NOW + 1800)
 
 
-def test_a_token_issued_with_another_secret_is_refused(verifier: Verifier) -> None:
+async def test_a_token_issued_with_another_secret_is_refused(verifier: Verifier) -> None:
     with pytest.raises(TokenInvalid, match=r"^Token signature is invalid$"):
-        verifier.verify(tokens.issue("alice", OLDER, 900))
+        await verifier.verify(tokens.issue("alice", OLDER, 900))

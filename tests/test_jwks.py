@@ -1,0 +1,307 @@
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+import jwks
+from jwks import FetchedKeys, KeySetInvalid, KeysUnavailable, KeyUnknown, StaticKeys, read_keys
+from tests.issuer import Issuer, SigningKey, answer, document, new_key, running_issuer
+
+KEYS = {algorithm: new_key(algorithm) for algorithm in jwks.ALGORITHMS}
+OLD, NEW = new_key("EdDSA", "old"), new_key("EdDSA", "new")
+RSA = KEYS["RS256"].public
+PUBLIC = OLD.public
+
+
+@pytest.mark.parametrize("algorithm", jwks.ALGORITHMS)
+def test_a_key_verifies_what_it_signed_and_nothing_else(algorithm: str) -> None:
+    key = read_keys(document(KEYS[algorithm]))[f"key-{algorithm}"]
+    signature = jwks.ALGORITHMS[algorithm].sign(b"message", KEYS[algorithm].private)
+
+    assert key.verify(algorithm, b"message", signature)
+    assert not key.verify(algorithm, b"another message", signature)
+    for other in set(jwks.ALGORITHMS) - {algorithm}:
+        same = {algorithm, other} == {"EdDSA", "Ed25519"}
+        assert key.verify(other, b"message", signature) is same
+
+
+def test_a_key_that_names_its_algorithm_is_for_no_other() -> None:
+    key = read_keys(document(RSA | {"alg": "PS256"}))["key-RS256"]
+
+    assert key.algorithms == {"PS256"}
+
+
+@pytest.mark.parametrize(
+    "entry", [{"kty": "AKP", "kid": "x"}, RSA | {"use": "enc", "kid": "enc"}, {"kid": "y"}]
+)
+def test_keys_that_are_not_for_us_are_passed_over(entry: dict[str, Any]) -> None:
+    assert list(read_keys(document(entry, OLD))) == ["old"]
+
+
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "is not valid JSON"),
+    "HTML": (b"<!doctype html><title>Sign in</title>", "is not valid JSON"),
+    "an array": (b"[]", "is not a key set"),
+    "no keys": (b"{}", "is not a key set"),
+    "an empty set": (b'{"keys": []}', "has no keys"),
+    "keys that are no objects": (b'{"keys": ["x"]}', "is not a key set"),
+    "a member twice": (b'{"keys": [], "keys": []}', "has a member twice"),
+    "a key id twice": (document(OLD, PUBLIC), "no id of its own"),
+    "no key id": (document({k: v for k, v in PUBLIC.items() if k != "kid"}), "no id of its own"),
+    "a key id that is a number": (document(PUBLIC | {"kid": 1}), "no id of its own"),
+    "a shared secret": (document(OLD, {"kty": "oct", "kid": "s", "k": "c2VjcmV0"}), "has been published"),
+    "a private key": (document(PUBLIC | {"d": "c2VjcmV0"}), "has been published"),
+    "a curve of another type": (document(PUBLIC | {"crv": "P-256"}), "malformed"),
+    "an unknown curve": (document(PUBLIC | {"crv": "Ed448"}), "do not fit together"),
+    "no curve": (document({k: v for k, v in PUBLIC.items() if k != "crv"}), "do not fit together"),
+    "an algorithm of another type": (document(RSA | {"alg": "ES256"}), "do not fit together"),
+    "a point that is none": (document(PUBLIC | {"x": "AAAA"}), "malformed"),
+    "a point that is no text": (document(PUBLIC | {"x": 7}), "malformed"),
+    "a point off its curve": (document(KEYS["ES256"].public | {"y": KEYS["ES256"].public["x"]}), "malformed"),
+    "a short RSA key": (document(RSA | {"n": RSA["n"][:200]}), "less than 2048 bits"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_document_with_a_mistake_is_refused_whole(content: bytes, reason: str) -> None:
+    with pytest.raises(KeySetInvalid, match=reason):
+        read_keys(content)
+
+
+async def test_static_keys_know_what_they_were_given() -> None:
+    keys = StaticKeys(document(OLD))
+
+    assert (await keys.key("old")).algorithms == {"EdDSA", "Ed25519"}
+    with pytest.raises(KeyUnknown):
+        await keys.key("new")
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(jwks, "time", clock)
+    return clock
+
+
+@pytest.fixture
+async def issuer() -> AsyncIterator[Issuer]:
+    async with running_issuer(OLD) as issuer:
+        yield issuer
+
+
+@pytest.fixture
+async def keys(issuer: Issuer, clock: Clock) -> AsyncIterator[FetchedKeys]:
+    """Keys that have been fetched once."""
+    keys = FetchedKeys(issuer.url)
+    await keys.open()
+    await keys.key("old")
+    yield keys
+    await keys.close()
+
+
+async def test_keys_are_fetched_once_for_all_who_wait(issuer: Issuer, clock: Clock) -> None:
+    issuer.delay_s = 0.1
+    keys = FetchedKeys(issuer.url)
+    await keys.open()
+
+    found = await asyncio.gather(*(keys.key("old") for _ in range(100)))
+
+    assert len({id(key) for key in found}) == len(issuer.requests) == 1
+    await keys.close()
+
+
+async def test_opening_does_not_wait_for_the_issuer(issuer: Issuer) -> None:
+    issuer.delay_s = 1.0
+    keys = FetchedKeys(issuer.url)
+    began = time.perf_counter()
+
+    await keys.open()
+
+    assert time.perf_counter() - began < 0.5
+    await keys.close()
+
+
+async def test_a_client_that_hangs_up_does_not_end_the_fetch_for_others(issuer: Issuer, clock: Clock) -> None:
+    issuer.delay_s = 0.1
+    keys = FetchedKeys(issuer.url)
+    await keys.open()
+    hasty, patient = asyncio.create_task(keys.key("old")), asyncio.create_task(keys.key("old"))
+    await asyncio.sleep(0.02)
+
+    hasty.cancel()
+
+    assert await patient
+    await keys.close()
+
+
+async def test_a_known_key_never_waits_for_an_unknown_one(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    issuer.delay_s = 0.5
+    clock.now += jwks.COOL_DOWN_S
+    unknown = asyncio.create_task(keys.key("new"))
+    await asyncio.sleep(0.05)
+
+    await asyncio.wait_for(keys.key("old"), 0.1)
+
+    assert not unknown.done()
+    with pytest.raises(KeyUnknown):
+        await unknown
+
+
+async def test_a_rotated_key_is_found_within_the_cool_down(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    issuer.publish(OLD, NEW)
+    with pytest.raises(KeyUnknown):
+        await keys.key("new")
+
+    clock.now += jwks.COOL_DOWN_S
+
+    assert await keys.key("new")
+    assert await keys.key("old")
+
+
+async def test_unknown_keys_cost_one_fetch_per_cool_down(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    for _ in range(3):
+        clock.now += jwks.COOL_DOWN_S
+        results = await asyncio.gather(
+            *(keys.key(f"unknown-{number}") for number in range(200)), return_exceptions=True
+        )
+        assert {type(result) for result in results} == {KeyUnknown}
+
+    assert len(issuer.requests) == 1 + 3
+
+
+async def test_a_key_that_is_no_longer_published_is_dropped(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    issuer.publish(NEW)
+    clock.now += jwks.FRESH_S + 1
+
+    assert await keys.key("old")  # renewed behind this answer's back
+    assert await keys.key("new")
+    with pytest.raises(KeyUnknown):
+        await keys.key("old")
+
+
+MISBEHAVIOUR: dict[str, bytes | None] = {
+    "resets": None,
+    "says nothing": b"",
+    "fails": answer(b"{}", "500 Internal Server Error"),
+    "answers with HTML": answer(b"<html></html>", "200 OK", "Content-Type: text/html"),
+    "answers with nothing": answer(b""),
+    "redirects": answer(b"", "302 Found", "Location: http://127.0.0.1:1/keys"),
+    "answers with too much": answer(b" " * (jwks.DOCUMENT_MAX_BYTES + 1) + document(NEW)),
+    "breaks off": answer(document(NEW))[:-9],
+    "speaks no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "has a key id twice": answer(document(NEW, NEW)),
+    "publishes a secret": answer(document(NEW, {"kty": "oct", "kid": "s", "k": "c2VjcmV0"})),
+    "has a key of a wrong curve": answer(document(NEW, PUBLIC | {"crv": "P-256", "kid": "wrong"})),
+}
+
+
+@pytest.mark.parametrize("reply", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR.keys())
+async def test_an_issuer_that_misbehaves_changes_nothing(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock, reply: bytes | None
+) -> None:
+    issuer.reply = reply
+    clock.now += jwks.FRESH_S + 1
+
+    assert await keys.key("old")
+    with pytest.raises(KeysUnavailable):  # it may exist by now: nobody can tell
+        await keys.key("new")
+    assert await keys.key("old")
+
+    issuer.publish(OLD, NEW)
+    clock.now += jwks.COOL_DOWN_S
+    assert await keys.key("new")
+
+
+@pytest.mark.parametrize("reply", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR.keys())
+async def test_without_any_keys_they_are_unavailable(
+    issuer: Issuer, clock: Clock, reply: bytes | None
+) -> None:
+    issuer.reply = reply
+    keys = FetchedKeys(issuer.url)
+    await keys.open()
+
+    with pytest.raises(KeysUnavailable):
+        await keys.key("old")
+    with pytest.raises(KeysUnavailable):  # at once: the cool-down has not passed
+        await keys.key("old")
+
+    assert len(issuer.requests) == 1
+    await keys.close()
+
+
+async def test_a_slow_issuer_is_given_up(
+    issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.1)
+    issuer.delay_s = 5
+    keys = FetchedKeys(issuer.url)
+    await keys.open()
+
+    with pytest.raises(KeysUnavailable):
+        await asyncio.wait_for(keys.key("old"), 2)
+    await keys.close()
+
+
+async def test_an_issuer_that_dribbles_is_given_up(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.3)
+
+    async def dribble(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for byte in answer(document(OLD)):
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0.05)
+
+    server = await asyncio.start_server(dribble, "127.0.0.1", 0)
+    keys = FetchedKeys(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    await keys.open()
+
+    with pytest.raises(KeysUnavailable):
+        await asyncio.wait_for(keys.key("old"), 2)
+    await keys.close()
+    server.close()
+
+
+async def test_keys_serve_for_a_day_while_the_issuer_is_away(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    issuer.reply = None
+    for _ in range(24):
+        clock.now += 3600 - 60
+        assert await keys.key("old")
+        await asyncio.sleep(0.02)
+
+    clock.now += 3600
+
+    with pytest.raises(KeysUnavailable):
+        await keys.key("old")
+
+
+async def test_nothing_but_the_address_decides_where_keys_come_from(
+    issuer: Issuer, keys: FetchedKeys
+) -> None:
+    assert issuer.requests[0].startswith(b"GET /api/auth/jwks HTTP/1.1\r\n")
+    assert b"authorization" not in issuer.requests[0].lower()
+
+
+def test_the_keys_of_these_tests_are_of_every_algorithm() -> None:
+    assert len(KEYS) == 11
+    assert all(isinstance(key, SigningKey) for key in KEYS.values())
