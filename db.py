@@ -11,7 +11,6 @@ from typing import Any
 
 import aiosqlite
 import asyncpg
-import structlog
 from sqlalchemy import Connection, NullPool, event
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
@@ -23,11 +22,12 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 import database_url
 from errors import Unavailable
+from logs import BoundedLog
 from pool import Pool
 
 Row = dict[str, Any]
 
-log = structlog.get_logger("database")
+_log = BoundedLog("database")
 
 STATEMENT_TIMEOUT_S = 4.0
 SQLITE_READERS = 4
@@ -239,7 +239,7 @@ def _lower(value: str | None) -> str | None:
 
 
 def _unavailable(error: Exception) -> Unavailable:
-    log.warning("database unavailable", error=f"{type(error).__name__}: {error}")
+    _log.warning("database unavailable", reason=type(error).__name__, error=str(error))
     return Unavailable()
 
 

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import time
+from collections import Counter
 from typing import Any, TextIO
 
 import orjson
@@ -42,6 +44,34 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
+
+
+class BoundedLog:
+    """A logger that an attack or an outage cannot make write without bound.
+
+    Of events with the same name and reason, at most *per_second* are written in a second; the first of a
+    later second tells how many were not.
+    """
+
+    def __init__(self, name: str, *, per_second: int = 5) -> None:
+        self._log = structlog.get_logger(name)
+        self._per_second = per_second
+        self._second = 0
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._left_out: Counter[tuple[str, str]] = Counter()
+
+    def warning(self, event: str, *, reason: str, **values: Any) -> None:
+        """Log *event*; *reason* must come from a small set of ours, never from a request."""
+        second, kind = int(time.monotonic()), (event, reason)
+        if second != self._second:
+            self._second, self._counts = second, Counter()
+        self._counts[kind] += 1
+        if self._counts[kind] > self._per_second:
+            self._left_out[kind] += 1
+            return
+        if left_out := self._left_out.pop(kind, 0):
+            values["left_out"] = left_out
+        self._log.warning(event, reason=reason, **values)
 
 
 def _renderers(log_format: str, *, colors: bool) -> list[Any]:

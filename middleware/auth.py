@@ -6,9 +6,12 @@ from fastapi import Depends, Path, Request
 from fastapi.security import HTTPBearer
 
 import jwks
-from errors import Forbidden, Unauthorized, Unavailable
+from errors import Forbidden, Unauthorized, Unavailable, request_id
+from logs import BoundedLog
 from queries import Owner
 from tokens import TokenInvalid, Verifier
+
+_log = BoundedLog("security")
 
 
 class UserAccess(HTTPBearer):
@@ -31,10 +34,18 @@ class UserAccess(HTTPBearer):
         try:
             claims = await verifier.verify(bearer_token(request))
         except TokenInvalid as error:
+            _log.warning("token refused", reason=str(error), request_id=request_id(request.scope))
             raise Unauthorized(str(error)) from error
         except jwks.KeysUnavailable as error:
             raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
         if claims.sub != user_id:
+            _log.warning(
+                "access denied",
+                reason="the token is another user's",
+                sub=claims.sub,
+                user_id=user_id,
+                request_id=request_id(request.scope),
+            )
             raise Forbidden
         return Owner(user_id, request.app.state.database)
 

@@ -133,3 +133,19 @@ async def test_half_an_answer_is_cut_off(app: FastAPI) -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
         with pytest.raises(RuntimeError, match="the cause"):
             await client.get("/")
+
+
+async def test_refusals_are_logged_once_with_their_reason_and_without_the_token(
+    logged: httpx.AsyncClient, log: Log
+) -> None:
+    alice, bob = person("alice", logged), person("bob", logged)
+    bad = f"{alice.token[:-8]}AAAAAAAA"
+
+    await alice.get(headers={"Authorization": f"Bearer {bad}"})
+    await bob.get(f"{alice.tasks}/1")
+    await alice.get()
+
+    (refused,), (denied,) = log.events("token refused"), log.events("access denied")
+    assert refused["reason"] == "Token signature is invalid"
+    assert (denied["sub"], denied["user_id"]) == (bob.user_id, alice.user_id)
+    assert alice.token not in log.getvalue()
