@@ -1,10 +1,11 @@
 """From a database URL to one object that runs the statements of `queries.py`, a round trip each."""
 
+import asyncio
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 import database_url
 from errors import Unavailable
 from logs import BoundedLog
-from pool import Pool
+from pool import WAIT_S, Pool
 
 Row = dict[str, Any]
 
@@ -38,6 +39,12 @@ _TRANSIENT_CLASSES = ("08", "53")
 _TRANSIENT_CODES = {
     "57P01", "57P02", "57P03", "57P05", "57014", "55P03", "55000",
     "25006", "25P03", "40001", "40P01", "58000",
+}  # fmt: skip
+
+
+_TRANSIENT_SQLITE = {
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_INTERRUPT,
 }  # fmt: skip
 
 
@@ -118,12 +125,10 @@ class Postgres(Database):
         return Pool(self._connect, self._pool_size)
 
     async def open(self) -> None:
-        try:
-            await self.pool.warm()
-        except* Exception as errors:
-            if not all(_is_transient(error) for error in errors.exceptions):
-                raise
-            _unavailable(errors.exceptions[0])
+        for error in await self.pool.warm():
+            if not _is_transient(error):
+                raise error
+            _unavailable(error)
 
     async def close(self) -> None:
         await self.pool.close()
@@ -139,11 +144,13 @@ class Postgres(Database):
         return [dict(record.items()) for record in records]
 
     def engine(self) -> AsyncEngine:
-        return create_async_engine("postgresql+asyncpg://", async_creator=self._connect, poolclass=NullPool)
+        # A migration may take its time, and may have to wait for another process that migrates.
+        connect = partial(self._connect, command_timeout=None)
+        return create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
 
-    async def _connect(self) -> Any:
+    async def _connect(self, *, command_timeout: float | None = STATEMENT_TIMEOUT_S) -> Any:
         try:
-            return await asyncpg.connect(**self.target.arguments, command_timeout=STATEMENT_TIMEOUT_S)
+            return await asyncpg.connect(**self.target.arguments, command_timeout=command_timeout)
         except asyncpg.PostgresError as error:  # whatever it says: without a connection we cannot serve
             raise ConnectionError(str(error)) from error
 
@@ -165,21 +172,34 @@ class SQLite(Database):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError("names a folder that cannot be made") from error
+        self._connections: list[aiosqlite.Connection] = []
 
     async def open(self) -> None:
-        self.writer = await self._connect()
-        self.readers = [await self._connect() for _ in range(SQLITE_READERS)]
+        for _ in range(1 + SQLITE_READERS):
+            self._connections.append(await self._connect())
         self._turns = cycle(self.readers)
+        self._writing = asyncio.Lock()  # so that whoever waits, waits no longer than for a connection
+
+    @property
+    def writer(self) -> aiosqlite.Connection:
+        return self._connections[0]
+
+    @property
+    def readers(self) -> list[aiosqlite.Connection]:
+        return self._connections[1:]
 
     async def close(self) -> None:
-        for connection in (*self.readers, self.writer):
-            await connection.close()
+        while self._connections:
+            await self._connections.pop().close()  # each is a thread that would keep the process alive
 
     async def all(self, statement: Executable, **values: Any) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
-        connection = next(self._turns) if statement.is_select else self.writer
+        arguments = compiled.arguments(values)
         try:
-            found = await connection.execute_fetchall(compiled.sql, compiled.arguments(values))
+            if statement.is_select:
+                found = await next(self._turns).execute_fetchall(compiled.sql, arguments)
+            else:
+                found = await self._write(compiled.sql, arguments)
         except Exception as error:
             if _is_transient(error):
                 raise _unavailable(error) from error
@@ -190,6 +210,14 @@ class SQLite(Database):
             for name, convert in compiled.conversions:
                 row[name] = convert(row[name])
         return rows
+
+    async def _write(self, sql: str, arguments: list[Any]) -> Any:
+        async with asyncio.timeout(WAIT_S):
+            await self._writing.acquire()
+        try:
+            return await self.writer.execute_fetchall(sql, arguments)
+        finally:
+            self._writing.release()
 
     def engine(self) -> AsyncEngine:
         engine = create_async_engine("sqlite+aiosqlite://", async_creator=self._connect, poolclass=NullPool)
@@ -250,4 +278,6 @@ def _is_transient(error: Exception) -> bool:
         return code[:2] in _TRANSIENT_CLASSES or code in _TRANSIENT_CODES
     if isinstance(error, asyncpg.InterfaceError):
         return not isinstance(error, ValueError)  # a value that does not fit its type
-    return isinstance(error, OSError | TimeoutError | sqlite3.OperationalError)
+    if isinstance(error, sqlite3.OperationalError):
+        return error.sqlite_errorcode & 0xFF in _TRANSIENT_SQLITE
+    return isinstance(error, OSError | TimeoutError)

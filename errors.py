@@ -69,6 +69,11 @@ class NotFound(Problem):
     sentence = "Task not found"
 
 
+class RequestTimeout(Problem):
+    status = 408
+    sentence = "The request body did not arrive in time"
+
+
 class ContentTooLarge(Problem):
     status = 413
     sentence = "The request body is too large"

@@ -1,5 +1,8 @@
 """What a log line looks like: ours and every library's, on standard error."""
 
+import contextlib
+import io
+import json
 import logging
 import sys
 import time
@@ -16,20 +19,20 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     Our own lines are rendered and written at once; those of libraries come by way of the standard library,
     which costs several times as much.
     """
-    stream = stream or sys.stderr
+    output = _Unfailing(stream or sys.stderr)
     leading: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    rendering = _renderers(log_format, colors=stream.isatty())
+    rendering = _renderers(log_format, colors=output.isatty())
     structlog.configure(
         processors=[*leading, *rendering],
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=structlog.WriteLoggerFactory(output),
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(output)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=leading,
@@ -40,10 +43,31 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     root.handlers = [handler]
     root.setLevel(level.upper())
     logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
+    logging.getLogger("aiosqlite").setLevel(logging.WARNING)  # at debug it writes every value
     # The access log is ours; uvicorn asks whether its own has a handler before it builds a line.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
+
+
+class _Unfailing(io.StringIO):
+    """A stream on which a full disk or a closed pipe ends no request."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return 0
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
 
 
 class BoundedLog:
@@ -86,4 +110,7 @@ def _renderers(log_format: str, *, colors: bool) -> list[Any]:
 
 
 def _dump(line: dict[str, Any], **_: Any) -> str:
-    return orjson.dumps(line, default=repr).decode()
+    try:
+        return orjson.dumps(line, default=repr).decode()
+    except TypeError:  # an unpaired surrogate, which an exception's text may hold
+        return json.dumps(line, default=repr)

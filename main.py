@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import signal
 import sys
@@ -26,6 +27,8 @@ from middleware.cors import ProblemCORSMiddleware
 from middleware.trailing_slash import TrailingSlashMiddleware
 from routes import docs, health, tasks
 
+SHUTDOWN_GRACE_S = 10  # what has begun may finish; a client that stalls holds nobody longer
+
 
 def create_app(settings: Settings) -> FastAPI:
     """Build the application.
@@ -38,16 +41,18 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if keys:
-            await keys.open()
         if settings.migrates_on_start:
             await asyncio.to_thread(migrate, database)
-        await database.open()
-        gc.freeze()  # what start-up has made stays; the collector need not look at it again and again
-        yield
-        await database.close()
         if keys:
-            await keys.close()
+            await keys.open()
+        try:
+            await database.open()
+            gc.freeze()  # what start-up has made stays; the collector need not look at it again and again
+            yield
+        finally:
+            await database.close()
+            if keys:
+                await keys.close()
 
     app = FastAPI(
         title="Task back end",
@@ -133,7 +138,9 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started and self._settings.embedded:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            print(_welcome(f"http://{host}:{port}", _token("alice", self._settings)), flush=True)
+            address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            with contextlib.suppress(OSError):  # nobody may be reading
+                print(_welcome(address, _token("alice", self._settings)), flush=True)
 
 
 def _welcome(address: str, token: str) -> str:
@@ -166,6 +173,7 @@ def main(arguments: list[str]) -> None:
         settings.port,
         log_config=None,
         access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
         server_header=False,
     )
     server = _Server(config, settings)

@@ -65,19 +65,23 @@ class Pool:
         finally:
             self._release(connection)
 
-    async def warm(self) -> None:
-        """Connect as often as allowed: a first connection costs some 20 round trips, better not a request's.
+    async def warm(self) -> list[Exception]:
+        """Connect as often as allowed and return the first error, if any.
 
-        Raises:
-            BaseExceptionGroup: none or not all could be made.
+        A first connection costs some 20 round trips, better not a request's. A server that allows fewer
+        connections than we would like is no reason to have none.
         """
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self._size):
-                group.create_task(self.fetch("SELECT pg_backend_pid()", []))
+        attempts = (self.fetch("SELECT pg_backend_pid()", []) for _ in range(self._size))
+        results = await asyncio.gather(*attempts, return_exceptions=True)
+        return [result for result in results if isinstance(result, Exception)][:1]
 
     async def close(self) -> None:
         while self._idle:
-            await self._idle.pop().raw.close(timeout=1)
+            raw = self._idle.pop().raw
+            try:
+                await raw.close(timeout=1)
+            except (OSError, TimeoutError, asyncpg.InterfaceError):
+                raw.terminate()  # it does not answer any more
 
     async def _acquire(self) -> Connection:
         if self._turns.locked():

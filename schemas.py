@@ -1,5 +1,6 @@
 """Request and response bodies, built on the fields of `models.py`."""
 
+import re
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -69,6 +70,13 @@ def _true_or_false(value: object) -> bool:
     raise PydanticCustomError("bool_type", "must be true or false")
 
 
+def digits(value: object) -> object:
+    """Take a whole number as it is written in ASCII digits; Python would read `1_0` and ` 1` too."""
+    if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,4000}", value):
+        raise PydanticCustomError("int_parsing", "must be a whole number")
+    return value
+
+
 Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 
 
@@ -93,7 +101,7 @@ class TaskListQuery(BaseModel):
         None, description="Newest first without it. A leading `-` means descending. Ties break by `id`."
     )
     order: Literal["asc", "desc"] | None = Field(None, description="`asc` when `sort` is given.")
-    limit: int = Field(LIMIT_DEFAULT, ge=1, le=LIMIT_MAX)
+    limit: Annotated[int, BeforeValidator(digits)] = Field(LIMIT_DEFAULT, ge=1, le=LIMIT_MAX)
     cursor: str | None = Field(None, description="From the `Link` header of the page before.")
     count: Flag = Field(False, description="Answer with `X-Total-Count`.")
 

@@ -1,11 +1,15 @@
 """An id for every request, one line about it, and the last word when a handler crashes."""
 
 import time
+from urllib.parse import quote
 
 import structlog
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import errors
+
+PATH_LOGGED_MAX = 500
 
 
 class AccessLogMiddleware:
@@ -34,8 +38,12 @@ class AccessLogMiddleware:
 
         try:
             await self.app(scope, receive, send_and_watch)
+        except ClientDisconnect:
+            status = 499  # as nginx says it: there is nobody left to answer
         except Exception:
-            self._log.exception("crash", request_id=request_id, method=scope["method"], path=scope["path"])
+            self._log.exception(
+                "crash", request_id=request_id, method=scope["method"], path=_plain(scope["path"])
+            )
             if status is not None:
                 raise  # half an answer has left: the server must cut it off
             await errors.render(scope, errors.InternalError())(scope, receive, send_and_watch)
@@ -50,8 +58,13 @@ class AccessLogMiddleware:
             "request",
             request_id=request_id,
             method=scope["method"],
-            path=scope["path"],
+            path=_plain(scope["path"]),
             status=status,
             duration_ms=round(duration_s * 1000, 2),
             bytes=size_bytes,
         )
+
+
+def _plain(path: str) -> str:
+    """Return *path* in characters that no terminal obeys, and not too many of them."""
+    return quote(path[:PATH_LOGGED_MAX], safe="/:@!$&'()*+,;=-._~")

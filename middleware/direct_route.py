@@ -4,6 +4,7 @@ The framework's reading is general, costs a third of a request and parses the bo
 calling (docs/decisions/0006). The declarations stay the framework's, and so does the OpenAPI document.
 """
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import lru_cache
@@ -16,10 +17,12 @@ from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 
 import strict_json
-from errors import ContentTooLarge, Unprocessable, UnsupportedMediaType
+from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMediaType
 
 BODY_MAX_BYTES = 64 * 1024
+BODY_TIMEOUT_S = 10.0  # 64 KiB in that time is 52 kbit/s; who is slower holds a request open
 QUERIES_REMEMBERED = 1024
+QUERY_REMEMBERED_MAX_BYTES = 128  # longer ones seldom come twice
 
 Reader = Callable[[Request], Awaitable[Any]]
 
@@ -108,7 +111,10 @@ def _query_reader(hint: Any) -> Reader:
         return validate(dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True)))
 
     async def read(request: Request) -> Any:
-        return parse(request.scope["query_string"])
+        query = request.scope["query_string"]
+        if len(query) > QUERY_REMEMBERED_MAX_BYTES or b"cursor=" in query:
+            return parse.__wrapped__(query)
+        return parse(query)
 
     return read
 
@@ -138,11 +144,15 @@ async def _body(request: Request) -> bytes:
     if announced.isdecimal() and int(announced) > BODY_MAX_BYTES:
         raise ContentTooLarge
     chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > BODY_MAX_BYTES:
-            raise ContentTooLarge
-        chunks.append(chunk)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > BODY_MAX_BYTES:
+                    raise ContentTooLarge
+                chunks.append(chunk)
+    except TimeoutError as error:
+        raise RequestTimeout from error
     return b"".join(chunks)
 
 

@@ -5,6 +5,7 @@ from urllib.parse import quote
 
 import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import BeforeValidator
 
 import queries
 from cursors import CursorInvalid, CursorSigner
@@ -13,6 +14,7 @@ from errors import (
     ContentTooLarge,
     Forbidden,
     NotFound,
+    RequestTimeout,
     Unauthorized,
     Unavailable,
     Unprocessable,
@@ -22,11 +24,11 @@ from errors import (
 from middleware.auth import OwnerDep
 from middleware.direct_route import DirectRoute
 from queries import Owner
-from schemas import ID_MAX, Completion, Listing, TaskCreate, TaskListQuery, TaskOut, TaskUpdate
+from schemas import ID_MAX, Completion, Listing, TaskCreate, TaskListQuery, TaskOut, TaskUpdate, digits
 
-TaskId = Annotated[int, Path(ge=1, le=ID_MAX)]
+TaskId = Annotated[int, BeforeValidator(digits), Path(ge=1, le=ID_MAX)]
 
-BODY_PROBLEMS = (ContentTooLarge, UnsupportedMediaType)
+BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 
 router = APIRouter(
     prefix="/{user_id}/tasks",

@@ -7,18 +7,18 @@ from fastapi import FastAPI
 OPERATIONS = {
     "health": ("get", "/health", {"200"}),
     "list_tasks": ("get", "/api/{user_id}/tasks", {"200", "401", "403", "422", "503"}),
-    "create_task": ("post", "/api/{user_id}/tasks", {"201", "401", "403", "413", "415", "422", "503"}),
+    "create_task": ("post", "/api/{user_id}/tasks", {"201", "401", "403", "408", "413", "415", "422", "503"}),
     "get_task": ("get", "/api/{user_id}/tasks/{task_id}", {"200", "401", "403", "404", "422", "503"}),
     "update_task": (
         "put",
         "/api/{user_id}/tasks/{task_id}",
-        {"200", "401", "403", "404", "413", "415", "422", "503"},
+        {"200", "401", "403", "404", "408", "413", "415", "422", "503"},
     ),
     "delete_task": ("delete", "/api/{user_id}/tasks/{task_id}", {"204", "401", "403", "404", "422", "503"}),
     "complete_task": (
         "patch",
         "/api/{user_id}/tasks/{task_id}/complete",
-        {"200", "401", "403", "404", "413", "415", "422", "503"},
+        {"200", "401", "403", "404", "408", "413", "415", "422", "503"},
     ),
 }
 

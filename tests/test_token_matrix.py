@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from jwt.algorithms import HMACAlgorithm
 
 import jwks
+import tests.issuer
 import tokens
 from tests.conftest import SECRET
 from tests.issuer import ORIGIN, SigningKey, document, new_key
@@ -166,7 +167,8 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def _stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "time", Clock)
+    for module in (tokens, tests.issuer):
+        monkeypatch.setattr(module, "time", Clock)
 
 
 @pytest.mark.parametrize("configuration", VERIFIERS)
