@@ -8,6 +8,7 @@ from typing import Any
 import asyncpg
 
 WAIT_S = 3.0  # for a turn; longer, and the client is better told to come back
+END_TIMEOUT_S = 1.0
 IDLE_MAX_S = 280.0  # Neon suspends after 300 s without a query, and its connections die with it
 
 
@@ -47,6 +48,7 @@ class Pool:
         self._size = size
         self._turns = asyncio.Semaphore(size)
         self._idle: list[Connection] = []
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
         """Run one statement on whichever connection is free and return its rows.
@@ -56,14 +58,15 @@ class Pool:
         """
         connection = await self._acquire()
         try:
-            return await connection.fetch(sql, arguments)
+            rows = await connection.fetch(sql, arguments)
         except asyncpg.PostgresError:
-            raise  # the server answered: the connection is in order
-        except BaseException:
-            connection.raw.terminate()  # an answer may be on its way; nobody may read it as theirs
+            self._release(connection)  # the server answered: the connection is in order
             raise
-        finally:
-            self._release(connection)
+        except BaseException:
+            self._discard(connection)  # an answer may be on its way; nobody may read it as theirs
+            raise
+        self._release(connection)
+        return rows
 
     async def warm(self) -> list[Exception]:
         """Connect as often as allowed and return the first error, if any.
@@ -77,11 +80,15 @@ class Pool:
 
     async def close(self) -> None:
         while self._idle:
-            raw = self._idle.pop().raw
-            try:
-                await raw.close(timeout=1)
-            except (OSError, TimeoutError, asyncpg.InterfaceError):
-                raw.terminate()  # it does not answer any more
+            await _end(self._idle.pop().raw)
+        await asyncio.gather(*self._ending)
+
+    def _discard(self, connection: Connection) -> None:
+        """End *connection*, and what the server still does for it, and then give its turn back."""
+        ending = asyncio.create_task(_end(connection.raw))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+        ending.add_done_callback(lambda _: self._turns.release())
 
     async def _acquire(self) -> Connection:
         if self._turns.locked():
@@ -108,3 +115,11 @@ class Pool:
             connection.used_at = time.monotonic()
             self._idle.append(connection)
         self._turns.release()
+
+
+async def _end(raw: Any) -> None:
+    """Close a connection, first waiting for the server to cancel what was interrupted."""
+    try:
+        await raw.close(timeout=END_TIMEOUT_S)
+    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError):
+        raw.terminate()  # it does not answer any more

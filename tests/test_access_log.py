@@ -91,9 +91,11 @@ async def test_a_line_cannot_be_forged(logged: httpx.AsyncClient, log: Log) -> N
 @pytest.mark.parametrize("log_format", ["console"])
 async def test_the_console_cannot_be_forged_either(logged: httpx.AsyncClient, log: Log) -> None:
     log.truncate(0)
-    await logged.get("/x%0aforged%1b[2J")
+    for sent in ("%0aforged", "%1b[2J", "%C2%9B2J", "%E2%80%A8", "%E2%80%AE", "%7F", "%00"):
+        await logged.get(f"/x{sent}")
 
-    assert len(log.getvalue().splitlines()) == 1
+    assert len(log.getvalue().splitlines()) == 7
+    assert log.getvalue().isascii()
     assert "\x1b[2J" not in log.getvalue()
 
 

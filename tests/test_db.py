@@ -2,6 +2,7 @@ import asyncio
 import sqlite3
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 import db
@@ -136,7 +137,7 @@ async def test_a_terminated_connection_is_replaced(postgres: Server) -> None:
 
         answers = [await alice.get(f"/{task['id']}") for _ in range(2)]
 
-        assert answers[-1].json() == task
+        assert [answer.json() for answer in answers] == [task, task]
     await postgres.drop_database(name)
 
 
@@ -199,3 +200,77 @@ def test_statements_are_compiled_once() -> None:
     first = db.compile_statement(queries._list_statement(listing, True), database.dialect)
 
     assert db.compile_statement(queries._list_statement(listing, True), database.dialect) is first
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "transient"),
+    [
+        *((code, True) for code in ("08006", "08P01", "53300", "53100", "57P01", "57P02", "57P03", "57P05")),
+        *((code, True) for code in ("57014", "55P03", "55000", "25006", "25P03", "40001", "40P01", "58000")),
+        *((code, False) for code in ("23505", "22001", "42P01", "42601", "XX000", "22P05")),
+    ],
+)
+def test_what_passes_is_told_from_what_is_a_bug(sqlstate: str, transient: bool) -> None:
+    error = asyncpg.PostgresError("message")
+    error.sqlstate = sqlstate
+
+    assert db._is_transient(error) is transient
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (asyncpg.InterfaceError("connection is closed"), True),
+        (asyncpg.exceptions._base.DataError("invalid input for query argument"), False),
+        (ValueError(), False),
+        (KeyError(), False),
+    ],
+)
+def test_so_are_the_drivers_own_errors(error: Exception, transient: bool) -> None:
+    assert db._is_transient(error) is transient
+
+
+async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "STATEMENT_TIMEOUT_S", 0.3)
+    name = await postgres.create_database()
+    async with running(create_app(settings_for(postgres.url_of(name)))) as client:
+        alice = person("alice", client)
+        task = await alice.create()
+        other = await asyncpg.connect(postgres.url_of(name))
+        async with other.transaction():
+            await other.execute("SELECT * FROM task FOR UPDATE")
+
+            answer = await alice.patch(f"/{task['id']}/complete")
+            waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND wait_event_type = 'Lock'"
+            async with asyncio.timeout(5):
+                while await other.fetchval(waiting, name):
+                    await asyncio.sleep(0.01)
+
+        await other.close()
+        assert answer.status_code == 503
+        assert (await alice.patch(f"/{task['id']}/complete")).json()["completed"] is True
+    await postgres.drop_database(name)
+
+
+async def test_a_migration_may_wait_longer_than_a_request(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "STATEMENT_TIMEOUT_S", 0.1)
+    engine = db.connect(postgres.url, pool_size=1).engine()
+
+    async with engine.connect() as connection:
+        await connection.exec_driver_sql("SELECT pg_sleep(0.5)")
+    await engine.dispose()
+
+
+async def test_a_sqlite_statement_that_is_wrong_is_no_outage(tmp_path: Path) -> None:
+    database = db.SQLite(f"sqlite:///{tmp_path / 'tasks.db'}")
+    await database.open()
+
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        await database.all(queries._SELECT_ONE, owner="alice", task_id=1)
+    await database.close()

@@ -1,7 +1,9 @@
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 
+from middleware import direct_route
 from middleware.direct_route import BODY_MAX_BYTES
 from tests.conftest import Person
 
@@ -106,3 +108,15 @@ async def test_a_body_that_is_announced_as_too_large_is_not_read(alice: Person, 
     answer = await alice.post(content=b"{}", headers=JSON | {"Content-Length": length})
 
     assert answer.status_code == 413
+
+
+async def test_a_body_that_does_not_arrive_is_408(alice: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_route, "BODY_TIMEOUT_S", 0.1)
+
+    async def stall() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(5)
+
+    answer = await alice.post(content=stall(), headers=JSON)
+
+    assert (answer.status_code, answer.json()["detail"]) == (408, "The request body did not arrive in time")

@@ -1,7 +1,9 @@
+import contextlib
 import io
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -64,3 +66,25 @@ def test_a_storm_of_events_is_bounded_and_counted(
     assert [line["reason"] for line in lines].count("Token has expired") == 3 + 2
     assert [line["reason"] for line in lines].count("Token is malformed") == 1
     assert [line["left_out"] for line in lines if "left_out" in line] == [997]
+
+
+def test_a_full_disk_ends_nothing() -> None:
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    with Path("/dev/full").open("w") as full:
+        logs.configure("info", "json", full)
+
+        structlog.get_logger("ours").info("event")
+        logging.getLogger("theirs").warning("event")
+
+        structlog.reset_defaults()
+        root.handlers = handlers
+        root.setLevel(level)
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_an_unpaired_surrogate_is_written(stream: io.StringIO) -> None:
+    structlog.get_logger("ours").info("event", text="\ud800")
+
+    assert json.loads(stream.getvalue())["text"] == "\ud800"

@@ -189,3 +189,47 @@ def test_alembic_migrates_by_the_same_settings(tmp_path: Path) -> None:
         2,
         "DATABASE_URL: must begin with postgresql:// or sqlite:///",
     )
+
+
+def test_a_client_that_stalls_keeps_nobody_from_stopping(tmp_path: Path) -> None:
+    port = free_port()
+    code = "import main; main.SHUTDOWN_GRACE_S = 1; main.main([])"
+    with running_service(tmp_path, "-c", code, PORT=str(port)) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        token = run(tmp_path, MAIN, "token", "alice").stdout.strip()
+        with socket.create_connection(("127.0.0.1", port)) as stalling:
+            stalling.sendall(
+                b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\nAuthorization: Bearer " + token.encode() + b'\r\n\r\n{"ti'
+            )
+            httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+
+            assert service.stop() == 0
+
+
+def test_a_client_that_hangs_up_is_no_crash(tmp_path: Path) -> None:
+    port = free_port()
+    with running_service(tmp_path, PORT=str(port)) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        token = run(tmp_path, MAIN, "token", "alice").stdout.strip()
+        with socket.create_connection(("127.0.0.1", port)) as hasty:
+            hasty.sendall(
+                b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\nAuthorization: Bearer " + token.encode() + b'\r\n\r\n{"ti'
+            )
+        for _ in range(100):
+            if "status=499" in service.logged:
+                break
+            httpx.get(f"http://127.0.0.1:{port}/health")
+
+        assert "status=499" in service.logged
+        assert "Traceback" not in service.logged
+
+
+def test_nobody_has_to_read_what_is_printed(tmp_path: Path) -> None:
+    port = str(free_port())
+    code = "import os, main; os.close(1); os.open('/dev/full', os.O_WRONLY); main.main([])"
+    with running_service(tmp_path, "-c", code, PORT=port) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+
+        assert service.stop() in (0, 120)  # the latter is Python's, when its last output cannot be written

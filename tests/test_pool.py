@@ -123,3 +123,16 @@ async def test_an_idle_connection_is_replaced_before_the_server_drops_it(
     monkeypatch.setattr(pool_module, "IDLE_MAX_S", 0.0)
 
     assert await pid(pool) != before
+
+
+async def test_a_server_with_fewer_places_than_wanted_is_used_as_far_as_it_goes(postgres: Server) -> None:
+    await postgres.execute("CREATE ROLE few LOGIN CONNECTION LIMIT 2")
+    url = postgres.url.replace("postgres@", "few@")
+    pool = Pool(lambda: asyncpg.connect(url), 6)
+
+    errors = await pool.warm()
+
+    assert [type(error) for error in errors] == [asyncpg.TooManyConnectionsError]
+    assert await pid(pool)
+    await pool.close()
+    await postgres.execute("DROP ROLE few")
