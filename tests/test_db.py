@@ -240,17 +240,18 @@ async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(
     async with running(create_app(settings_for(postgres.url_of(name)))) as client:
         alice = person("alice", client)
         task = await alice.create()
-        other = await asyncpg.connect(postgres.url_of(name))
+        other, watcher = [await asyncpg.connect(postgres.url_of(name)) for _ in range(2)]
         async with other.transaction():
             await other.execute("SELECT * FROM task FOR UPDATE")
 
             answer = await alice.patch(f"/{task['id']}/complete")
             waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND wait_event_type = 'Lock'"
             async with asyncio.timeout(5):
-                while await other.fetchval(waiting, name):
-                    await asyncio.sleep(0.01)
+                while await watcher.fetchval(waiting, name):
+                    pass
 
         await other.close()
+        await watcher.close()
         assert answer.status_code == 503
         assert (await alice.patch(f"/{task['id']}/complete")).json()["completed"] is True
     await postgres.drop_database(name)
