@@ -15,6 +15,7 @@ from fastapi import Request, Response, params
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
+from starlette.requests import ClientDisconnect
 
 import strict_json
 from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMediaType
@@ -143,17 +144,19 @@ async def _body(request: Request) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > BODY_MAX_BYTES:
         raise ContentTooLarge
-    chunks, size = [], 0
+    body, more = b"", True
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > BODY_MAX_BYTES:
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body, more = body + message.get("body", b""), message.get("more_body", False)
+                if len(body) > BODY_MAX_BYTES:
                     raise ContentTooLarge
-                chunks.append(chunk)
     except TimeoutError as error:
         raise RequestTimeout from error
-    return b"".join(chunks)
+    return body
 
 
 def _is_json(content_type: str) -> bool:

@@ -60,7 +60,7 @@ async def list_tasks(owner: OwnerDep, request: Request, query: Annotated[TaskLis
 @router.post("", response_model=TaskOut, status_code=201, responses=responses(*BODY_PROBLEMS))
 async def create_task(owner: OwnerDep, request: Request, body: TaskCreate) -> Response:
     """Create a task."""
-    row = await queries.create_task(owner, body.model_dump())
+    row = await queries.create_task(owner, dict(body))
     return _task(row, 201, {"Location": f"{quote(request.scope['path'])}/{row['id']}"})
 
 
