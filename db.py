@@ -70,7 +70,7 @@ class Compiled:
 @lru_cache(maxsize=1024)
 def compile_statement(statement: Executable, dialect: Dialect) -> Compiled:
     """Compile once; statements are built once too, so identity is the key."""
-    compiled = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
+    compiled = statement.compile(dialect=dialect)  # type: ignore[attr-defined] # not in its stubs
     assert isinstance(compiled, SQLCompiler)  # noqa: S101 - for the type checker
     parameters = []
     for name in compiled.positiontup or []:
@@ -79,7 +79,7 @@ def compile_statement(statement: Executable, dialect: Dialect) -> Compiled:
         parameters.append((name, bind.effective_value, convert))
     columns = [
         (str(column.name), column.type.dialect_impl(dialect).result_processor(dialect, None))
-        for column in statement.exported_columns  # type: ignore[attr-defined]
+        for column in statement.exported_columns  # type: ignore[attr-defined] # not in its stubs
     ]
     return Compiled(compiled.string, parameters, columns)
 
@@ -116,7 +116,7 @@ class Database(ABC):
 
 class Postgres(Database):
     def __init__(self, url: str, pool_size: int) -> None:
-        self.dialect = PGDialect_asyncpg()  # type: ignore[no-untyped-call]
+        self.dialect = PGDialect_asyncpg()  # type: ignore[no-untyped-call] # not in its stubs
         self.target = database_url.parse(url)
         self._pool_size = pool_size
 

@@ -25,13 +25,13 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import asyncpg  # noqa: E402
-import httpx  # noqa: E402
+import asyncpg
+import httpx
 
-import db  # noqa: E402
-import main  # noqa: E402
-import tokens  # noqa: E402
-from tests.postgres import Server, free_port, running_server  # noqa: E402
+import db
+import main
+import tokens
+from tests.postgres import Server, free_port, running_server
 
 SECRET = "a-secret-for-the-benchmark-only-00001"
 USERS, TASKS_PER_USER = 1_000, 1_000

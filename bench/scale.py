@@ -17,14 +17,14 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import asyncpg  # noqa: E402
-import httpx  # noqa: E402
+import asyncpg
+import httpx
 
-import db  # noqa: E402
-import main  # noqa: E402
-import tokens  # noqa: E402
-from bench.run import SECRET, Process, load, running  # noqa: E402
-from tests.postgres import Server, running_server  # noqa: E402
+import db
+import main
+import tokens
+from bench.run import SECRET, Process, load, running
+from tests.postgres import Server, running_server
 
 USER = "user0001"
 PAGE, PAGE_SIZE = 1_000, 10

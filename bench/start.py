@@ -14,9 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench.run import cpu_s  # noqa: E402
-from tests.postgres import free_port  # noqa: E402
-from tests.service import running_service  # noqa: E402
+from bench.run import cpu_s
+from tests.postgres import free_port
+from tests.service import running_service
 
 ROUNDS = 7
 

@@ -85,7 +85,7 @@ def _started(folder: Path) -> Iterator[int]:
     ):
         command += ["-c", setting]
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=_die_with_parent, **owner)  # type: ignore[call-overload]
+        server = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=_die_with_parent, **owner)  # type: ignore[call-overload] # owner is dynamic
         try:
             _wait_until_listening(server, port, folder / "log")
             yield port
@@ -117,7 +117,7 @@ def _initialise(programs: Path, data: Path, owner: dict[str, object]) -> None:
     # Plain C would compare and fold ASCII only; this is what Neon has.
     locale = ["--encoding=UTF8", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
     command = [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", *locale]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **owner)  # type: ignore[call-overload]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **owner)  # type: ignore[call-overload] # owner is dynamic
     if done.returncode:
         raise RuntimeError(f"initdb failed: {done.stderr}")
 

@@ -146,8 +146,8 @@ async def test_processes_that_start_together_migrate_once(database: db.Database)
     url = (
         f"sqlite:///{database.path}"
         if isinstance(database, db.SQLite)
-        else f"postgresql://postgres@127.0.0.1:{database.target.arguments['port']}"  # type: ignore[attr-defined]
-        f"/{database.target.arguments['database']}"  # type: ignore[attr-defined]
+        else f"postgresql://postgres@127.0.0.1:{database.target.arguments['port']}"  # type: ignore[attr-defined] # Postgres only
+        f"/{database.target.arguments['database']}"  # type: ignore[attr-defined] # Postgres only
     )
     code = "import db, main, sys; main.migrate(db.connect(sys.argv[1], pool_size=1))"
     starts = [
