@@ -1,5 +1,6 @@
 """/api/{user_id}/tasks: the six operations on a user's tasks."""
 
+from datetime import datetime
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -43,7 +44,7 @@ async def list_tasks(owner: OwnerDep, request: Request, query: Annotated[TaskLis
     """List your tasks, newest first. The `Link` header leads to the next page, if there is one."""
     listing = query.listing
     binding = _binding(owner, listing)
-    after = _position(request, query.cursor, binding)
+    after = _position(request, query.cursor, binding, str if listing.sort_field == "title" else datetime)
     headers = {}
     # One more than asked for tells whether there is a next page.
     if query.count:
@@ -108,13 +109,16 @@ def _binding(owner: Owner, listing: Listing) -> str:
     return f"{owner.user_id}\n{sorted(listing.states)}\n{listing.sort_field}\n{listing.descending}"
 
 
-def _position(request: Request, cursor: str | None, binding: str) -> tuple[Any, int] | None:
+def _position(request: Request, cursor: str | None, binding: str, kind: type) -> tuple[Any, int] | None:
     if cursor is None:
         return None
     signer: CursorSigner = request.app.state.cursors
     try:
         key, task_id = signer.read(cursor, binding)
-    except CursorInvalid as error:
+        # Signed or not: what goes into a statement is checked.
+        if not isinstance(key, kind) or not isinstance(task_id, int) or not 1 <= task_id <= ID_MAX:
+            raise CursorInvalid
+    except (ValueError, KeyError) as error:
         mistake = "was not given for this list, its filters and its order"
         raise Unprocessable([{"parameter": "cursor", "detail": mistake}]) from error
     return key, task_id

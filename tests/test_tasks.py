@@ -6,6 +6,7 @@ from urllib.parse import quote
 import pytest
 
 import tokens
+from cursors import CursorSigner
 from tests.conftest import SECRET, Person
 
 FIELDS = [
@@ -543,3 +544,19 @@ async def test_addresses_in_headers_are_escaped(alice: Person) -> None:
 async def test_a_number_is_written_in_digits(alice: Person, query: str) -> None:
     assert (await alice.get(f"?{query}")).status_code == 422
     assert (await alice.get(f"/{query.partition('=')[2]}")).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "position", [[{"x": 1}, 2], [1, 2, 3], [1, 2], [None, 2], ["x", 2**63], ["x", "y"], []]
+)
+async def test_a_cursor_that_is_signed_and_wrong_is_refused(alice: Person, position: list[object]) -> None:
+    binding = f"{alice.user_id}\n[False, True]\ntitle\nFalse"
+    signer = CursorSigner([SECRET])
+
+    right = await alice.get(f"?sort=title&cursor={signer.write(['x', 2], binding)}")
+    wrong = await alice.get(f"?sort=title&cursor={signer.write(position, binding)}")
+
+    by_time = signer.write(["x", 2], binding.replace("title", "created_at"))
+
+    assert (right.status_code, wrong.status_code) == (200, 422)
+    assert (await alice.get(f"?order=asc&cursor={by_time}")).status_code == 422
