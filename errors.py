@@ -94,7 +94,7 @@ class Unprocessable(Problem):
 
 
 class Unavailable(Problem):
-    """The database cannot be used right now; the same request may succeed in *retry_after_s* seconds."""
+    """The database or the issuer cannot be reached; the request may succeed in *retry_after_s* seconds."""
 
     status = 503
     sentence = "The service is temporarily unavailable. Please try again."
@@ -142,7 +142,7 @@ def install(app: FastAPI) -> None:
 
 
 def responses(*problems: type[Problem]) -> dict[int | str, dict[str, Any]]:
-    """Return the entries of an OpenAPI operation for *problems*; `document` adds the schema."""
+    """Return the entries of an OpenAPI operation for *problems*; `openapi.install` adds the schema."""
     return {
         problem.status: {
             "description": _title(problem.status),

@@ -191,6 +191,13 @@ def test_alembic_migrates_by_the_same_settings(tmp_path: Path) -> None:
     )
 
 
+def half_a_request(token: str) -> bytes:
+    return (
+        b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 100\r\nAuthorization: Bearer " + token.encode() + b'\r\n\r\n{"ti'
+    )
+
+
 def test_a_client_that_stalls_keeps_nobody_from_stopping(tmp_path: Path) -> None:
     port = free_port()
     code = "import main; main.SHUTDOWN_GRACE_S = 1; main.main([])"
@@ -198,10 +205,7 @@ def test_a_client_that_stalls_keeps_nobody_from_stopping(tmp_path: Path) -> None
         service.wait_for(f"http://127.0.0.1:{port}")
         token = run(tmp_path, MAIN, "token", "alice").stdout.strip()
         with socket.create_connection(("127.0.0.1", port)) as stalling:
-            stalling.sendall(
-                b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: 100\r\nAuthorization: Bearer " + token.encode() + b'\r\n\r\n{"ti'
-            )
+            stalling.sendall(half_a_request(token))
             httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
 
             assert service.stop() == 0
@@ -213,10 +217,7 @@ def test_a_client_that_hangs_up_is_no_crash(tmp_path: Path) -> None:
         service.wait_for(f"http://127.0.0.1:{port}")
         token = run(tmp_path, MAIN, "token", "alice").stdout.strip()
         with socket.create_connection(("127.0.0.1", port)) as hasty:
-            hasty.sendall(
-                b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: 100\r\nAuthorization: Bearer " + token.encode() + b'\r\n\r\n{"ti'
-            )
+            hasty.sendall(half_a_request(token))
         for _ in range(100):
             if "status=499" in service.logged:
                 break
