@@ -218,6 +218,12 @@ class Settings(BaseModel):
         return _listed(self.jwt_audience)
 
     @property
+    def own_claims(self) -> dict[str, str]:
+        """What a token made here must say to be accepted here."""
+        expected = {"iss": self.given_issuers, "aud": self.given_audiences}
+        return {name: min(values) for name, values in expected.items() if values}
+
+    @property
     def _better_auth_origin(self) -> frozenset[str]:
         if not self.better_auth_url:
             return frozenset()

@@ -150,7 +150,7 @@ def _welcome(address: str, token: str) -> str:
 
 
 def _token(user_id: str, settings: Settings) -> str:
-    return tokens.issue(user_id, settings.secrets[0], settings.jwt_expiration_s)
+    return tokens.issue(user_id, settings.secrets[0], settings.jwt_expiration_s, **settings.own_claims)
 
 
 def main(arguments: list[str]) -> None:
@@ -164,6 +164,8 @@ def main(arguments: list[str]) -> None:
     if parsed.command == "token":
         if not settings.secrets:
             refuse(["BETTER_AUTH_SECRET: must be given to make a token"])
+        if "HS256" not in settings.algorithms:
+            refuse(["JWT_ALGORITHMS: must have HS256 to make a token"])
         print(_token(parsed.user, settings))
         return
     logs.configure(settings.resolved_log_level, settings.resolved_log_format)

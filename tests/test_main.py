@@ -121,6 +121,24 @@ def test_token_prints_a_token_of_the_configured_lifetime(tmp_path: Path, lifetim
     assert claims["exp"] - claims["iat"] == seconds
 
 
+def test_a_printed_token_is_for_whom_the_settings_name(tmp_path: Path) -> None:
+    settings = {"JWT_ISSUER": "https://b.example,https://a.example", "JWT_AUDIENCE": "tasks"}
+
+    done = run(tmp_path, MAIN, "token", "alice", BETTER_AUTH_SECRET=SECRET, **settings)
+
+    claims = jwt.decode(done.stdout.strip(), SECRET, algorithms=["HS256"], audience="tasks")
+    assert (claims["iss"], claims["aud"]) == ("https://a.example", "tasks")
+
+
+def test_no_token_is_printed_that_would_be_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, MAIN, "token", "alice", BETTER_AUTH_SECRET=SECRET, JWT_ALGORITHMS="EdDSA")
+
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        ["JWT_ALGORITHMS: must have HS256 to make a token"],
+    )
+
+
 @pytest.mark.parametrize("command", [(MAIN,), ("-m", "uvicorn", "main:app"), (MAIN, "token", "alice")])
 def test_a_mistake_in_the_settings_ends_the_start_with_a_sentence(
     tmp_path: Path, command: tuple[str, ...]
