@@ -129,6 +129,9 @@ class Settings(BaseModel):
     jwt_expiration: Annotated[str, AfterValidator(_duration)] = Field(
         "7d", description="lifetime of the tokens made here: `15m`, `24h`, `7d`"
     )
+    max_tasks_per_user: int = Field(
+        10_000, ge=0, description="how many tasks a user may have; 0 for any number"
+    )
     allowed_origins: Annotated[str, AfterValidator(_origin_list)] = Field(
         "http://localhost:3000", description="origins of browsers (CORS), separated by commas"
     )

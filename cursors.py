@@ -5,7 +5,7 @@ import binascii
 import hashlib
 import hmac
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 import orjson
@@ -46,15 +46,19 @@ class CursorSigner:
 
 
 class _Time:
-    """JSON has no times: they travel as `{"t": ...}`, to the microsecond."""
+    """JSON has no times and days: they travel as `{"t": ...}`, to the microsecond, and `{"d": ...}`."""
 
     @staticmethod
     def dump(part: Any) -> Any:
-        return {"t": part.isoformat()} if isinstance(part, datetime) else part
+        if isinstance(part, datetime):
+            return {"t": part.isoformat()}
+        return {"d": part.isoformat()} if isinstance(part, date) else part
 
     @staticmethod
     def load(part: Any) -> Any:
-        return datetime.fromisoformat(part["t"]) if isinstance(part, dict) else part
+        if not isinstance(part, dict):
+            return part
+        return datetime.fromisoformat(part["t"]) if "t" in part else date.fromisoformat(part["d"])
 
 
 def _mac(key: bytes, payload: bytes, binding: str) -> bytes:

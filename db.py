@@ -3,7 +3,8 @@
 import asyncio
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import cycle
@@ -12,7 +13,8 @@ from typing import Any
 
 import aiosqlite
 import asyncpg
-from sqlalchemy import Connection, NullPool, event
+import orjson
+from sqlalchemy import Connection, NullPool, TypeDecorator, event
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
 from sqlalchemy.engine import Dialect, make_url
@@ -20,11 +22,13 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.types import TypeEngine
 
 import database_url
 from errors import Unavailable
 from logs import BoundedLog
 from pool import WAIT_S, Pool
+from pool import Connection as PooledConnection
 
 Row = dict[str, Any]
 
@@ -62,8 +66,15 @@ class Compiled:
             for name, default, convert in self.parameters
         ]
 
+    def converted(self, rows: list[Row]) -> list[Row]:
+        """Return *rows* with the values that their columns' types make of what the driver returns."""
+        for name, convert in self._conversions:
+            for row in rows:
+                row[name] = convert(row[name])
+        return rows
+
     @cached_property
-    def conversions(self) -> list[tuple[str, Callable[[Any], Any]]]:
+    def _conversions(self) -> list[tuple[str, Callable[[Any], Any]]]:
         return [(name, convert) for name, convert in self.columns if convert]
 
 
@@ -78,14 +89,46 @@ def compile_statement(statement: Executable, dialect: Dialect) -> Compiled:
         convert = bind.type.dialect_impl(dialect).bind_processor(dialect)
         parameters.append((name, bind.effective_value, convert))
     columns = [
-        (str(column.name), column.type.dialect_impl(dialect).result_processor(dialect, None))
+        (str(column.name), _result_processor(column.type, dialect))
         for column in statement.exported_columns  # type: ignore[attr-defined] # not in its stubs
     ]
     return Compiled(compiled.string, parameters, columns)
 
 
-class Database(ABC):
-    """Runs statements, each in a transaction of its own. Values are named as its `bindparam`s are."""
+def _result_processor(kind: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
+    if dialect.name == "postgresql" and not isinstance(kind, TypeDecorator):
+        return None  # its driver returns what Python has
+    return kind.dialect_impl(dialect).result_processor(dialect, None)
+
+
+class ConstraintViolated(Exception):
+    """A row would break the rule *name*; for a unique key SQLite names the columns instead."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Runner(ABC):
+    """Runs statements. Values are named as its `bindparam`s are."""
+
+    @abstractmethod
+    async def all(self, statement: Executable, **values: Any) -> list[Row]:
+        """Return every row of *statement*.
+
+        Raises:
+            ConstraintViolated: a row would break a rule of its table.
+            Unavailable: the database cannot be used right now.
+        """
+
+    async def one(self, statement: Executable, **values: Any) -> Row | None:
+        """Return the first row of *statement*, or None."""
+        rows = await self.all(statement, **values)
+        return rows[0] if rows else None
+
+
+class Database(Runner):
+    """Runs statements, each in a transaction of its own, unless `transaction` holds some together."""
 
     dialect: Dialect
 
@@ -97,17 +140,8 @@ class Database(ABC):
     async def close(self) -> None: ...
 
     @abstractmethod
-    async def all(self, statement: Executable, **values: Any) -> list[Row]:
-        """Return every row of *statement*.
-
-        Raises:
-            Unavailable: the database cannot be used right now.
-        """
-
-    async def one(self, statement: Executable, **values: Any) -> Row | None:
-        """Return the first row of *statement*, or None."""
-        rows = await self.all(statement, **values)
-        return rows[0] if rows else None
+    def transaction(self) -> AbstractAsyncContextManager[Runner]:
+        """Lend a runner whose statements stand or fall together: they fall when the block raises."""
 
     @abstractmethod
     def engine(self) -> AsyncEngine:
@@ -134,14 +168,32 @@ class Postgres(Database):
         await self.pool.close()
 
     async def all(self, statement: Executable, **values: Any) -> list[Row]:
+        return await self.fetch(self.pool, statement, values)
+
+    async def fetch(
+        self, connection: "Pool | PooledConnection", statement: Executable, values: Row
+    ) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
-        try:
-            records = await self.pool.fetch(compiled.sql, compiled.arguments(values))
-        except Exception as error:
-            if _is_transient(error):
-                raise _unavailable(error) from error
-            raise
-        return [dict(record.items()) for record in records]
+        with _translated():
+            records = await connection.fetch(compiled.sql, compiled.arguments(values))
+        return compiled.converted([dict(record.items()) for record in records])
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Runner]:
+        failure: Exception | None = None
+        with _translated():
+            async with self.pool.connection() as connection:
+                await connection.raw.execute("BEGIN")
+                try:
+                    yield _PostgresTransaction(self, connection)
+                    await connection.raw.execute("COMMIT")
+                except Unavailable:
+                    raise  # the connection is done for, and the transaction with it
+                except Exception as error:
+                    await connection.raw.execute("ROLLBACK")
+                    failure = error
+        if failure:
+            raise failure
 
     def engine(self) -> AsyncEngine:
         # A migration may take its time, and may have to wait for another process that migrates.
@@ -155,6 +207,15 @@ class Postgres(Database):
             raise ConnectionError(str(error)) from error
 
 
+class _PostgresTransaction(Runner):
+    def __init__(self, database: Postgres, connection: PooledConnection) -> None:
+        self._database = database
+        self._connection = connection
+
+    async def all(self, statement: Executable, **values: Any) -> list[Row]:
+        return await self._database.fetch(self._connection, statement, values)
+
+
 class SQLite(Database):
     """One connection writes, others read beside it (WAL). Each is a thread that runs one call at a time.
 
@@ -163,7 +224,8 @@ class SQLite(Database):
     """
 
     def __init__(self, url: str) -> None:
-        self.dialect = SQLiteDialect_aiosqlite()
+        # As compact as SQLite writes JSON itself, so that equal lists are equal texts.
+        self.dialect = SQLiteDialect_aiosqlite(json_serializer=lambda value: orjson.dumps(value).decode())
         path = make_url(url).database
         if not path or path == ":memory:":
             raise ValueError("must name a file: a database in memory ends with its connection")
@@ -193,29 +255,38 @@ class SQLite(Database):
             await self._connections.pop().close()  # each is a thread that would keep the process alive
 
     async def all(self, statement: Executable, **values: Any) -> list[Row]:
-        compiled = compile_statement(statement, self.dialect)
-        arguments = compiled.arguments(values)
-        try:
-            if statement.is_select:
-                found = await next(self._turns).execute_fetchall(compiled.sql, arguments)
-            else:
-                found = await self._write(compiled.sql, arguments)
-        except Exception as error:
-            if _is_transient(error):
-                raise _unavailable(error) from error
-            raise
-        names = [name for name, _ in compiled.columns]
-        rows = [dict(zip(names, values, strict=True)) for values in found]
-        for row in rows:
-            for name, convert in compiled.conversions:
-                row[name] = convert(row[name])
-        return rows
+        if statement.is_select:
+            return await self.fetch(next(self._turns), statement, values)
+        with _translated():
+            async with self._turn_to_write():
+                return await self.fetch(self.writer, statement, values)
 
-    async def _write(self, sql: str, arguments: list[Any]) -> Any:
+    async def fetch(self, connection: aiosqlite.Connection, statement: Executable, values: Row) -> list[Row]:
+        compiled = compile_statement(statement, self.dialect)
+        with _translated():
+            found = await connection.execute_fetchall(compiled.sql, compiled.arguments(values))
+        names = [name for name, _ in compiled.columns]
+        return compiled.converted([dict(zip(names, row, strict=True)) for row in found])
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Runner]:
+        with _translated():
+            async with self._turn_to_write():
+                try:
+                    await self.writer.execute("BEGIN IMMEDIATE")
+                    yield _SQLiteTransaction(self)
+                    await self.writer.commit()
+                except BaseException:
+                    # Its thread takes calls in order: whoever writes next comes after this one.
+                    await asyncio.shield(asyncio.create_task(self.writer.rollback()))
+                    raise
+
+    @asynccontextmanager
+    async def _turn_to_write(self) -> AsyncIterator[None]:
         async with asyncio.timeout(WAIT_S):
             await self._writing.acquire()
         try:
-            return await self.writer.execute_fetchall(sql, arguments)
+            yield
         finally:
             self._writing.release()
 
@@ -240,6 +311,14 @@ class SQLite(Database):
         return connection
 
 
+class _SQLiteTransaction(Runner):
+    def __init__(self, database: SQLite) -> None:
+        self._database = database
+
+    async def all(self, statement: Executable, **values: Any) -> list[Row]:
+        return await self._database.fetch(self._database.writer, statement, values)
+
+
 def connect(url: str, *, pool_size: int) -> Database:
     """Return the database at *url*, not opened yet.
 
@@ -262,8 +341,27 @@ def _begin_immediately(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
+_SIMPLE_LOWER = {0x03A3: 0x03C3, 0x0130: ord("i")}  # Σ and İ
+
+
 def _lower(value: str | None) -> str | None:
-    return value.lower() if value is not None else None
+    # Character by character, as PostgreSQL does: Python looks around Σ and makes two characters of İ.
+    return value.translate(_SIMPLE_LOWER).lower() if value is not None else None
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Raise what a driver raises as what a route understands."""
+    try:
+        yield
+    except asyncpg.IntegrityConstraintViolationError as error:
+        raise ConstraintViolated(error.constraint_name or "") from error
+    except sqlite3.IntegrityError as error:
+        raise ConstraintViolated(str(error).rpartition(": ")[2]) from error
+    except Exception as error:
+        if _is_transient(error):
+            raise _unavailable(error) from error
+        raise
 
 
 def _unavailable(error: Exception) -> Unavailable:

@@ -42,9 +42,11 @@ class Problem(HTTPException):
         *,
         errors: Iterable[FieldError] = (),
         headers: Mapping[str, str] | None = None,
+        **members: Any,
     ) -> None:
         super().__init__(self.status, detail or self.sentence, headers)
         self.errors = list(errors)
+        self.members = members  # RFC 9457, section 3.2: what else this kind of problem tells
 
 
 class InternalError(Problem):
@@ -69,6 +71,18 @@ class NotFound(Problem):
     sentence = "Task not found"
 
 
+class Conflict(Problem):
+    """What is asked for cannot be done now."""
+
+    status = 409
+    sentence = "A request with this Idempotency-Key is still running"
+
+
+class PreconditionFailed(Problem):
+    status = 412
+    sentence = "The task has changed since you read it"
+
+
 class RequestTimeout(Problem):
     status = 408
     sentence = "The request body did not arrive in time"
@@ -89,8 +103,9 @@ class Unprocessable(Problem):
 
     status = 422
 
-    def __init__(self, errors: list[FieldError]) -> None:
-        super().__init__("; ".join(f"{_name(error)}: {error['detail']}" for error in errors), errors=errors)
+    def __init__(self, errors: list[FieldError], **members: Any) -> None:
+        sentences = (f"{_name(error)}: {error['detail']}" for error in errors)
+        super().__init__("; ".join(sentences), errors=errors, **members)
 
 
 class Unavailable(Problem):
@@ -121,8 +136,8 @@ def render(scope: Scope, error: HTTPException) -> Response:
         "detail": _sentence(error),
         "instance": request_id(scope),
     }
-    if errors := getattr(error, "errors", None):
-        problem["errors"] = errors
+    if isinstance(error, Problem):
+        problem |= error.members | ({"errors": error.errors} if error.errors else {})
     return Response(orjson.dumps(problem), error.status_code, dict(error.headers or {}), MEDIA_TYPE)
 
 
@@ -222,7 +237,9 @@ def _field_error(mistake: Mapping[str, Any]) -> FieldError:
     detail = _clause(mistake)
     if place != "body":
         return {"parameter": str(path[0]) if path else str(place), "detail": detail}
-    escaped = (str(part).replace("~", "~0").replace("/", "~1") for part in path)
+    # In angle brackets stands which of several models it is, which is no member of the body.
+    members = (str(part) for part in path if not str(part).startswith("<"))
+    escaped = (part.replace("~", "~0").replace("/", "~1") for part in members)
     return {"pointer": "".join(f"/{part}" for part in escaped), "detail": detail}
 
 
@@ -250,6 +267,12 @@ def _clause(mistake: Mapping[str, Any]) -> str:
             return f"must be at most {ctx['le']}"
         case "literal_error":
             return f"must be {ctx['expected']}"
+        case "list_type" | "tuple_type":
+            return "must be a list"
+        case "too_short":
+            return f"must have at least {ctx['min_length']}"
+        case "too_long":
+            return f"must have at most {ctx['max_length']}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return "must be a JSON object"
         case _:

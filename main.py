@@ -26,6 +26,7 @@ from middleware.access_log import AccessLogMiddleware
 from middleware.cors import ProblemCORSMiddleware
 from middleware.trailing_slash import TrailingSlashMiddleware
 from routes import docs, health, tasks
+from task_limit import TaskLimit
 
 SHUTDOWN_GRACE_S = 10  # what has begun may finish; a client that stalls holds nobody longer
 
@@ -74,6 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
         of_keys=tokens.Expectations(settings.issuers, settings.audiences),
         leeway_s=settings.jwt_leeway_s,
     )
+    app.state.task_limit = TaskLimit(settings.max_tasks_per_user)
     app.state.cursors = CursorSigner(settings.cursor_secrets)
 
     errors.install(app)

@@ -1,12 +1,41 @@
 """Tables, and the rules of their fields, which requests follow too."""
 
+import contextlib
+import re
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Annotated, Any
+from datetime import date, datetime
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, StrictBool, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    StrictBool,
+    StringConstraints,
+    WithJsonSchema,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
-from sqlalchemy import BigInteger, DateTime, Identity, Index, Integer, MetaData, String, false, text
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Date,
+    DateTime,
+    Dialect,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    Text,
+    TypeDecorator,
+    false,
+    not_,
+    text,
+)
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -17,6 +46,13 @@ from sqlmodel.sql.sqltypes import UTCDateTime
 USER_ID_MAX = 255
 TITLE_MAX = 200
 DESCRIPTION_MAX = 1000
+CATEGORY_MAX = 50
+TAG_MAX = 30
+TAGS_MAX = 5
+IDEMPOTENCY_KEY_MAX = 255
+
+Priority = Literal["high", "medium", "low"]
+Recurring = Literal["daily", "weekly", "monthly"]
 
 # Migrations drop constraints by name, so every name must be the same on every database.
 SQLModel.metadata.naming_convention = MetaData(
@@ -35,6 +71,33 @@ BIG_ID = BigInteger().with_variant(Integer(), "sqlite")
 TIMESTAMP: TypeEngine[datetime] = DateTime(timezone=True).with_variant(UTCDateTime(), "sqlite")
 
 
+# An array where there are arrays, JSON on SQLite.
+TEXTS: TypeEngine[Any] = ARRAY(String(TAG_MAX)).with_variant(JSON(), "sqlite")
+
+
+class Ranked(TypeDecorator[str]):
+    """One of a few *words*, stored by its rank, the first as 1, so that it sorts by rank."""
+
+    impl = SmallInteger
+    cache_ok = True
+
+    def __init__(self, *words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def rank(self, word: str) -> int:
+        return self.words.index(word) + 1
+
+    def process_bind_param(self, value: str | None, _: Dialect) -> int | None:
+        return None if value is None else self.rank(value)
+
+    def process_result_value(self, value: int | None, _: Dialect) -> str | None:
+        return None if value is None else self.words[value - 1]
+
+
+PRIORITY = Ranked(*get_args(Priority))
+
+
 class Now(FunctionElement[datetime]):
     """The database's clock, for rows that are loaded without times of their own."""
 
@@ -50,6 +113,22 @@ def _now(_element: Now, _compiler: SQLCompiler, **_: Any) -> str:
 def _now_sqlite(_element: Now, _compiler: SQLCompiler, **_: Any) -> str:
     # As long as the times that we write: they are compared as text.
     return "(strftime('%Y-%m-%d %H:%M:%f000', 'now'))"
+
+
+class NoTexts(FunctionElement[list[str]]):
+    """An empty list, for rows that are loaded without tags."""
+
+    inherit_cache = True
+
+
+@compiles(NoTexts)
+def _no_texts(_element: NoTexts, _compiler: SQLCompiler, **_: Any) -> str:
+    return "'{}'"
+
+
+@compiles(NoTexts, "sqlite")
+def _no_texts_sqlite(_element: NoTexts, _compiler: SQLCompiler, **_: Any) -> str:
+    return "'[]'"
 
 
 @dataclass(frozen=True)
@@ -86,6 +165,40 @@ def is_storable(value: str) -> bool:
 
 Title = Annotated[str, StringConstraints(strip_whitespace=True), Length(1, TITLE_MAX)]
 Description = Annotated[str, Length(0, DESCRIPTION_MAX)]
+Category = Annotated[str, Length(0, CATEGORY_MAX)]
+Tag = Annotated[str, StringConstraints(strip_whitespace=True), Length(1, TAG_MAX)]
+
+
+def _each_once(tags: list[str]) -> list[str]:
+    once = list(dict.fromkeys(tags))
+    if len(once) > TAGS_MAX:
+        raise PydanticCustomError("tags", f"must be at most {TAGS_MAX} tags")
+    return once
+
+
+def _day(value: object) -> object:
+    """Take a day as it is written, and no time or number that could be read as one."""
+    if value is None or type(value) is date:
+        return value
+    with contextlib.suppress(ValueError):
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+            return date.fromisoformat(value)
+    raise PydanticCustomError("day", "must be a day like 2026-02-28")
+
+
+def _wall_clock(value: str) -> str:
+    if not re.fullmatch(WALL_CLOCK, value):
+        raise PydanticCustomError("wall_clock", "must be a time like 09:30")
+    return value
+
+
+WALL_CLOCK = "([01][0-9]|2[0-3]):[0-5][0-9]"
+
+Tags = Annotated[list[Tag], AfterValidator(_each_once)]
+Day = Annotated[date, BeforeValidator(_day)]
+WallClock = Annotated[
+    str, AfterValidator(_wall_clock), WithJsonSchema({"type": "string", "pattern": f"^{WALL_CLOCK}$"})
+]
 
 
 class TaskKey(SQLModel):
@@ -101,6 +214,26 @@ class TaskFields(SQLModel):
     title: Title = Field(sa_type=String(TITLE_MAX), description="Stripped of the white space around it.")
     description: Description | None = Field(default=None, sa_type=String(DESCRIPTION_MAX))
     completed: StrictBool = Field(default=False, sa_column_kwargs={"server_default": false()})
+    priority: Priority | None = Field(default=None, sa_type=PRIORITY)
+    category: Category | None = Field(default=None, sa_type=String(CATEGORY_MAX))
+    tags: Tags = Field(
+        default=[],
+        sa_type=TEXTS,
+        sa_column_kwargs={"server_default": NoTexts(), "nullable": False},
+        description=f"Up to {TAGS_MAX}, stripped, each once.",
+    )
+    due_date: Day | None = Field(default=None, sa_type=Date, description="A day, in no time zone.")
+    due_time: WallClock | None = Field(
+        default=None, sa_type=String(5), description="On the day of `due_date`, without which it cannot be."
+    )
+    recurring: Recurring | None = Field(
+        default=None, sa_type=String(7), description="Completing a task with a `due_date` creates the next."
+    )
+    reminder: StrictBool = Field(
+        default=False,
+        sa_column_kwargs={"server_default": false()},
+        description="Kept for the client; nothing is sent.",
+    )
 
 
 class TaskState(SQLModel):
@@ -114,11 +247,44 @@ class TaskState(SQLModel):
     updated_at: datetime = Field(sa_type=TIMESTAMP, sa_column_kwargs={"server_default": Now()})
 
 
-class Task(TaskState, TaskFields, TaskKey, table=True):
+class TaskSeries(SQLModel):
+    """What the server remembers of a series and tells nobody."""
+
+    # After 31 January and 28 February comes 31 March: the day that was meant.
+    series_day: int | None = Field(default=None, sa_type=SmallInteger)
+    # Reopened and completed again, a task has no second successor.
+    succeeded: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
+
+
+class Task(TaskSeries, TaskState, TaskFields, TaskKey, table=True):
     """One task of one user. There is no foreign key: the user table belongs to the issuer of the tokens."""
 
-    __table_args__ = {"sqlite_autoincrement": True}
+    __table_args__ = (
+        CheckConstraint("due_time IS NULL OR due_date IS NOT NULL", name="due_time_has_due_date"),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class IdempotencyKey(SQLModel, table=True):
+    """A request that has been answered, and the answer."""
+
+    __tablename__ = "idempotency_key"
+
+    user_id: str = Field(primary_key=True, sa_type=String(USER_ID_MAX))
+    key: str = Field(primary_key=True, sa_type=String(IDEMPOTENCY_KEY_MAX))
+    fingerprint: str = Field(sa_type=String(64), description="Of the body, in hexadecimal.")
+    answer: str = Field(sa_type=Text, description="The body of the answer.")
+    created_at: datetime = Field(sa_type=TIMESTAMP)
 
 
 _task = Task.__table__.c  # type: ignore[attr-defined] # SQLModel adds it
 Index("ix_task_user_id_created_at_id", _task.user_id, _task.created_at.desc(), _task.id.desc())
+Index(
+    "ix_task_pending",
+    _task.user_id,
+    _task.created_at.desc(),
+    _task.id.desc(),
+    postgresql_where=not_(_task.completed),
+    sqlite_where=not_(_task.completed),
+)
+Index("ix_task_user_id_due_date_id", _task.user_id, _task.due_date, _task.id)

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
@@ -67,6 +68,21 @@ class Pool:
             raise
         self._release(connection)
         return rows
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """Lend a connection for several statements; a block that raises costs the connection.
+
+        Raises:
+            TimeoutError: all connections were in use for `WAIT_S`.
+        """
+        connection = await self._acquire()
+        try:
+            yield connection
+        except BaseException:
+            self._discard(connection)
+            raise
+        self._release(connection)
 
     async def warm(self) -> list[Exception]:
         """Connect as often as allowed and return the first error, if any.

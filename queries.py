@@ -1,44 +1,61 @@
-"""Every statement. Each starts from the owner, is sent in one round trip and is built once."""
+"""Every statement about single tasks. Each starts from the owner, takes one round trip and is built once."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import lru_cache
-from typing import Any
+from datetime import UTC, date, datetime
+from typing import Any, get_args
 
 from sqlalchemy import (
     Boolean,
     ColumnElement,
+    Date,
     Integer,
-    Select,
-    Table,
+    String,
+    and_,
     bindparam,
     case,
-    collate,
+    column,
     delete,
+    false,
     func,
     insert,
     literal,
     not_,
+    null,
     or_,
     select,
     true,
-    tuple_,
+    union_all,
     update,
 )
 from sqlalchemy.sql.base import Executable
 
-from db import Database, Row
-from models import BIG_ID, TIMESTAMP, Task, TaskFields
-from schemas import Listing
+import listing
+from arrays import Elements, any_of, list_of
+from db import Database, Row, Runner
+from errors import Unavailable
+from listing import COLUMNS, OWNED, TASKS
+from models import BIG_ID, TAG_MAX, TIMESTAMP, Priority, TaskFields
+from recurring import next_due_date
+from schemas import STATS_TAGS_MAX, Filter, Order
+from task_limit import TaskLimit
 
-TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
-COLUMNS = tuple(TASKS.c)
-WRITABLE = frozenset(TaskFields.model_fields)
+WRITABLE = tuple(TaskFields.model_fields)
+SERIES_ATTEMPTS = 3  # others may change the task between two statements, but not for ever
 
-_NOW = bindparam("now", type_=TIMESTAMP)
-_OWNED = TASKS.c.user_id == bindparam("owner", type_=TASKS.c.user_id.type)
+NOW = bindparam("now", type_=TIMESTAMP)
 _THIS = TASKS.c.id == bindparam("task_id", type_=BIG_ID)
+_VERSIONS = bindparam("versions", type_=list_of(Integer()))
+_EXPECTED = or_(_VERSIONS.is_(None), any_of(TASKS.c.version, _VERSIONS))
+
+
+class Stale(Exception):
+    """The task has another *version* than those that were asked for."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(version)
+        self.version = version
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +63,7 @@ class Owner:
     """A verified user, and the database that keeps their tasks. Every statement starts from one."""
 
     user_id: str
-    db: Database
+    db: Runner
 
     async def one(self, statement: Executable, **values: Any) -> Row | None:
         return await self.db.one(statement, owner=self.user_id, **values)
@@ -54,13 +71,22 @@ class Owner:
     async def all(self, statement: Executable, **values: Any) -> list[Row]:
         return await self.db.all(statement, owner=self.user_id, **values)
 
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator["Owner"]:
+        """Lend the same owner for statements that stand or fall together."""
+        assert isinstance(self.db, Database)  # noqa: S101 - transactions are not nested
+        async with self.db.transaction() as runner:
+            yield Owner(self.user_id, runner)
 
-async def create_task(owner: Owner, fields: Mapping[str, Any]) -> Row:
-    """Insert a task of *owner* and return it."""
-    now = datetime.now(UTC)
-    completed_at = now if fields["completed"] else None
-    row = await owner.one(_INSERT, now=now, completed_at=completed_at, **_sent(fields))
-    assert row is not None  # noqa: S101 - INSERT … RETURNING answers with the row or fails
+
+async def create_task(owner: Owner, fields: Mapping[str, Any], limit: TaskLimit) -> Row | None:
+    """Insert a task of *owner* and return it, or None when there are as many as *limit* allows."""
+    values = new_task(fields, datetime.now(UTC))
+    if limit.take(owner.user_id):
+        return await owner.one(_INSERT, **values)
+    row = await owner.one(_INSERT_WITHIN_LIMIT, most=limit.most, **values)
+    if row is not None:
+        limit.counted(owner.user_id, row.pop("count") + 1)
     return row
 
 
@@ -68,159 +94,286 @@ async def get_task(owner: Owner, task_id: int) -> Row | None:
     return await owner.one(_SELECT_ONE, task_id=task_id)
 
 
-async def update_task(owner: Owner, task_id: int, changes: Mapping[str, Any]) -> Row | None:
+async def update_task(
+    owner: Owner, task_id: int, changes: Mapping[str, Any], versions: Collection[int] | None = None
+) -> Row | None:
     """Set the fields in *changes* and return the task.
 
     What is set to the value it has is no change: version and times stay, so a retry is harmless.
+
+    Raises:
+        Stale: the task's version is not one of *versions*.
+        ConstraintViolated: there would be a `due_time` without a `due_date`.
     """
     if not changes:
-        return await get_task(owner, task_id)
-    statement = _update_statement(frozenset(changes))
-    return await owner.one(statement, task_id=task_id, now=datetime.now(UTC), **_sent(changes))
+        return await _current(owner, task_id, versions)
+    return await _change(owner, _UPDATE, task_id, changes, versions)
 
 
-async def toggle_task(owner: Owner, task_id: int) -> Row | None:
-    return await owner.one(_TOGGLE, task_id=task_id, now=datetime.now(UTC))
+async def toggle_task(owner: Owner, task_id: int, versions: Collection[int] | None = None) -> Row | None:
+    """Complete the task, or reopen it, and return it.
+
+    Raises:
+        Stale: the task's version is not one of *versions*.
+    """
+    return await _change(owner, _TOGGLE, task_id, {"completed": True}, versions)
 
 
-async def delete_task(owner: Owner, task_id: int) -> bool:
-    """Delete the task and return whether there was one."""
-    return await owner.one(_DELETE, task_id=task_id) is not None
+async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | None = None) -> bool:
+    """Delete the task and return whether there was one.
+
+    Raises:
+        Stale: the task's version is not one of *versions*.
+    """
+    if await owner.one(_DELETE, task_id=task_id, versions=_list(versions)):
+        return True
+    if versions is not None:
+        await _current(owner, task_id, versions)
+    return False
 
 
 async def list_tasks(
-    owner: Owner, listing: Listing, limit: int, after: tuple[Any, int] | None = None
+    owner: Owner, wanted: Filter, order: Order, limit: int, after: tuple[Any, int] | None = None
 ) -> list[Row]:
     """Return up to *limit* tasks of *owner* that come after the position *after*."""
+    statement = listing.page(listing.shape_of(wanted), order, listing.start_of(after))
     key, task_id = after or (None, None)
-    statement = _list_statement(listing, after is not None)
-    return await owner.all(statement, limit=limit, after_key=key, after_id=task_id)
+    return await owner.all(
+        statement, limit=limit, after_key=key, after_id=task_id, **listing.values_of(wanted)
+    )
 
 
 async def list_and_count_tasks(
-    owner: Owner, listing: Listing, limit: int, after: tuple[Any, int] | None = None
+    owner: Owner, wanted: Filter, order: Order, limit: int, after: tuple[Any, int] | None = None
 ) -> tuple[list[Row], int]:
     """Return the page as `list_tasks` does, and how many tasks all pages hold together."""
+    statement = listing.counted_page(listing.shape_of(wanted), order, listing.start_of(after))
     key, task_id = after or (None, None)
-    statement = _counted_list_statement(listing, after is not None)
-    rows = await owner.all(statement, limit=limit, after_key=key, after_id=task_id)
+    rows = await owner.all(
+        statement, limit=limit, after_key=key, after_id=task_id, **listing.values_of(wanted)
+    )
     total = rows[0]["total"]
     # The count stands beside every task, and alone when the page is empty.
     tasks = [{name: row[name] for name in row if name != "total"} for row in rows if row["id"] is not None]
     return tasks, total
 
 
-def position(row: Row, listing: Listing) -> tuple[Any, int]:
+async def count_tasks(owner: Owner, today: date | None) -> dict[str, Any]:
+    """Return how many tasks there are of each kind, as `schemas.Stats` has it."""
+    rows = await owner.all(_COUNT, today=today)
+    tags = {row["tag"]: row["count"] for row in rows if row["tag"] is not None}
+    kinds = [row for row in rows if row["tag"] is None]
+
+    def total(**wanted: Any) -> int:
+        return sum(row["count"] for row in kinds if all(row[name] == value for name, value in wanted.items()))
+
+    return {
+        "total": total(),
+        "pending": total(completed=False),
+        "completed": total(completed=True),
+        "overdue": None if today is None else total(overdue=True),
+        "priorities": {name or "none": total(priority=name) for name in (*get_args(Priority), None)},
+        "tags": tags,
+    }
+
+
+def position(row: Row, order: Order) -> tuple[Any, int]:
     """Return the place of *row* in the list, for the `after` of the next page."""
-    return row[listing.sort_field], row["id"]
+    return row[order.field], row["id"]
 
 
-def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"new_{name}": value for name, value in fields.items()}
+def new_task(fields: Mapping[str, Any], now: datetime, series_day: int | None = None) -> dict[str, Any]:
+    """Return the values for a row with *fields*."""
+    due_date: date | None = fields["due_date"]
+    return {
+        **{f"new_{name}": fields[name] for name in WRITABLE},
+        "now": now,
+        "completed_at": now if fields["completed"] else None,
+        "series_day": series_day or (due_date and due_date.day),
+        "succeeded": False,
+    }
+
+
+def successor(task: Row, now: datetime) -> dict[str, Any] | None:
+    """Return the values for the next task of a series after *task*, if the calendar goes on."""
+    series_day = task["series_day"] or task["due_date"].day
+    due_date = next_due_date(task["due_date"], task["recurring"], series_day)
+    if due_date is None:
+        return None
+    day = series_day if task["recurring"] == "monthly" else None
+    return new_task(task | {"due_date": due_date, "completed": False}, now, day)
+
+
+async def _change(
+    owner: Owner,
+    statement: Executable,
+    task_id: int,
+    changes: Mapping[str, Any],
+    versions: Collection[int] | None,
+) -> Row | None:
+    """Run *statement*, which leaves a task alone whose completion has to create the next one."""
+    for _ in range(SERIES_ATTEMPTS):
+        values = _changing(changes) | {"task_id": task_id, "versions": _list(versions)}
+        if row := await owner.one(statement, **values):
+            return row
+        if versions is None and not changes.get("completed"):
+            return None
+        if await _current(owner, task_id, versions) is None:
+            return None
+        if row := await _complete_in_series(owner, values):
+            return row
+    raise Unavailable
+
+
+async def _current(owner: Owner, task_id: int, versions: Collection[int] | None) -> Row | None:
+    task = await get_task(owner, task_id)
+    if task is not None and versions is not None and task["version"] not in versions:
+        raise Stale(task["version"])
+    return task
+
+
+async def _complete_in_series(owner: Owner, values: dict[str, Any]) -> Row | None:
+    async with owner.transaction() as within:
+        task = await within.one(_COMPLETE_IN_SERIES, **values)
+        if task is None:
+            return None
+        if next_task := successor(task, values["now"]):
+            await within.one(_INSERT, **next_task)
+    del task["series_day"]
+    return task
+
+
+def _changing(changes: Mapping[str, Any]) -> dict[str, Any]:
+    due_date: date | None = changes.get("due_date")
+    return {
+        **{f"sets_{name}": name in changes for name in WRITABLE},
+        **{f"new_{name}": changes.get(name) for name in WRITABLE},
+        "series_day": due_date and due_date.day,
+        "now": datetime.now(UTC),
+    }
+
+
+def _list(versions: Collection[int] | None) -> list[int] | None:
+    return None if versions is None else list(versions)
 
 
 def _new(name: str) -> ColumnElement[Any]:
     return bindparam(f"new_{name}", type_=TASKS.c[name].type)
 
 
-def _insert_statement() -> Executable:
-    values = {name: _new(name) for name in WRITABLE}
-    return (
-        insert(TASKS)
-        .values(
-            user_id=_OWNED.right,
-            completed_at=bindparam("completed_at", type_=TIMESTAMP),
-            version=literal(1),
-            created_at=_NOW,
-            updated_at=_NOW,
-            **values,
-        )
-        .returning(*COLUMNS)
-    )
+def _values(name: str) -> ColumnElement[Any]:
+    return bindparam(name, type_=TASKS.c[name].type)
 
 
-@lru_cache(maxsize=512)
-def _update_statement(names: frozenset[str]) -> Executable:
-    values: dict[str, Any] = {name: _new(name) for name in sorted(names)}
-    changed = or_(*(TASKS.c[name].is_distinct_from(value) for name, value in values.items()))
-    if "completed" in names:
-        values["completed_at"] = case(
-            (TASKS.c.completed == values["completed"], TASKS.c.completed_at),
-            (values["completed"], _NOW),
-        )
-    return (
-        update(TASKS)
-        .where(_OWNED, _THIS)
-        .values(
-            version=TASKS.c.version + case((changed, 1), else_=0),
-            updated_at=case((changed, _NOW), else_=TASKS.c.updated_at),
-            **values,
-        )
-        .returning(*COLUMNS)
+_NEW_ROW = {
+    "user_id": OWNED.right,
+    **{name: _new(name) for name in WRITABLE},
+    "completed_at": _values("completed_at"),
+    "version": literal(1),
+    "created_at": NOW,
+    "updated_at": NOW,
+    "series_day": _values("series_day"),
+    "succeeded": _values("succeeded"),
+}
+
+
+def _insert_within_limit() -> Executable:
+    count = select(func.count()).select_from(TASKS).where(OWNED).scalar_subquery()
+    row = select(*_NEW_ROW.values()).where(count < bindparam("most", type_=Integer()))
+    return insert(TASKS).from_select(list(_NEW_ROW), row).returning(*COLUMNS, count.label("count"))
+
+
+def _sets(name: str) -> ColumnElement[bool]:
+    return bindparam(f"sets_{name}", type_=Boolean())
+
+
+def _after(name: str) -> ColumnElement[Any]:
+    """The value that the update leaves in a column."""
+    return case((_sets(name), _new(name)), else_=TASKS.c[name])
+
+
+def _changes(name: str) -> ColumnElement[bool]:
+    return and_(_sets(name), TASKS.c[name].is_distinct_from(_new(name)))
+
+
+def _update_statement(*, in_series: bool) -> Executable:
+    """Return the update of tasks that it completes *in_series*, so that a next one is due, or of others."""
+    succeeded = and_(TASKS.c.succeeded, not_(_changes("due_date")))
+    next_is_due = and_(
+        _sets("completed"),
+        _new("completed"),
+        not_(TASKS.c.completed),
+        not_(succeeded),
+        _after("recurring").is_not(None),
+        _after("due_date").is_not(None),
     )
+    changed = or_(*(_changes(name) for name in WRITABLE))
+    statement = update(TASKS).where(OWNED, _THIS, _EXPECTED, next_is_due if in_series else not_(next_is_due))
+    return statement.values(
+        **{name: _after(name) for name in WRITABLE},
+        completed_at=case((not_(_changes("completed")), TASKS.c.completed_at), (_new("completed"), NOW)),
+        version=TASKS.c.version + case((changed, 1), else_=0),
+        updated_at=case((changed, NOW), else_=TASKS.c.updated_at),
+        series_day=case((_changes("due_date"), _values("series_day")), else_=TASKS.c.series_day),
+        succeeded=true() if in_series else succeeded,
+    ).returning(*COLUMNS, *([TASKS.c.series_day] if in_series else []))
 
 
 def _toggle_statement() -> Executable:
+    next_is_due = and_(not_(TASKS.c.completed), NEXT_IS_OPEN)
     return (
         update(TASKS)
-        .where(_OWNED, _THIS)
+        .where(OWNED, _THIS, _EXPECTED, not_(next_is_due))
         .values(
             completed=not_(TASKS.c.completed),
-            completed_at=case((TASKS.c.completed, None), else_=_NOW),
+            completed_at=case((TASKS.c.completed, None), else_=NOW),
             version=TASKS.c.version + 1,
-            updated_at=_NOW,
+            updated_at=NOW,
         )
         .returning(*COLUMNS)
     )
 
 
-def _delete_statement() -> Executable:
-    return delete(TASKS).where(_OWNED, _THIS).returning(TASKS.c.id)
+# A task of a series that has no successor yet.
+NEXT_IS_OPEN = and_(
+    TASKS.c.succeeded == false(), TASKS.c.recurring.is_not(None), TASKS.c.due_date.is_not(None)
+)
 
 
-@lru_cache(maxsize=512)
-def _list_statement(listing: Listing, continued: bool) -> Select[Any]:
-    key = _sort_key(listing.sort_field, TASKS.c[listing.sort_field])
-    statement = _filtered(listing, *COLUMNS)
-    if continued:
-        after = tuple_(
-            _sort_key(listing.sort_field, bindparam("after_key", type_=TASKS.c[listing.sort_field].type)),
-            bindparam("after_id", type_=BIG_ID),
+def _count_statement() -> Executable:
+    task = TASKS.c
+    today = bindparam("today", type_=Date())
+    overdue = func.coalesce(and_(not_(task.completed), task.due_date < today), false())
+    kinds = (
+        select(
+            null().label("tag"),
+            task.completed,
+            task.priority,
+            overdue.label("overdue"),
+            func.count().label("count"),
         )
-        here = tuple_(key, TASKS.c.id)
-        statement = statement.where(here < after if listing.descending else here > after)
-    order = [key, TASKS.c.id]
-    return statement.order_by(*(part.desc() if listing.descending else part for part in order)).limit(
-        bindparam("limit", type_=Integer)
+        .where(OWNED)
+        .group_by(task.completed, task.priority, overdue)
     )
-
-
-@lru_cache(maxsize=512)
-def _counted_list_statement(listing: Listing, continued: bool) -> Select[Any]:
-    page = _list_statement(listing, continued).subquery("page")
-    total = _filtered(listing, func.count().label("total")).subquery("counted")
-    key = _sort_key(listing.sort_field, page.c[listing.sort_field])
-    order = [key, page.c.id]
-    return (
-        select(total.c.total, *page.c)
-        .select_from(total.outerjoin(page, true()))
-        .order_by(*(part.desc() if listing.descending else part for part in order))
+    each = Elements(task.tags).table_valued(column("value", String(TAG_MAX)), name="value")
+    used = (
+        select(each.c.value.label("tag"), func.count().label("count"))
+        .select_from(TASKS.join(each, true()))
+        .where(OWNED)
+        .group_by(each.c.value)
+        .order_by(func.count().desc(), each.c.value)
+        .limit(STATS_TAGS_MAX)
+        .subquery("used")
     )
+    tags = select(used.c.tag, null(), null(), null(), used.c.count)
+    return union_all(kinds, tags)
 
 
-def _filtered(listing: Listing, *columns: Any) -> Select[Any]:
-    statement = select(*columns).select_from(TASKS).where(_OWNED)
-    for unwanted in {False, True} - listing.states:
-        statement = statement.where(TASKS.c.completed == literal(not unwanted, Boolean))
-    return statement
-
-
-def _sort_key(field: str, value: Any) -> ColumnElement[Any]:
-    """Titles are sorted without regard to case and, the same everywhere, by code point."""
-    return collate(func.lower(value), "C") if field == "title" else value
-
-
-_INSERT = _insert_statement()
-_SELECT_ONE = select(*COLUMNS).where(_OWNED, _THIS)
+_COUNT = _count_statement()
+_INSERT = insert(TASKS).values(**_NEW_ROW).returning(*COLUMNS)
+_INSERT_WITHIN_LIMIT = _insert_within_limit()
+_SELECT_ONE = select(*COLUMNS).where(OWNED, _THIS)
+_UPDATE = _update_statement(in_series=False)
+_COMPLETE_IN_SERIES = _update_statement(in_series=True)
 _TOGGLE = _toggle_statement()
-_DELETE = _delete_statement()
+_DELETE = delete(TASKS).where(OWNED, _THIS, _EXPECTED).returning(TASKS.c.id)

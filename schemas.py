@@ -1,27 +1,65 @@
 """Request and response bodies, built on the fields of `models.py`."""
 
 import re
+from datetime import date
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictBool
+from pydantic import Tag as Tagged
 from pydantic_core import PydanticCustomError
 
-from models import TaskFields, TaskKey, TaskState, Title
+from models import Category, Day, Length, Priority, Tag, TaskFields, TaskKey, TaskState, Title
 
 LIMIT_DEFAULT = 200
 LIMIT_MAX = 1000
+SEARCH_MAX = 200
+OPERATIONS_MAX = 100
+STATS_TAGS_MAX = 100
 ID_MAX = 2**63 - 1  # BIGINT; both drivers fail on more
 
 Sort = Literal[
-    "created_at", "created", "updated_at", "title", "-created_at", "-created", "-updated_at", "-title"
-]
+    "created_at", "created", "updated_at", "title", "priority", "due_date",
+    "-created_at", "-created", "-updated_at", "-title", "-priority", "-due_date",
+]  # fmt: skip
+
+
+def _true_or_false(value: object) -> bool:
+    """Take `True` as well, which is how Python clients write it, and nothing else that means yes."""
+    match str(value).lower():
+        case "true":
+            return True
+        case "false":
+            return False
+    raise PydanticCustomError("bool_type", "must be true or false")
+
+
+def digits(value: object) -> object:
+    """Take a whole number as it is written in ASCII digits; Python would read `1_0` and ` 1` too."""
+    if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,4000}", value):
+        raise PydanticCustomError("int_parsing", "must be a whole number")
+    return value
+
+
+Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 
 
 class TaskCreate(TaskFields):
     """A new task."""
 
-    model_config = {"json_schema_extra": {"examples": [{"title": "Buy milk", "description": "Two bottles"}]}}
+    model_config = {
+        "json_schema_extra": {
+            "examples": [
+                {
+                    "title": "Buy milk",
+                    "description": "Two bottles",
+                    "priority": "high",
+                    "tags": ["home"],
+                    "due_date": "2026-12-24",
+                }
+            ]
+        }
+    }
 
 
 def _without_defaults(schema: dict[str, Any]) -> None:
@@ -52,6 +90,124 @@ class Completion(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
+def _bounded_id() -> Any:
+    return Field(ge=1, le=ID_MAX, strict=True)
+
+
+def _expected_version() -> Any:
+    return Field(None, strict=True, description="Only if the task has this version, as with `If-Match`.")
+
+
+class Create(BaseModel):
+    """Create a task."""
+
+    op: Literal["create"]
+    task: TaskCreate
+
+
+class Update(BaseModel):
+    """Set the fields in `changes`."""
+
+    op: Literal["update"]
+    id: int = _bounded_id()
+    changes: TaskUpdate
+    version: int | None = _expected_version()
+
+
+class Complete(BaseModel):
+    """Set `completed`."""
+
+    op: Literal["complete"]
+    id: int = _bounded_id()
+    completed: StrictBool = True
+    version: int | None = _expected_version()
+
+
+class Delete(BaseModel):
+    """Delete a task for good."""
+
+    op: Literal["delete"]
+    id: int = _bounded_id()
+    version: int | None = _expected_version()
+
+
+def _tag(operation: object) -> str:
+    name = operation.get("op") if isinstance(operation, dict) else None
+    return f"<{name}>" if isinstance(name, str) else ""
+
+
+# The tags appear in the place of a mistake, where errors.py leaves out what stands in angle brackets.
+Operation = Annotated[
+    Annotated[Create, Tagged("<create>")]
+    | Annotated[Update, Tagged("<update>")]
+    | Annotated[Complete, Tagged("<complete>")]
+    | Annotated[Delete, Tagged("<delete>")],
+    Discriminator(
+        _tag,
+        custom_error_type="operation",
+        custom_error_message="must have an op: create, update, complete or delete",
+    ),
+]
+
+
+class Bulk(BaseModel):
+    """Operations, done in their order."""
+
+    operations: list[Operation] = Field(min_length=1, max_length=OPERATIONS_MAX)
+
+
+class Done(BaseModel):
+    """What became of one operation, with the status that it would have had alone."""
+
+    status: int
+    task: "TaskOut | None" = None
+    detail: str | None = Field(None, description="What was wrong, if anything was.")
+    etag: str | None = Field(None, description="The task's, if the operation expected another version.")
+
+
+class BulkQuery(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    atomic: Flag = Field(
+        True, description="All or nothing. `false`: each by itself, 207 with a status for each."
+    )
+
+
+class BulkDone(BaseModel):
+    """One result for each operation, in the same order."""
+
+    results: list[Done]
+
+
+class AllCompleted(BaseModel):
+    """The state to set for all."""
+
+    completed: StrictBool = Field(examples=[True])
+
+
+class Counted(BaseModel):
+    """How many tasks were changed or deleted."""
+
+    count: int
+
+
+class Stats(BaseModel):
+    """How many tasks there are of each kind."""
+
+    total: int
+    pending: int
+    completed: int
+    overdue: int | None = Field(description="Pending and due before `today`; null when no day is named.")
+    priorities: dict[Priority | Literal["none"], int]
+    tags: dict[str, int] = Field(description=f"The {STATS_TAGS_MAX} most used, the most used first.")
+
+
+class StatsQuery(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    today: Day | None = Field(None, description="The day that it is where the person is.")
+
+
 class TaskOut(TaskState, TaskFields, TaskKey):
     """A task."""
 
@@ -60,36 +216,27 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-def _true_or_false(value: object) -> bool:
-    """Take `True` as well, which is how Python clients write it, and nothing else that means yes."""
-    match str(value).lower():
-        case "true":
-            return True
-        case "false":
-            return False
-    raise PydanticCustomError("bool_type", "must be true or false")
-
-
-def digits(value: object) -> object:
-    """Take a whole number as it is written in ASCII digits; Python would read `1_0` and ` 1` too."""
-    if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,4000}", value):
-        raise PydanticCustomError("int_parsing", "must be a whole number")
-    return value
-
-
-Flag = Annotated[bool, BeforeValidator(_true_or_false)]
-
-
-class Listing(NamedTuple):
-    """Which tasks, by their state, and in which order."""
+class Filter(NamedTuple):
+    """Which tasks; what is empty or None filters nothing."""
 
     states: frozenset[bool] = frozenset((False, True))
-    sort_field: str = "created_at"
+    words: tuple[str, ...] = ()
+    priorities: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    due_date_from: date | None = None
+    due_date_to: date | None = None
+
+
+class Order(NamedTuple):
+    """By which field, and then by id. Null comes last in either direction."""
+
+    field: str = "created_at"
     descending: bool = True
 
 
-class TaskListQuery(BaseModel):
-    """Which tasks, in which order, and how many at once."""
+class TaskFilter(BaseModel):
+    """Which tasks. Several filters narrow one another down."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -97,22 +244,51 @@ class TaskListQuery(BaseModel):
         "all", description="`incomplete` is another word for `pending`."
     )
     completed: Flag | None = Field(None, description="The same filter by its other name.")
-    sort: Sort | None = Field(
-        None, description="Newest first without it. A leading `-` means descending. Ties break by `id`."
+    search: Annotated[str, Length(0, SEARCH_MAX)] = Field(
+        "", description="Words that are all in the title or the description, in any case."
     )
+    q: Annotated[str, Length(0, SEARCH_MAX)] = Field("", description="The same as `search`.")
+    priority: tuple[Priority, ...] = Field((), description="Any of these.")
+    category: tuple[Category, ...] = Field((), description="Any of these.")
+    tags: tuple[Tag, ...] = Field((), description="All of these.")
+    due_date_from: Day | None = Field(None, description="The first day.")
+    due_date_to: Day | None = Field(None, description="The last day.")
+
+    @cached_property
+    def filter(self) -> Filter:
+        states = {"all": {False, True}, "completed": {True}}.get(self.status, {False})
+        if self.completed is not None:
+            states &= {self.completed}
+        return Filter(
+            frozenset(states),
+            tuple(f"{self.search} {self.q}".split()),
+            self.priority,
+            self.category,
+            self.tags,
+            self.due_date_from,
+            self.due_date_to,
+        )
+
+
+class TaskListQuery(TaskFilter):
+    """Which tasks, in which order, and how many at once."""
+
+    sort: Sort | None = Field(
+        None,
+        description="Newest first without it. A leading `-` means descending. Ties break by `id`, and what "
+        "has no value comes last. By `priority`, high comes first.",
+    )
+    sort_by: Sort | None = Field(None, description="The same as `sort`.")
     order: Literal["asc", "desc"] | None = Field(None, description="`asc` when `sort` is given.")
     limit: Annotated[int, BeforeValidator(digits)] = Field(LIMIT_DEFAULT, ge=1, le=LIMIT_MAX)
     cursor: str | None = Field(None, description="From the `Link` header of the page before.")
     count: Flag = Field(False, description="Answer with `X-Total-Count`.")
 
     @cached_property
-    def listing(self) -> Listing:
-        states = {"all": {False, True}, "completed": {True}}.get(self.status, {False})
-        if self.completed is not None:
-            states &= {self.completed}
-        field = (self.sort or "created_at").removeprefix("-")
-        if self.sort is None:
-            descending = self.order != "asc"
-        else:
-            descending = self.sort.startswith("-") or self.order == "desc"
-        return Listing(frozenset(states), "created_at" if field == "created" else field, descending)
+    def ordering(self) -> Order:
+        sort = self.sort or self.sort_by
+        if sort is None:
+            return Order(descending=self.order != "asc")
+        field = sort.removeprefix("-")
+        descending = sort.startswith("-") or self.order == "desc"
+        return Order("created_at" if field == "created" else field, descending)

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 import strict_json
 from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMediaType
 
+JSON = "application/json"
 BODY_MAX_BYTES = 64 * 1024
 BODY_TIMEOUT_S = 10.0  # 64 KiB in that time is 52 kbit/s; who is slower holds a request open
 QUERIES_REMEMBERED = 1024
@@ -34,9 +35,12 @@ class DirectRoute(APIRoute):
     - `Annotated[T, Depends(f)]`: what `await f(request, ...)` returns, before everything else; what else *f*
       takes are parts of the path as they are,
     - `Annotated[T, Path(...)]`: a part of the path,
-    - `Annotated[Model, Query()]`: the query as a frozen model; of a parameter sent twice the last one counts,
+    - `Annotated[Model, Query()]`: the query as a frozen model; a parameter sent twice is a tuple where the
+      model has one, else the last one counts,
+    - `Annotated[str | None, Header()]`: a header, joined by commas if it was sent more than once,
     - `Request`,
     - anything else: the body, as strict JSON of at most `BODY_MAX_BYTES`; with a default it may be left out.
+      `Body(media_type=…)` names one of the `+json` types; then no other is taken besides `application/json`.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -73,8 +77,12 @@ def _readers(endpoint: Callable[..., Any]) -> list[tuple[str, tuple[str, ...], R
             readers.append((name, ("query",), _query_reader(hint)))
         elif hint is Request:
             readers.append((name, (), _request_reader))
+        elif _first(params.Header, extras):
+            readers.append((name, (), _header_reader(name)))
         else:
-            readers.append((name, ("body",), _body_reader(hint, parameter.default)))
+            body = _first(params.Body, extras)
+            patch_type = body.media_type if body and body.media_type != JSON else None
+            readers.append((name, ("body",), _body_reader(hint, parameter.default, patch_type)))
     return readers
 
 
@@ -107,9 +115,16 @@ def _path_reader(name: str, hint: Any) -> Reader:
 def _query_reader(hint: Any) -> Reader:
     validate = TypeAdapter(hint).validate_python
 
+    fields = get_args(hint)[0].model_fields
+    repeatable = {name for name, field in fields.items() if get_origin(field.annotation) is tuple}
+
     @lru_cache(QUERIES_REMEMBERED)
     def parse(query: bytes) -> Any:
-        return validate(dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True)))
+        sent = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+        values: dict[str, Any] = dict(sent)
+        for several in repeatable & values.keys():
+            values[several] = [value for name, value in sent if name == several]
+        return validate(values)
 
     async def read(request: Request) -> Any:
         query = request.scope["query_string"]
@@ -120,7 +135,17 @@ def _query_reader(hint: Any) -> Reader:
     return read
 
 
-def _body_reader(hint: Any, default: Any) -> Reader:
+def _header_reader(name: str) -> Reader:
+    wanted = name.replace("_", "-").encode()
+
+    async def read(request: Request) -> str | None:
+        found = [value for header, value in request.scope["headers"] if header == wanted]
+        return b", ".join(found).decode("latin-1") if found else None
+
+    return read
+
+
+def _body_reader(hint: Any, default: Any, patch_type: str | None) -> Reader:
     validate = TypeAdapter(hint).validate_python
 
     async def read(request: Request) -> Any:
@@ -129,7 +154,10 @@ def _body_reader(hint: Any, default: Any) -> Reader:
             if default is not inspect.Parameter.empty:
                 return default
             raise RequestValidationError([{"type": "missing", "loc": ("body",)}])
-        if not _is_json(request.headers.get("content-type", "")):
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if patch_type and media_type not in (patch_type, JSON):
+            raise UnsupportedMediaType(headers={"Accept-Patch": f"{patch_type}, {JSON}"})
+        if not _is_json(media_type):
             raise UnsupportedMediaType
         try:
             value = strict_json.loads(body)
@@ -159,8 +187,5 @@ async def _body(request: Request) -> bytes:
     return body
 
 
-def _is_json(content_type: str) -> bool:
-    media_type = content_type.partition(";")[0].strip().lower()
-    return media_type == "application/json" or (
-        media_type.startswith("application/") and media_type.endswith("+json")
-    )
+def _is_json(media_type: str) -> bool:
+    return media_type == JSON or (media_type.startswith("application/") and media_type.endswith("+json"))

@@ -15,9 +15,15 @@ from config import load_settings, refuse
 MIGRATION_LOCK = 7_240_115_033
 
 
+# Only PostgreSQL with pg_trgm has it, so the models do not.
+OPTIONAL_INDEX = "ix_task_search"
+
+
 def is_ours(name: str | None, kind: str, _: Any) -> bool:
     """Keep Better Auth's tables, which may stand beside ours, out of every comparison."""
-    return kind != "table" or name in SQLModel.metadata.tables
+    if kind == "table":
+        return name in SQLModel.metadata.tables
+    return name != OPTIONAL_INDEX
 
 
 def run(connection: Connection) -> None:

@@ -1,20 +1,28 @@
-"""/api/{user_id}/tasks: the six operations on a user's tasks."""
+"""/api/{user_id}/tasks: the operations on a user's tasks."""
 
-from datetime import datetime
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date, datetime
+from typing import Annotated, Any, get_args
 from urllib.parse import quote
 
 import orjson
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from pydantic import BeforeValidator
 
+import bulk
+import etags
+import idempotency
 import queries
 from cursors import CursorInvalid, CursorSigner
-from db import Row
+from db import ConstraintViolated, Row
 from errors import (
+    Conflict,
     ContentTooLarge,
     Forbidden,
     NotFound,
+    PreconditionFailed,
+    Problem,
     RequestTimeout,
     Unauthorized,
     Unavailable,
@@ -24,12 +32,43 @@ from errors import (
 )
 from middleware.auth import OwnerDep
 from middleware.direct_route import DirectRoute
+from models import IDEMPOTENCY_KEY_MAX, Priority
 from queries import Owner
-from schemas import ID_MAX, Completion, Listing, TaskCreate, TaskListQuery, TaskOut, TaskUpdate, digits
+from schemas import (
+    ID_MAX,
+    AllCompleted,
+    Bulk,
+    BulkDone,
+    BulkQuery,
+    Completion,
+    Counted,
+    Filter,
+    Order,
+    Stats,
+    StatsQuery,
+    TaskCreate,
+    TaskFilter,
+    TaskListQuery,
+    TaskOut,
+    TaskUpdate,
+    digits,
+)
+from task_limit import TaskLimit
 
 TaskId = Annotated[int, BeforeValidator(digits), Path(ge=1, le=ID_MAX)]
+IfMatch = Annotated[
+    str | None, Header(description="Only if the task still has one of these `ETag`s; else 412.")
+]
+IfNoneMatch = Annotated[str | None, Header(description="304 if the task still has one of these `ETag`s.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(description="Sent again within a day with the same body, the request is answered as before."),
+]
+MergePatch = Annotated[TaskUpdate, Body(media_type="application/merge-patch+json")]
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
+CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, PreconditionFailed)
+UNTIMED = "needs a due_date"
 
 router = APIRouter(
     prefix="/{user_id}/tasks",
@@ -42,61 +81,138 @@ router = APIRouter(
 @router.get("", response_model=list[TaskOut])
 async def list_tasks(owner: OwnerDep, request: Request, query: Annotated[TaskListQuery, Query()]) -> Response:
     """List your tasks, newest first. The `Link` header leads to the next page, if there is one."""
-    listing = query.listing
-    binding = _binding(owner, listing)
-    after = _position(request, query.cursor, binding, str if listing.sort_field == "title" else datetime)
+    wanted, order = query.filter, query.ordering
+    binding = _binding(owner, wanted, order)
+    after = _position(request, query.cursor, binding, order)
     headers = {}
     # One more than asked for tells whether there is a next page.
     if query.count:
-        rows, total = await queries.list_and_count_tasks(owner, listing, query.limit + 1, after)
+        rows, total = await queries.list_and_count_tasks(owner, wanted, order, query.limit + 1, after)
         headers["X-Total-Count"] = str(total)
     else:
-        rows = await queries.list_tasks(owner, listing, query.limit + 1, after)
+        rows = await queries.list_tasks(owner, wanted, order, query.limit + 1, after)
     if len(rows) > query.limit:
         del rows[query.limit :]
-        headers["Link"] = _link_to_next(request, queries.position(rows[-1], listing), binding)
+        headers["Link"] = _link_to_next(request, queries.position(rows[-1], order), binding)
     return _json(rows, headers=headers)
 
 
-@router.post("", response_model=TaskOut, status_code=201, responses=responses(*BODY_PROBLEMS))
-async def create_task(owner: OwnerDep, request: Request, body: TaskCreate) -> Response:
+@router.post("", response_model=TaskOut, status_code=201, responses=responses(*BODY_PROBLEMS, Conflict))
+async def create_task(
+    owner: OwnerDep, request: Request, body: TaskCreate, idempotency_key: IdempotencyKey = None
+) -> Response:
     """Create a task."""
-    row = await queries.create_task(owner, dict(body))
-    return _task(row, 201, {"Location": f"{quote(request.scope['path'])}/{row['id']}"})
+    limit: TaskLimit = request.app.state.task_limit
+    headers = {}
+    with _refusals():
+        if idempotency_key is None:
+            row = await queries.create_task(owner, dict(body), limit)
+        else:
+            key, sent = _idempotency_key(idempotency_key), body.model_dump(mode="json", exclude_unset=True)
+            row, repeated = await idempotency.create_task_once(owner, dict(body), limit, key, sent)
+            headers = {"Idempotent-Replayed": "true"} if repeated else {}
+    if row is None:
+        raise _too_many(limit)
+    return _task(row, 201, headers | {"Location": f"{quote(request.scope['path'])}/{row['id']}"})
+
+
+@router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS))
+async def complete_tasks(
+    owner: OwnerDep, query: Annotated[TaskFilter, Query()], body: AllCompleted
+) -> Response:
+    """Set `completed` for all tasks that a filter names."""
+    count = await bulk.complete_tasks(owner, _some(query), completed=body.completed)
+    return _json({"count": count})
+
+
+@router.delete("", response_model=Counted)
+async def delete_tasks(owner: OwnerDep, query: Annotated[TaskFilter, Query()]) -> Response:
+    """Delete all tasks that a filter names, for good."""
+    return _json({"count": await bulk.delete_tasks(owner, _some(query))})
+
+
+@router.get("/stats", response_model=Stats)
+async def get_stats(owner: OwnerDep, query: Annotated[StatsQuery, Query()]) -> Response:
+    """Count your tasks."""
+    return _json(await queries.count_tasks(owner, query.today))
+
+
+@router.post(
+    "/bulk",
+    response_model=BulkDone,
+    responses=responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
+    | {207: {"model": BulkDone, "description": "With `atomic=false`: each has a status of its own."}},
+)
+async def change_tasks(
+    owner: OwnerDep, request: Request, query: Annotated[BulkQuery, Query()], body: Bulk
+) -> Response:
+    """Do up to 100 operations in their order: all of them or, with the index of the one that failed, none."""
+    limit: TaskLimit = request.app.state.task_limit
+    try:
+        outcomes = await bulk.run(owner, body.operations, limit, atomic=query.atomic)
+    except bulk.Failed as error:
+        raise _problem(error.outcome, limit, error.index) from error
+    results = [_result(outcome, limit, index) for index, outcome in enumerate(outcomes)]
+    return _json({"results": results}, 200 if query.atomic else 207)
 
 
 @router.get("/{task_id}", response_model=TaskOut, responses=responses(NotFound))
-async def get_task(owner: OwnerDep, task_id: TaskId) -> Response:
+async def get_task(owner: OwnerDep, task_id: TaskId, if_none_match: IfNoneMatch = None) -> Response:
     """Return one task."""
-    return _task(await queries.get_task(owner, task_id))
+    row = await queries.get_task(owner, task_id)
+    if row is not None and etags.is_known(row["version"], if_none_match):
+        return Response(status_code=304, headers={"ETag": etags.write(row["version"])})
+    return _task(row)
 
 
-@router.put("/{task_id}", response_model=TaskOut, responses=responses(NotFound, *BODY_PROBLEMS))
-async def update_task(owner: OwnerDep, task_id: TaskId, body: TaskUpdate) -> Response:
+@router.put("/{task_id}", response_model=TaskOut, responses=CHANGE_PROBLEMS)
+async def update_task(
+    owner: OwnerDep, task_id: TaskId, body: TaskUpdate, if_match: IfMatch = None
+) -> Response:
     """Set the fields that are sent; the others keep their value."""
-    return _task(await queries.update_task(owner, task_id, body.changes()))
+    versions = etags.expected_versions(if_match)
+    with _refusals():
+        return _task(await queries.update_task(owner, task_id, body.changes(), versions))
 
 
-@router.delete("/{task_id}", status_code=204, responses=responses(NotFound))
-async def delete_task(owner: OwnerDep, task_id: TaskId) -> Response:
+@router.patch(
+    "/{task_id}",
+    response_model=TaskOut,
+    responses=CHANGE_PROBLEMS,
+)
+async def patch_task(
+    owner: OwnerDep, task_id: TaskId, body: MergePatch, if_match: IfMatch = None
+) -> Response:
+    """Set the fields that are sent (JSON Merge Patch, RFC 7396): null clears."""
+    return await update_task(owner, task_id, body, if_match)
+
+
+@router.delete("/{task_id}", status_code=204, responses=responses(NotFound, PreconditionFailed))
+async def delete_task(owner: OwnerDep, task_id: TaskId, if_match: IfMatch = None) -> Response:
     """Delete a task for good."""
-    if not await queries.delete_task(owner, task_id):
-        raise NotFound
+    versions = etags.expected_versions(if_match)
+    with _refusals():
+        if not await queries.delete_task(owner, task_id, versions):
+            raise NotFound
     return Response(status_code=204)
 
 
-@router.patch("/{task_id}/complete", response_model=TaskOut, responses=responses(NotFound, *BODY_PROBLEMS))
-async def complete_task(owner: OwnerDep, task_id: TaskId, body: Completion | None = None) -> Response:
+@router.patch("/{task_id}/complete", response_model=TaskOut, responses=CHANGE_PROBLEMS)
+async def complete_task(
+    owner: OwnerDep, task_id: TaskId, body: Completion | None = None, if_match: IfMatch = None
+) -> Response:
     """Set `completed`, which is safe to retry, or toggle it when there is no body."""
-    if body and (changes := body.changes()):
-        return _task(await queries.update_task(owner, task_id, changes))
-    return _task(await queries.toggle_task(owner, task_id))
+    versions = etags.expected_versions(if_match)
+    with _refusals():
+        if body and (changes := body.changes()):
+            return _task(await queries.update_task(owner, task_id, changes, versions))
+        return _task(await queries.toggle_task(owner, task_id, versions))
 
 
 def _task(row: Row | None, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     if row is None:
         raise NotFound
-    return _json(row, status, {"ETag": f'"{row["version"]}"', **(headers or {})})
+    return _json(row, status, {"ETag": etags.write(row["version"]), **(headers or {})})
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -104,24 +220,105 @@ def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None
     return Response(orjson.dumps(content, option=orjson.OPT_UTC_Z), status, headers, "application/json")
 
 
-def _binding(owner: Owner, listing: Listing) -> str:
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Answer with what the statements refuse."""
+    try:
+        yield
+    except queries.Stale as error:
+        raise _stale(error.version) from error
+    except ConstraintViolated as error:
+        if error.name != "ck_task_due_time_has_due_date":
+            raise
+        raise Unprocessable([{"pointer": "/due_time", "detail": UNTIMED}]) from error
+    except idempotency.KeyInUse as error:
+        raise Conflict(headers={"Retry-After": "1"}) from error
+    except idempotency.KeyReused as error:
+        mistake = "was used for another request"
+        raise Unprocessable([{"parameter": "Idempotency-Key", "detail": mistake}]) from error
+
+
+def _stale(version: int) -> Problem:
+    tag = etags.write(version)
+    return PreconditionFailed(headers={"ETag": tag}, etag=tag)
+
+
+def _too_many(limit: TaskLimit) -> Problem:
+    return Conflict(f"You have {limit.most} tasks, which is as many as you may have")
+
+
+def _problem(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> Problem:
+    """Return why an operation could not be done."""
+    pointer = f"/operations/{index}"
+    match outcome.kind:
+        case "missing":
+            return NotFound(index=index)
+        case "stale" if outcome.task:
+            return PreconditionFailed(index=index, etag=etags.write(outcome.task["version"]))
+        case "full":
+            return Conflict(f"You have {limit.most} tasks, which is as many as you may have", index=index)
+    return Unprocessable([{"pointer": pointer, "detail": f"due_time {UNTIMED}"}], index=index)
+
+
+def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> dict[str, Any]:
+    match outcome.kind:
+        case "created":
+            return {"status": 201, "task": outcome.task}
+        case "changed":
+            return {"status": 200, "task": outcome.task}
+        case "deleted":
+            return {"status": 204}
+    problem = _problem(outcome, limit, index)
+    etag = {name: value for name, value in problem.members.items() if name == "etag"}
+    return {"status": problem.status, "detail": problem.detail, **etag}
+
+
+def _some(query: TaskFilter) -> Filter:
+    """Return the filter, which must filter something: nobody deletes everything by leaving a word out."""
+    if query.filter == Filter():
+        raise Unprocessable([{"parameter": "status", "detail": "or another filter must be given"}])
+    return query.filter
+
+
+def _idempotency_key(header: str) -> str:
+    key = header.strip()
+    if len(key) > 1 and key[0] == key[-1] == '"':
+        key = key[1:-1]
+    if not 1 <= len(key) <= IDEMPOTENCY_KEY_MAX or not key.isprintable():
+        mistake = f"must be 1 to {IDEMPOTENCY_KEY_MAX} printable characters"
+        raise Unprocessable([{"parameter": "Idempotency-Key", "detail": mistake}])
+    return key
+
+
+def _binding(owner: Owner, wanted: Filter, order: Order) -> str:
     """What a cursor is good for: one user's tasks, by these filters and in this order."""
-    return f"{owner.user_id}\n{sorted(listing.states)}\n{listing.sort_field}\n{listing.descending}"
+    return f"{owner.user_id}\n{sorted(wanted.states)}\n{wanted[1:]}\n{order}"
 
 
-def _position(request: Request, cursor: str | None, binding: str, kind: type) -> tuple[Any, int] | None:
+def _position(request: Request, cursor: str | None, binding: str, order: Order) -> tuple[Any, int] | None:
     if cursor is None:
         return None
     signer: CursorSigner = request.app.state.cursors
     try:
         key, task_id = signer.read(cursor, binding)
         # Signed or not: what goes into a statement is checked.
-        if not isinstance(key, kind) or not isinstance(task_id, int) or not 1 <= task_id <= ID_MAX:
+        if not _is_key(key, order) or not isinstance(task_id, int) or not 1 <= task_id <= ID_MAX:
             raise CursorInvalid
     except (ValueError, KeyError) as error:
         mistake = "was not given for this list, its filters and its order"
         raise Unprocessable([{"parameter": "cursor", "detail": mistake}]) from error
     return key, task_id
+
+
+def _is_key(key: object, order: Order) -> bool:
+    match order.field:
+        case "title":
+            return isinstance(key, str)
+        case "priority":
+            return key is None or key in get_args(Priority)
+        case "due_date":
+            return key is None or type(key) is date
+    return isinstance(key, datetime)
 
 
 def _link_to_next(request: Request, position: tuple[Any, int], binding: str) -> str:

@@ -6,9 +6,10 @@ import asyncpg
 import pytest
 
 import db
+import listing
 import queries
 from main import create_app
-from schemas import Listing
+from schemas import Filter, Order
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 
@@ -195,11 +196,11 @@ def test_every_spelling_of_postgres_is_known(scheme: str) -> None:
 
 def test_statements_are_compiled_once() -> None:
     database = db.connect("postgresql://user@host/name", pool_size=1)
-    listing = Listing()
+    shape = listing.shape_of(Filter())
 
-    first = db.compile_statement(queries._list_statement(listing, True), database.dialect)
+    first = db.compile_statement(listing.page(shape, Order(), "first"), database.dialect)
 
-    assert db.compile_statement(queries._list_statement(listing, True), database.dialect) is first
+    assert db.compile_statement(listing.page(shape, Order(), "first"), database.dialect) is first
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 
 import tokens
 from cursors import CursorSigner
+from schemas import Order
 from tests.conftest import SECRET, Person
 
 FIELDS = [
@@ -15,6 +16,13 @@ FIELDS = [
     "title",
     "description",
     "completed",
+    "priority",
+    "category",
+    "tags",
+    "due_date",
+    "due_time",
+    "recurring",
+    "reminder",
     "completed_at",
     "version",
     "created_at",
@@ -550,7 +558,8 @@ async def test_a_number_is_written_in_digits(alice: Person, query: str) -> None:
     "position", [[{"x": 1}, 2], [1, 2, 3], [1, 2], [None, 2], ["x", 2**63], ["x", "y"], []]
 )
 async def test_a_cursor_that_is_signed_and_wrong_is_refused(alice: Person, position: list[object]) -> None:
-    binding = f"{alice.user_id}\n[False, True]\ntitle\nFalse"
+    wanted = ((), (), (), (), None, None)
+    binding = f"{alice.user_id}\n[False, True]\n{wanted}\n{Order('title', descending=False)}"
     signer = CursorSigner([SECRET])
 
     right = await alice.get(f"?sort=title&cursor={signer.write(['x', 2], binding)}")

@@ -1,0 +1,122 @@
+"""Lists as one parameter or column, on both databases: a statement is the same however many there are.
+
+PostgreSQL has arrays; SQLite reads JSON.
+"""
+
+from typing import Any
+
+from sqlalchemy import ARRAY, JSON, Boolean, ColumnElement, Text, bindparam
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeEngine
+
+JSON_TEXT = JSON(none_as_null=True)
+
+
+def list_of(kind: TypeEngine[Any]) -> TypeEngine[Any]:
+    return ARRAY(kind).with_variant(JSON_TEXT, "sqlite")
+
+
+class any_of(FunctionElement[bool]):  # noqa: N801 - used like a function, as SQLAlchemy's are
+    """Whether a value is in a list: `any_of(value, list)`."""
+
+    type = Boolean()
+    inherit_cache = True
+
+
+@compiles(any_of)
+def _any_of(element: any_of, compiler: SQLCompiler, **options: Any) -> str:
+    value, options_ = (compiler.process(part, **options) for part in element.clauses)
+    return f"{value} = ANY ({options_})"
+
+
+@compiles(any_of, "sqlite")
+def _any_of_sqlite(element: any_of, compiler: SQLCompiler, **options: Any) -> str:
+    value, options_ = (compiler.process(part, **options) for part in element.clauses)
+    return f"{value} IN (SELECT value FROM json_each({options_}))"  # noqa: S608 - both are SQL already
+
+
+class has_all(FunctionElement[bool]):  # noqa: N801 - used like a function
+    """Whether a list holds everything that another does: `has_all(list, wanted)`."""
+
+    type = Boolean()
+    inherit_cache = True
+
+
+@compiles(has_all)
+def _has_all(element: has_all, compiler: SQLCompiler, **options: Any) -> str:
+    column, wanted = (compiler.process(part, **options) for part in element.clauses)
+    return f"{column} @> {wanted}"
+
+
+@compiles(has_all, "sqlite")
+def _has_all_sqlite(element: has_all, compiler: SQLCompiler, **options: Any) -> str:
+    column, wanted = (compiler.process(part, **options) for part in element.clauses)
+    missing = f"wanted.value NOT IN (SELECT value FROM json_each({column}))"  # noqa: S608 - SQL already
+    return f"NOT EXISTS (SELECT 1 FROM json_each({wanted}) AS wanted WHERE {missing})"  # noqa: S608 - SQL already
+
+
+class Elements(FunctionElement[Any]):
+    """The elements of a list as rows of one column, `value`."""
+
+    name = "elements"
+    inherit_cache = True
+
+
+@compiles(Elements)
+def _elements(element: Elements, compiler: SQLCompiler, **options: Any) -> str:
+    return f"unnest({compiler.process(element.clauses, **options)})"
+
+
+@compiles(Elements, "sqlite")
+def _elements_sqlite(element: Elements, compiler: SQLCompiler, **options: Any) -> str:
+    return f"json_each({compiler.process(element.clauses, **options)})"
+
+
+class Records(FunctionElement[Any]):
+    """The objects of a JSON array as rows of one column, `value`."""
+
+    name = "records"
+    inherit_cache = True
+
+
+@compiles(Records)
+def _records(element: Records, compiler: SQLCompiler, **options: Any) -> str:
+    return f"jsonb_array_elements(CAST({compiler.process(element.clauses, **options)} AS jsonb))"
+
+
+@compiles(Records, "sqlite")
+def _records_sqlite(element: Records, compiler: SQLCompiler, **options: Any) -> str:
+    return f"json_each({compiler.process(element.clauses, **options)})"
+
+
+def records(parameter: str) -> Any:
+    """Return a table of the records in *parameter*, a JSON array; `member` reads them."""
+    return Records(bindparam(parameter, type_=Text())).table_valued("value", name="value")
+
+
+class Member(FunctionElement[Any]):
+    """A member of a record as a value of its column's type."""
+
+    inherit_cache = True
+
+    def __init__(self, record: ColumnElement[Any], name: str, kind: TypeEngine[Any]) -> None:
+        super().__init__(record)
+        self.member, self.type = name, kind
+
+
+@compiles(Member)
+def _member(element: Member, compiler: SQLCompiler, **options: Any) -> str:
+    record = compiler.process(element.clauses, **options)
+    if isinstance(element.type, ARRAY):
+        return f"ARRAY(SELECT jsonb_array_elements_text({record} -> '{element.member}'))"
+    kind = compiler.dialect.type_compiler_instance.process(element.type)
+    return f"CAST({record} ->> '{element.member}' AS {kind})"
+
+
+@compiles(Member, "sqlite")
+def _member_sqlite(element: Member, compiler: SQLCompiler, **options: Any) -> str:
+    record = compiler.process(element.clauses, **options)
+    arrow = "->" if isinstance(element.type, ARRAY) else "->>"
+    return f"{record} {arrow} '{element.member}'"

@@ -1,0 +1,246 @@
+"""Many tasks at once: operations are applied in memory to locked rows, then written by a few statements."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import orjson
+from sqlalchemy import BigInteger, bindparam, delete, func, insert, not_, select, update
+from sqlalchemy.sql.base import Executable
+
+import listing
+from arrays import Member, any_of, list_of, records
+from db import Row
+from listing import COLUMNS, OWNED, TASKS
+from models import BIG_ID, PRIORITY
+from queries import NEXT_IS_OPEN, NOW, WRITABLE, Owner, new_task, successor
+from schemas import Complete, Create, Delete, Filter, Operation, Update
+from task_limit import TaskLimit
+
+Kind = Literal["created", "changed", "deleted", "missing", "stale", "untimed", "full"]
+DONE = ("created", "changed", "deleted")
+
+
+class Outcome(NamedTuple):
+    """What became of an operation. `task` is what it left, or what stood in its way."""
+
+    kind: Kind
+    task: Row | None = None
+    new: int | None = None  # which of the new rows, until they are written
+
+
+class Failed(Exception):
+    """The operation *index* cannot be done, so none has been."""
+
+    def __init__(self, index: int, outcome: Outcome) -> None:
+        super().__init__(index, outcome)
+        self.index, self.outcome = index, outcome
+
+
+async def run(
+    owner: Owner, operations: Sequence[Operation], limit: TaskLimit, *, atomic: bool
+) -> list[Outcome]:
+    """Do *operations* in their order and return the outcome of each.
+
+    Raises:
+        Failed: *atomic*, and one of them cannot be done.
+    """
+    async with owner.transaction() as within:
+        ids = sorted({operation.id for operation in operations if not isinstance(operation, Create)})
+        rows = await within.all(_SELECT_FOR_UPDATE, ids=ids) if ids else []
+        creates = sum(isinstance(operation, Create) for operation in operations)
+        workbench = _Workbench(rows, await _room(within, limit) if creates else 0)
+        outcomes = []
+        for index, operation in enumerate(operations):
+            outcome = workbench.apply(operation)
+            if atomic and outcome.kind not in DONE:
+                raise Failed(index, outcome)
+            outcomes.append(outcome)
+        created = await _write(within, workbench)
+    return [
+        outcome if outcome.new is None else Outcome("created", created[outcome.new]) for outcome in outcomes
+    ]
+
+
+async def delete_tasks(owner: Owner, wanted: Filter) -> int:
+    """Delete the tasks that *wanted* names and return how many there were."""
+    shape, values = listing.shape_of(wanted), listing.values_of(wanted)
+    return len(await owner.all(_delete_all(shape), **values))
+
+
+async def complete_tasks(owner: Owner, wanted: Filter, *, completed: bool) -> int:
+    """Complete or reopen the tasks that *wanted* names and return how many that changed."""
+    shape, values = listing.shape_of(wanted), listing.values_of(wanted)
+    now = datetime.now(UTC)
+    if not completed:
+        return len(await owner.all(_reopen_all(shape), now=now, **values))
+    async with owner.transaction() as within:
+        series = await within.all(_complete_all(shape, in_series=True), now=now, **values)
+        others = await within.all(_complete_all(shape, in_series=False), now=now, **values)
+        if next_tasks := list(filter(None, (successor(task, now) for task in series))):
+            await within.all(_INSERT_ALL, records=_json(map(_record, next_tasks)))
+    return len(series) + len(others)
+
+
+class _Workbench:
+    """Rows as the operations leave them, by the same rules as the statements of `queries.py`."""
+
+    def __init__(self, rows: Sequence[Row], room: float) -> None:
+        self.rows = {row["id"]: row for row in rows}
+        self.changed: set[int] = set()
+        self.deleted: list[int] = []
+        self.new: list[dict[str, Any]] = []
+        self._room = room
+        self._now = datetime.now(UTC)
+
+    def apply(self, operation: Operation) -> Outcome:
+        if isinstance(operation, Create):
+            return self._create(dict(operation.task))
+        task = self.rows.get(operation.id)
+        if task is None:
+            return Outcome("missing")
+        if operation.version not in (None, task["version"]):
+            return Outcome("stale", task)
+        match operation:
+            case Delete():
+                del self.rows[operation.id]
+                self.deleted.append(operation.id)
+                return Outcome("deleted")
+            case Complete():
+                return self._update(task, {"completed": operation.completed})
+            case Update():
+                return self._update(task, operation.changes.changes())
+
+    def _create(self, fields: Mapping[str, Any]) -> Outcome:
+        if self._room <= 0:
+            return Outcome("full")
+        if _is_untimed(fields):
+            return Outcome("untimed")
+        self._room -= 1
+        self.new.append(new_task(fields, self._now))
+        return Outcome("created", new=len(self.new) - 1)
+
+    def _update(self, task: Row, changes: Mapping[str, Any]) -> Outcome:
+        changed = {name: value for name, value in changes.items() if value != task[name]}
+        if not changed:
+            return Outcome("changed", _shown(task))
+        after = task | changed | {"version": task["version"] + 1, "updated_at": self._now}
+        if _is_untimed(after):
+            return Outcome("untimed")
+        if "due_date" in changed:
+            after |= {"series_day": after["due_date"] and after["due_date"].day, "succeeded": False}
+        if "completed" in changed:
+            after["completed_at"] = self._now if after["completed"] else None
+        completes = "completed" in changed and after["completed"]
+        if completes and not after["succeeded"] and after["recurring"] and after["due_date"]:
+            after["succeeded"] = True
+            self.new += filter(None, [successor(after, self._now)])
+        self.rows[task["id"]] = after
+        self.changed.add(task["id"])
+        return Outcome("changed", _shown(after))
+
+
+def _is_untimed(fields: Mapping[str, Any]) -> bool:
+    return fields["due_time"] is not None and fields["due_date"] is None
+
+
+def _shown(task: Row) -> Row:
+    return {column.name: task[column.name] for column in COLUMNS}
+
+
+async def _room(owner: Owner, limit: TaskLimit) -> float:
+    if not limit.most:
+        return float("inf")
+    count = await owner.one(_COUNT)
+    assert count is not None  # noqa: S101 - an aggregate has one row
+    return limit.most - int(count["count"])
+
+
+async def _write(owner: Owner, workbench: _Workbench) -> list[Row]:
+    """Write what has become of the rows and return the new ones."""
+    if workbench.deleted:
+        await owner.all(_DELETE_SOME, ids=workbench.deleted)
+    if changed := [workbench.rows[task_id] for task_id in workbench.changed if task_id in workbench.rows]:
+        await owner.all(_UPDATE_SOME, records=_json({**row, **_stored(row)} for row in changed))
+    if not workbench.new:
+        return []
+    created = await owner.all(_INSERT_ALL, records=_json(map(_record, workbench.new)))
+    return sorted(created, key=lambda row: int(row["id"]))
+
+
+def _record(values: Mapping[str, Any]) -> dict[str, Any]:
+    row = {name.removeprefix("new_"): value for name, value in values.items()}
+    row |= {"created_at": row["now"], "updated_at": row["now"], "version": 1}
+    return {**row, **_stored(row)}
+
+
+def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the tables keep differently: ranks for priorities, times in UTC without an offset."""
+    times = {
+        name: value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
+        for name, value in row.items()
+        if isinstance(value, datetime)
+    }
+    return times | {"priority": row["priority"] and PRIORITY.rank(row["priority"])}
+
+
+def _json(rows: Any) -> str:
+    return orjson.dumps(list(rows)).decode()
+
+
+_IDS = any_of(TASKS.c.id, bindparam("ids", type_=list_of(BigInteger())))
+_WRITTEN = (*WRITABLE, "completed_at", "version", "created_at", "updated_at", "series_day", "succeeded")
+_RECORDS = records("records")
+_MEMBERS = {name: Member(_RECORDS.c.value, name, TASKS.c[name].type) for name in _WRITTEN}
+
+
+def _completion(completed: bool) -> dict[str, Any]:
+    return {
+        "completed": completed,
+        "completed_at": NOW if completed else None,
+        "version": TASKS.c.version + 1,
+        "updated_at": NOW,
+    }
+
+
+@lru_cache(maxsize=128)
+def _delete_all(shape: listing.Shape) -> Executable:
+    return delete(TASKS).where(*listing.conditions(shape)).returning(TASKS.c.id)
+
+
+@lru_cache(maxsize=128)
+def _reopen_all(shape: listing.Shape) -> Executable:
+    statement = update(TASKS).where(*listing.conditions(shape), TASKS.c.completed)
+    return statement.values(_completion(False)).returning(TASKS.c.id)
+
+
+@lru_cache(maxsize=128)
+def _complete_all(shape: listing.Shape, *, in_series: bool) -> Executable:
+    condition = NEXT_IS_OPEN if in_series else not_(NEXT_IS_OPEN)
+    statement = update(TASKS).where(*listing.conditions(shape), not_(TASKS.c.completed), condition)
+    if not in_series:
+        return statement.values(_completion(True)).returning(TASKS.c.id)
+    values = _completion(True) | {"succeeded": True}
+    return statement.values(values).returning(*COLUMNS, TASKS.c.series_day)
+
+
+_COUNT = select(func.count().label("count")).select_from(TASKS).where(OWNED)
+_SELECT_FOR_UPDATE = (
+    select(*COLUMNS, TASKS.c.series_day, TASKS.c.succeeded)
+    .where(OWNED, _IDS)
+    .order_by(TASKS.c.id)  # always in the same order, so that no two wait for one another
+    .with_for_update()
+)
+_DELETE_SOME = delete(TASKS).where(OWNED, _IDS).returning(TASKS.c.id)
+_UPDATE_SOME = (
+    update(TASKS)
+    .where(OWNED, TASKS.c.id == Member(_RECORDS.c.value, "id", BIG_ID))
+    .values({name: value for name, value in _MEMBERS.items() if name != "created_at"})
+    .returning(TASKS.c.id)
+)
+_INSERT_ALL = (
+    insert(TASKS)
+    .from_select(["user_id", *_MEMBERS], select(OWNED.right, *_MEMBERS.values()).select_from(_RECORDS))
+    .returning(*COLUMNS)
+)

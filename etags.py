@@ -1,0 +1,44 @@
+"""Entity tags (RFC 9110, section 8.8.3): a task's is its version."""
+
+import re
+
+from errors import Unprocessable
+
+_TAG = re.compile(r'\s*(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*')
+_VERSION = re.compile("[1-9][0-9]{0,8}")
+
+
+def write(version: int) -> str:
+    return f'"{version}"'
+
+
+def expected_versions(if_match: str | None) -> list[int] | None:
+    """Return which versions an If-Match allows; None for any.
+
+    Raises:
+        Unprocessable: the header is no list of entity tags.
+    """
+    if if_match is None or if_match.strip() == "*":
+        return None
+    # A weak tag promises too little to change a task by (section 13.1.1).
+    return [int(tag) for weak, tag in _tags("If-Match", if_match) if not weak and _VERSION.fullmatch(tag)]
+
+
+def is_known(version: int, if_none_match: str | None) -> bool:
+    """Return whether an If-None-Match names *version*, so that the client has it already.
+
+    Raises:
+        Unprocessable: the header is no list of entity tags.
+    """
+    if if_none_match is None:
+        return False
+    if if_none_match.strip() == "*":
+        return True
+    return str(version) in {tag for _, tag in _tags("If-None-Match", if_none_match)}
+
+
+def _tags(header: str, value: str) -> list[tuple[str, str]]:
+    found = [_TAG.fullmatch(part) for part in value.split(",")]
+    if not all(found):
+        raise Unprocessable([{"parameter": header, "detail": 'must be entity tags like "3"'}])
+    return [(match[1] or "", match[2]) for match in found if match]

@@ -1,0 +1,173 @@
+"""A list of tasks as SQL: its conditions, its order and its pages.
+
+Which conditions there are is the list's shape; a statement is built once per shape and takes the values.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import (
+    ColumnElement,
+    Date,
+    Integer,
+    Select,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    bindparam,
+    collate,
+    func,
+    literal_column,
+    not_,
+    select,
+    true,
+    tuple_,
+    union_all,
+)
+
+from arrays import any_of, has_all, list_of
+from models import BIG_ID, PRIORITY, TAG_MAX, Task
+from schemas import Filter, Order, TaskOut
+
+TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
+COLUMNS = tuple(TASKS.c[name] for name in TaskOut.model_fields)
+OWNED = TASKS.c.user_id == bindparam("owner", type_=TASKS.c.user_id.type)
+
+# Where a page begins: with the first task, or after one that has a value to sort by or has none.
+Start = Literal["first", "after value", "after null"]
+
+_NULLABLE = {column.name for column in COLUMNS if column.nullable}
+_LIMIT = bindparam("limit", type_=Integer)
+# As the index of the migrations has it; a word holds no space, so none is found across both.
+_TEXT = func.lower(
+    TASKS.c.title.op("||")(literal_column("' '")).op("||")(
+        func.coalesce(TASKS.c.description, literal_column("''"))
+    )
+)
+
+
+class Shape(NamedTuple):
+    """A filter without its values."""
+
+    states: frozenset[bool]
+    words: int
+    priorities: bool
+    categories: bool
+    tags: bool
+    due_date_from: bool
+    due_date_to: bool
+
+
+def shape_of(wanted: Filter) -> Shape:
+    # Up to the next power of two, so that there are few statements; the last word is repeated.
+    words = 1 << (len(wanted.words) - 1).bit_length() if wanted.words else 0
+    return Shape(wanted.states, words, *(value not in ((), None) for value in wanted[2:]))
+
+
+def values_of(wanted: Filter) -> dict[str, Any]:
+    """Return the values of *wanted* as `conditions` names them."""
+    words = [f"%{word.translate(_ESCAPES)}%" for word in wanted.words]
+    patterns = words + words[-1:] * (shape_of(wanted).words - len(words))
+    return {
+        **{f"word_{number}": pattern for number, pattern in enumerate(patterns)},
+        "priorities": [PRIORITY.rank(word) for word in wanted.priorities],
+        "categories": list(wanted.categories),
+        "tags": list(wanted.tags),
+        "due_date_from": wanted.due_date_from,
+        "due_date_to": wanted.due_date_to,
+    }
+
+
+_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "\\%_"})
+
+
+def conditions(shape: Shape) -> list[ColumnElement[bool]]:
+    """Return what is true of the tasks in a list of *shape*, the owner first."""
+    words = [
+        _TEXT.like(func.lower(bindparam(f"word_{number}", type_=Text())), escape="\\")
+        for number in range(shape.words)
+    ]
+    return [OWNED, *_states(shape), *words, *(condition for there, condition in _optional(shape) if there)]
+
+
+def _states(shape: Shape) -> Iterable[ColumnElement[bool]]:
+    for unwanted in {False, True} - shape.states:
+        yield not_(TASKS.c.completed) if unwanted else TASKS.c.completed
+
+
+def _optional(shape: Shape) -> Iterable[tuple[bool, ColumnElement[bool]]]:
+    task = TASKS.c
+    ranks = bindparam("priorities", type_=list_of(SmallInteger()))
+    yield shape.priorities, any_of(task.priority, ranks)
+    yield shape.categories, any_of(task.category, bindparam("categories", type_=list_of(String())))
+    yield shape.tags, has_all(task.tags, bindparam("tags", type_=list_of(String(TAG_MAX))))
+    yield shape.due_date_from, task.due_date >= bindparam("due_date_from", type_=Date())
+    yield shape.due_date_to, task.due_date <= bindparam("due_date_to", type_=Date())
+
+
+def start_of(after: tuple[Any, int] | None) -> Start:
+    if after is None:
+        return "first"
+    return "after null" if after[0] is None else "after value"
+
+
+@lru_cache(maxsize=512)
+def page(shape: Shape, order: Order, start: Start) -> Select[Any]:
+    """Return the statement for a page. It takes `owner`, `limit`, `after_key`, `after_id` and the values."""
+    if order.field not in _NULLABLE:
+        return _part(shape, order, start != "first")
+    if start == "after null":
+        return _part(shape, order, continued=True, known=False)
+    # Two ranges of one index, one after the other; `OR … IS NULL` would read the index from its beginning.
+    parts = [
+        _part(shape, order, start == "after value", known=True),
+        _part(shape, order, continued=False, known=False),
+    ]
+    both = union_all(*(select(part.subquery()) for part in parts)).subquery("both")
+    return select(*both.c).order_by(*_ordering(order, both.c)).limit(_LIMIT)
+
+
+@lru_cache(maxsize=512)
+def counted_page(shape: Shape, order: Order, start: Start) -> Select[Any]:
+    """Return the statement for a page with the `total` beside every task, or alone when there is none."""
+    tasks = page(shape, order, start).subquery("page")
+    total = (
+        select(func.count().label("total")).select_from(TASKS).where(*conditions(shape)).subquery("counted")
+    )
+    return (
+        select(total.c.total, *tasks.c)
+        .select_from(total.outerjoin(tasks, true()))
+        .order_by(*_ordering(order, tasks.c))
+    )
+
+
+def _part(shape: Shape, order: Order, continued: bool, known: bool | None = None) -> Select[Any]:
+    """Return the tasks whose sort key is *known*, or is not, or all; *continued* after a position."""
+    key, task_id = _sort_key(order.field, TASKS.c[order.field]), TASKS.c.id
+    statement = select(*COLUMNS).where(*conditions(shape))
+    after_id = bindparam("after_id", type_=BIG_ID)
+    if known is False:
+        statement = statement.where(TASKS.c[order.field].is_(None))
+        if continued:
+            statement = statement.where(task_id < after_id if order.descending else task_id > after_id)
+    elif continued:
+        after_key = bindparam("after_key", type_=TASKS.c[order.field].type)
+        here, after = tuple_(key, task_id), tuple_(_sort_key(order.field, after_key), after_id)
+        statement = statement.where(here < after if order.descending else here > after)
+    elif known:
+        statement = statement.where(TASKS.c[order.field].is_not(None))
+    directed = (part.desc() if order.descending else part.asc() for part in (key, task_id))
+    return statement.order_by(*directed).limit(_LIMIT)
+
+
+def _ordering(order: Order, columns: Any) -> list[ColumnElement[Any]]:
+    parts = (_sort_key(order.field, columns[order.field]), columns["id"])
+    directed = [part.desc() if order.descending else part.asc() for part in parts]
+    return [columns[order.field].is_(None), *directed]
+
+
+def _sort_key(field: str, value: Any) -> ColumnElement[Any]:
+    """Titles are sorted without regard to case and, the same everywhere, by code point."""
+    return collate(func.lower(value), "C") if field == "title" else value

@@ -1,0 +1,24 @@
+"""When the next task of a series is due."""
+
+import calendar
+from datetime import date, timedelta
+
+
+def next_due_date(due_date: date, recurring: str, series_day: int) -> date | None:
+    """Return the day after *due_date* in a series, or None after the last day of the calendar.
+
+    *series_day* is the day of the month that was meant: a month without it takes its last day.
+    """
+    if recurring == "monthly":
+        return _in_next_month(due_date, series_day)
+    try:
+        return due_date + timedelta(days=7 if recurring == "weekly" else 1)
+    except OverflowError:
+        return None
+
+
+def _in_next_month(due_date: date, day: int) -> date | None:
+    year, month = (due_date.year + 1, 1) if due_date.month == 12 else (due_date.year, due_date.month + 1)
+    if year > date.max.year:
+        return None
+    return date(year, month, min(day, calendar.monthrange(year, month)[1]))

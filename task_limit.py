@@ -1,0 +1,31 @@
+"""How many tasks a user may have, without counting them for every new one."""
+
+RECOUNT_SHARE = 10
+USERS_REMEMBERED = 10_000
+
+
+class TaskLimit:
+    """A user with *count* tasks may add a tenth of what is left before they are counted again.
+
+    So the limit holds to the task for one process, and for several that serve the same user at the same
+    time nearly so, while most of the statements need not count.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most  # 0 for no limit
+        self._unchecked: dict[str, int] = {}
+
+    def take(self, user_id: str) -> bool:
+        """Return whether *user_id* may add a task that nobody counts, and use that up."""
+        if not self.most:
+            return True
+        left = self._unchecked.get(user_id, 0)
+        if left:
+            self._unchecked[user_id] = left - 1
+        return left > 0
+
+    def counted(self, user_id: str, count: int) -> None:
+        """Remember that *user_id* has *count* tasks."""
+        if len(self._unchecked) >= USERS_REMEMBERED:
+            del self._unchecked[next(iter(self._unchecked))]
+        self._unchecked[user_id] = max(0, (self.most - count) // RECOUNT_SHARE)
