@@ -1,6 +1,7 @@
 import asyncio
 import secrets
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -86,6 +87,42 @@ async def test_create_ignores_members_that_are_not_writable(alice: Person) -> No
             "/description",
             "must not contain U+0000 or unpaired surrogates",
         ),
+        ({"title": "x", "priority": "urgent"}, "/priority", "must be 'high', 'medium' or 'low'"),
+        ({"title": "x", "priority": 1}, "/priority", "must be 'high', 'medium' or 'low'"),
+        ({"title": "x", "category": "x" * 51}, "/category", "must be at most 50 characters"),
+        ({"title": "x", "tags": "home"}, "/tags", "must be a list"),
+        ({"title": "x", "tags": None}, "/tags", "must not be null"),
+        ({"title": "x", "tags": [1]}, "/tags/0", "must be text"),
+        ({"title": "x", "tags": ["a", " "]}, "/tags/1", "must be 1 to 30 characters"),
+        ({"title": "x", "tags": ["x" * 31]}, "/tags/0", "must be 1 to 30 characters"),
+        ({"title": "x", "tags": ["a\0"]}, "/tags/0", "must not contain U+0000 or unpaired surrogates"),
+        ({"title": "x", "tags": list("abcdef")}, "/tags", "must be at most 5 tags"),
+        ({"title": "x", "due_date": "2026-02-30"}, "/due_date", "must be a day like 2026-02-28"),
+        ({"title": "x", "due_date": "28.02.2026"}, "/due_date", "must be a day like 2026-02-28"),
+        ({"title": "x", "due_date": "2026-02-28T00:00:00Z"}, "/due_date", "must be a day like 2026-02-28"),
+        ({"title": "x", "due_date": "٢٠٢٦-٠٢-٢٨"}, "/due_date", "must be a day like 2026-02-28"),
+        ({"title": "x", "due_date": "0000-01-01"}, "/due_date", "must be a day like 2026-02-28"),
+        ({"title": "x", "due_date": 1772236800}, "/due_date", "must be a day like 2026-02-28"),
+        (
+            {"title": "x", "due_date": "2026-02-28", "due_time": "9:30"},
+            "/due_time",
+            "must be a time like 09:30",
+        ),
+        (
+            {"title": "x", "due_date": "2026-02-28", "due_time": "24:00"},
+            "/due_time",
+            "must be a time like 09:30",
+        ),
+        (
+            {"title": "x", "due_date": "2026-02-28", "due_time": "09:30\n"},
+            "/due_time",
+            "must be a time like 09:30",
+        ),
+        ({"title": "x", "due_date": "2026-02-28", "due_time": 930}, "/due_time", "must be text"),
+        ({"title": "x", "due_time": "09:30"}, "/due_time", "needs a due_date"),
+        ({"title": "x", "recurring": "yearly"}, "/recurring", "must be 'daily', 'weekly' or 'monthly'"),
+        ({"title": "x", "reminder": None}, "/reminder", "must not be null"),
+        ({"title": "x", "reminder": 1}, "/reminder", "must be true or false"),
         ([], "", "must be a JSON object"),
         ("text", "", "must be a JSON object"),
         (None, "", "must not be null"),
@@ -100,6 +137,140 @@ async def test_a_field_that_breaks_its_rule_is_named(
     assert answer.json()["errors"] == [{"pointer": pointer, "detail": detail}]
     assert answer.json()["detail"] == f"{pointer[1:] or 'body'}: {detail}"
     assert (await alice.get()).json() == []
+
+
+DETAILS: dict[str, Any] = {
+    "priority": "high",
+    "category": "",
+    "tags": ["a", "é", "x" * 30],
+    "due_date": "0001-01-01",
+    "due_time": "00:00",
+    "recurring": "daily",
+    "reminder": True,
+}
+UNSET: dict[str, Any] = {
+    "description": None,
+    "completed": False,
+    "priority": None,
+    "category": None,
+    "tags": [],
+    "due_date": None,
+    "due_time": None,
+    "recurring": None,
+    "reminder": False,
+}
+
+
+async def test_what_is_not_sent_is_unset(alice: Person) -> None:
+    task = await alice.create()
+
+    assert {name: task[name] for name in UNSET} == UNSET
+
+
+async def test_every_field_is_kept(alice: Person) -> None:
+    task = await alice.create(**DETAILS)
+
+    assert {name: task[name] for name in DETAILS} == DETAILS
+    assert (await alice.get(f"/{task['id']}")).json() == task
+    assert (await alice.get()).json() == [task]
+
+
+async def test_tags_are_stripped_and_kept_once_in_their_order(alice: Person) -> None:
+    task = await alice.create(tags=["b", " a ", "b", "B", "a", "c"])
+
+    assert task["tags"] == ["b", "a", "B", "c"]
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+@pytest.mark.parametrize("field", DETAILS)
+async def test_a_field_is_set_alone_and_cleared_alone(alice: Person, method: str, field: str) -> None:
+    task = await alice.create(**(DETAILS | {"due_time": None}))
+    empty = {"tags": [], "reminder": False}.get(field)
+    if field == "due_time":
+        empty = "23:59"
+
+    changed = (await alice.send(method, f"/{task['id']}", json={field: empty})).json()
+    back = (await alice.send(method, f"/{task['id']}", json={field: task[field]})).json()
+
+    assert changed == task | {field: empty, "version": 2, "updated_at": changed["updated_at"]}
+    assert back == task | {"version": 3, "updated_at": back["updated_at"]}
+
+
+async def test_a_day_may_not_go_while_a_time_needs_it(alice: Person) -> None:
+    task = await alice.create(due_date="2026-02-28", due_time="09:30")
+
+    refused = await alice.patch(f"/{task['id']}", json={"due_date": None})
+    both = await alice.patch(f"/{task['id']}", json={"due_date": None, "due_time": None})
+
+    assert (refused.status_code, refused.json()["detail"]) == (422, "due_time: needs a due_date")
+    assert (both.status_code, both.json()["due_date"], both.json()["due_time"]) == (200, None, None)
+
+
+@pytest.mark.parametrize(
+    ("media_type", "status"),
+    [
+        ("application/merge-patch+json", 200),
+        ("application/merge-patch+json; charset=utf-8", 200),
+        ("application/json", 200),
+        ("APPLICATION/JSON", 200),
+        ("application/json-patch+json", 415),
+        ("text/plain", 415),
+        ("", 415),
+    ],
+)
+async def test_a_patch_is_a_merge_patch(alice: Person, media_type: str, status: int) -> None:
+    task = await alice.create()
+
+    answer = await alice.patch(
+        f"/{task['id']}", content=b'{"title": "Patched"}', headers={"Content-Type": media_type}
+    )
+
+    assert answer.status_code == status
+    if status == 415:
+        assert answer.headers["accept-patch"] == "application/merge-patch+json, application/json"
+    assert (await alice.get(f"/{task['id']}")).json()["title"] == ("Patched" if status == 200 else "Buy milk")
+
+
+async def test_a_patch_changes_only_what_was_sent(alice: Person) -> None:
+    task = await alice.create(**DETAILS)
+
+    answer = await alice.patch(f"/{task['id']}", json={"description": "Two", "priority": None, "unknown": 1})
+
+    changed = answer.json()
+    assert changed == task | {
+        "description": "Two",
+        "priority": None,
+        "version": 2,
+        "updated_at": changed["updated_at"],
+    }
+    assert answer.headers["etag"] == '"2"'
+
+
+async def test_stats_count_by_kind(alice: Person, bob: Person) -> None:
+    await bob.create(priority="high", tags=["home"])
+    await alice.create(priority="high", tags=["home", "a"], due_date="2026-02-27")
+    await alice.create(priority="high", tags=["home"], due_date="2026-02-28")
+    await alice.create(priority="low", due_date="2026-02-27", completed=True)
+    await alice.create()
+
+    answer = await alice.get("/stats?today=2026-02-28")
+
+    assert answer.json() == {
+        "total": 4,
+        "pending": 3,
+        "completed": 1,
+        "overdue": 1,
+        "priorities": {"high": 2, "medium": 0, "low": 1, "none": 1},
+        "tags": {"home": 2, "a": 1},
+    }
+    assert list(answer.json()["tags"]) == ["home", "a"]
+
+
+async def test_stats_of_nothing(alice: Person) -> None:
+    nothing = (await alice.get("/stats")).json()
+
+    assert (nothing["total"], nothing["overdue"], nothing["tags"]) == (0, None, {})
+    assert (await alice.get("/stats?today=tomorrow")).status_code == 422
 
 
 @pytest.mark.parametrize("title", ["x" * 200, "é" * 200, "😀" * 200, "%_\\'\"--;"])
@@ -245,6 +416,7 @@ async def test_an_id_is_never_used_again(alice: Person) -> None:
 OPERATIONS_ON_ONE = [
     ("GET", "/{}", None),
     ("PUT", "/{}", {"title": "Mine now"}),
+    ("PATCH", "/{}", {"title": "Mine now"}),
     ("PATCH", "/{}/complete", None),
     ("PATCH", "/{}/complete", {"completed": True}),
     ("DELETE", "/{}", None),

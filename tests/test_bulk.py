@@ -1,0 +1,258 @@
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.conftest import Person
+
+
+async def bulk(person: Person, *operations: dict[str, Any], query: str = "") -> Any:
+    return await person.post(f"/bulk{query}", json={"operations": list(operations)})
+
+
+def create(title: str = "Buy milk", **fields: Any) -> dict[str, Any]:
+    return {"op": "create", "task": {"title": title, **fields}}
+
+
+def update(task: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"op": "update", "id": task["id"], "changes": changes}
+
+
+def operation(op: str, task: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"op": op, "id": task["id"], **more}
+
+
+async def everything(person: Person) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (await person.get("?order=asc&limit=1000")).json()
+    return found
+
+
+FULL: dict[str, Any] = {
+    "title": "é \\ \" '; %",
+    "description": "two\nlines",
+    "completed": False,
+    "priority": "low",
+    "category": "home",
+    "tags": ["ä", 'b"', "c\\", "😀"],
+    "due_date": "2026-02-28",
+    "due_time": "23:59",
+    "recurring": "weekly",
+    "reminder": True,
+}
+
+
+async def test_each_operation_is_done_and_answered(alice: Person) -> None:
+    one, two, three = [await alice.create(str(number)) for number in range(3)]
+
+    answer = await bulk(
+        alice,
+        create(**FULL),
+        update(one, **FULL),
+        operation("complete", two),
+        operation("delete", three),
+        create("second"),
+    )
+
+    results = answer.json()["results"]
+    assert answer.status_code == 200
+    assert [result["status"] for result in results] == [201, 200, 200, 204, 201]
+    created, updated, completed, deleted, second = (result.get("task") for result in results)
+    assert created == FULL | {name: created[name] for name in created.keys() - FULL.keys()}
+    assert updated == one | FULL | {"version": 2, "updated_at": updated["updated_at"]}
+    assert (completed["completed"], completed["completed_at"]) == (True, completed["updated_at"])
+    assert deleted is None
+    assert (second["title"], second["version"]) == ("second", 1)
+    assert second["id"] > created["id"] > three["id"]
+    assert await everything(alice) == [updated, completed, created, second]
+
+
+async def test_operations_build_on_one_another(alice: Person) -> None:
+    task = await alice.create(tags=["a"])
+
+    answer = await bulk(
+        alice,
+        update(task, title="first"),
+        update(task, title="second", tags=["b"]) | {"version": 2},
+        operation("complete", task),
+        operation("complete", task, completed=False),
+        update(task, title="second"),
+        query="?atomic=true",
+    )
+
+    versions = [result["task"]["version"] for result in answer.json()["results"]]
+    assert versions == [2, 3, 4, 5, 5]
+    (after,) = await everything(alice)
+    assert after == answer.json()["results"][-1]["task"]
+    assert (after["title"], after["tags"], after["completed_at"]) == ("second", ["b"], None)
+
+
+FAILURES: dict[str, tuple[dict[str, Any], int, dict[str, str]]] = {
+    "not there": ({"op": "delete", "id": 2**53}, 404, {}),
+    "changed since": ({"op": "update", "version": 9, "changes": {"title": "x"}}, 412, {"etag": '"1"'}),
+    "changed since, to delete": ({"op": "delete", "version": 9}, 412, {"etag": '"1"'}),
+    "a time without a day": ({"op": "update", "changes": {"due_time": "09:30"}}, 422, {}),
+    "a new one with a time without a day": (create(due_time="09:30"), 422, {}),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_one_that_fails_undoes_all_and_is_named(alice: Person, failure: str) -> None:
+    task, other = await alice.create("task"), await alice.create("other")
+    wrong, status, members = FAILURES[failure]
+    wrong = {"id": task["id"], **wrong}
+
+    answer = await bulk(alice, update(other, title="changed"), create(), wrong, operation("delete", other))
+
+    problem = answer.json()
+    assert (answer.status_code, problem["status"], problem["index"]) == (status, status, 2)
+    assert {name: problem[name] for name in members} == members
+    assert await everything(alice) == [task, other]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_without_atomic_the_others_are_done(alice: Person, failure: str) -> None:
+    task, other = await alice.create("task"), await alice.create("other")
+    wrong, status, members = FAILURES[failure]
+    wrong = {"id": task["id"], **wrong}
+
+    answer = await bulk(alice, update(other, title="changed"), wrong, create("new"), query="?atomic=false")
+
+    results = answer.json()["results"]
+    assert answer.status_code == 207
+    assert [result["status"] for result in results] == [200, status, 201]
+    assert results[1] == {"status": status, "detail": results[1]["detail"], **members}
+    assert [found["title"] for found in await everything(alice)] == ["task", "changed", "new"]
+
+
+async def test_another_users_task_looks_absent_in_bulk(alice: Person, bob: Person) -> None:
+    task = await alice.create()
+
+    answer = await bulk(
+        bob,
+        update(task, title="Mine now"),
+        operation("complete", task),
+        operation("delete", task),
+        query="?atomic=false",
+    )
+
+    assert [result["status"] for result in answer.json()["results"]] == [404, 404, 404]
+    assert await everything(alice) == [task]
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer", "detail"),
+    [
+        ({}, "/operations", "is required"),
+        ({"operations": []}, "/operations", "must have at least 1"),
+        ({"operations": [create()] * 101}, "/operations", "must have at most 100"),
+        ({"operations": {}}, "/operations", "must be a list"),
+        ({"operations": [{}]}, "/operations/0", "must have an op: create, update, complete or delete"),
+        ({"operations": ["x"]}, "/operations/0", "must have an op: create, update, complete or delete"),
+        ({"operations": [{"op": "<create>"}]}, "/operations/0", None),
+        ({"operations": [{"op": ["create"]}]}, "/operations/0", None),
+        ({"operations": [create(), {"op": "create"}]}, "/operations/1/task", "is required"),
+        ({"operations": [create(title="")]}, "/operations/0/task/title", "must be 1 to 200 characters"),
+        ({"operations": [create(tags=[""])]}, "/operations/0/task/tags/0", "must be 1 to 30 characters"),
+        ({"operations": [{"op": "delete"}]}, "/operations/0/id", "is required"),
+        ({"operations": [{"op": "delete", "id": 0}]}, "/operations/0/id", "must be at least 1"),
+        ({"operations": [{"op": "delete", "id": 2**63}]}, "/operations/0/id", None),
+        ({"operations": [{"op": "delete", "id": "1"}]}, "/operations/0/id", "must be a whole number"),
+        ({"operations": [{"op": "delete", "id": True}]}, "/operations/0/id", "must be a whole number"),
+        ({"operations": [{"op": "complete", "id": 1, "completed": None}]}, "/operations/0/completed", None),
+        ({"operations": [{"op": "update", "id": 1}]}, "/operations/0/changes", "is required"),
+    ],
+)
+async def test_a_mistake_is_pointed_at(alice: Person, body: object, pointer: str, detail: str | None) -> None:
+    answer = await alice.post("/bulk", json=body)
+
+    assert answer.status_code == 422
+    (mistake,) = answer.json()["errors"]
+    assert mistake["pointer"] == pointer
+    assert detail in (None, mistake["detail"])
+
+
+async def test_a_hundred_operations_fit(alice: Person) -> None:
+    made = (await bulk(alice, *(create(f"task {number}") for number in range(100)))).json()["results"]
+    tasks = [result["task"] for result in made]
+
+    await bulk(alice, *(update(task, priority="high") for task in tasks))
+    assert {task["priority"] for task in await everything(alice)} == {"high"}
+    await bulk(alice, *(operation("delete", task) for task in tasks))
+
+    assert [task["title"] for task in tasks] == [f"task {number}" for number in range(100)]
+    assert await everything(alice) == []
+
+
+async def test_bulks_at_the_same_moment_lose_nothing(alice: Person) -> None:
+    tasks = [await alice.create(str(number)) for number in range(10)]
+    toggles = [
+        bulk(
+            alice,
+            *(update(task, description=str(number)) for task in (tasks if number % 2 else reversed(tasks))),
+        )
+        for number in range(20)
+    ]
+
+    answers = await asyncio.gather(*toggles)
+
+    assert {answer.status_code for answer in answers} == {200}
+    assert {task["version"] for task in await everything(alice)} == {21}
+
+
+async def test_clear_completed(alice: Person, bob: Person) -> None:
+    for person in (alice, bob):
+        await person.create("open")
+        await person.create("done", completed=True)
+
+    answer = await alice.delete("?status=completed")
+
+    assert (answer.status_code, answer.json()) == (200, {"count": 1})
+    assert [task["title"] for task in await everything(alice)] == ["open"]
+    assert len(await everything(bob)) == 2
+
+
+async def test_complete_all_and_reopen_all(alice: Person, bob: Person) -> None:
+    await bob.create("his")
+    tasks = [await alice.create(str(number)) for number in range(3)]
+    done = await alice.create("done", completed=True)
+
+    completed = await alice.patch("?status=pending", json={"completed": True})
+    after = await everything(alice)
+    reopened = await alice.patch("?search=2", json={"completed": False})
+
+    assert (completed.json(), reopened.json()) == ({"count": 3}, {"count": 1})
+    assert [task["version"] for task in after] == [2, 2, 2, 1]
+    assert after[:3] == [
+        task
+        | {"completed": True, "version": 2}
+        | dict.fromkeys(("completed_at", "updated_at"), now["updated_at"])
+        for task, now in zip(tasks, after, strict=False)
+    ]
+    assert after[3] == done
+    assert [task["completed"] for task in await everything(alice)] == [True, True, False, True]
+    assert [task["completed"] for task in await everything(bob)] == [False]
+
+
+@pytest.mark.parametrize("query", ["", "?", "?status=all", "?search=", "?unknown=1", "?limit=1&sort=title"])
+async def test_nothing_happens_to_all_tasks_by_leaving_the_filter_out(alice: Person, query: str) -> None:
+    task = await alice.create()
+
+    answers = [await alice.delete(query), await alice.patch(query, json={"completed": True})]
+
+    assert [answer.status_code for answer in answers] == [422, 422]
+    assert await everything(alice) == [task]
+
+
+@pytest.mark.parametrize("body", [{}, {"completed": None}, {"completed": "true"}, []])
+async def test_complete_all_needs_the_state(alice: Person, body: object) -> None:
+    answer = await alice.patch("?status=pending", json=body)
+
+    assert answer.status_code == 422
+
+
+async def test_many_may_be_cleared_by_any_filter(alice: Person) -> None:
+    for tag in ("old", "new"):
+        await alice.create(tag, tags=[tag], due_date="2026-01-01" if tag == "old" else None)
+
+    assert (await alice.delete("?tags=old&due_date_to=2026-06-30&search=OLD")).json() == {"count": 1}
+    assert [task["title"] for task in await everything(alice)] == ["new"]

@@ -1,0 +1,143 @@
+import asyncio
+
+import pytest
+
+import etags
+from errors import Unprocessable
+from tests.conftest import Person
+
+
+@pytest.mark.parametrize(
+    ("header", "versions"),
+    [
+        (None, None),
+        ("*", None),
+        (" * ", None),
+        ('"3"', [3]),
+        ('"3", "5"', [3, 5]),
+        ('"3","5"', [3, 5]),
+        ('W/"3"', []),
+        ('W/"3", "5"', [5]),
+        ('"abc"', []),
+        ('""', []),
+        ('"03"', []),
+        ('"-3"', []),
+        (f'"{"9" * 30}"', []),
+    ],
+)
+def test_if_match_names_versions(header: str | None, versions: list[int] | None) -> None:
+    assert etags.expected_versions(header) == versions
+
+
+@pytest.mark.parametrize("header", ["", "3", '"3', '3"', '"3" "5"', '"3",', "W/3", '"a"b"', "*, *", '"\x00"'])
+def test_what_is_no_list_of_tags_is_refused(header: str) -> None:
+    with pytest.raises(Unprocessable, match="If-Match: must be entity tags"):
+        etags.expected_versions(header)
+    with pytest.raises(Unprocessable, match="If-None-Match: must be entity tags"):
+        etags.is_known(3, header)
+
+
+@pytest.mark.parametrize(
+    ("header", "known"),
+    [(None, False), ("*", True), ('"3"', True), ('W/"3"', True), ('"1", "3"', True), ('"2"', False)],
+)
+def test_if_none_match_compares_weakly(header: str | None, known: bool) -> None:
+    assert etags.is_known(3, header) is known
+
+
+CHANGES = [
+    ("PUT", "", {"title": "Changed"}),
+    ("PUT", "", {}),
+    ("PATCH", "", {"title": "Changed"}),
+    ("PATCH", "", {"completed": True}),
+    ("PATCH", "/complete", None),
+    ("PATCH", "/complete", {"completed": True}),
+    ("DELETE", "", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
+async def test_a_change_of_a_version_that_has_passed_is_412(
+    alice: Person, method: str, path: str, body: object
+) -> None:
+    task = await alice.create()
+    changed = (await alice.put(f"/{task['id']}", json={"title": "Somebody else's"})).json()
+    options = {} if body is None else {"json": body}
+
+    answer = await alice.send(method, f"/{task['id']}{path}", headers={"If-Match": '"1"'}, **options)
+
+    assert answer.status_code == 412
+    assert (answer.json()["etag"], answer.headers["etag"]) == ('"2"', '"2"')
+    assert answer.json()["detail"] == "The task has changed since you read it"
+    assert (await alice.get(f"/{task['id']}")).json() == changed
+
+
+@pytest.mark.parametrize("condition", ['"1"', '"7", "1"', "*"])
+@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
+async def test_a_change_of_the_current_version_is_made(
+    alice: Person, method: str, path: str, body: object, condition: str
+) -> None:
+    task = await alice.create()
+    options = {} if body is None else {"json": body}
+
+    answer = await alice.send(method, f"/{task['id']}{path}", headers={"If-Match": condition}, **options)
+
+    assert answer.is_success
+    after = await alice.get(f"/{task['id']}")
+    assert after.status_code == (404 if method == "DELETE" else 200)
+    assert body == {} or after.json() != task
+
+
+@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
+async def test_a_condition_on_a_task_that_is_not_there_is_404(
+    alice: Person, bob: Person, method: str, path: str, body: object
+) -> None:
+    task = await bob.create()
+    options = {} if body is None else {"json": body}
+
+    answer = await alice.send(method, f"/{task['id']}{path}", headers={"If-Match": '"9"'}, **options)
+
+    assert answer.status_code == 404
+
+
+@pytest.mark.parametrize("header", ["If-Match", "If-None-Match"])
+async def test_a_condition_that_is_none_changes_nothing(alice: Person, header: str) -> None:
+    task = await alice.create()
+    method, body = ("PUT", {"json": {"title": "x"}}) if header == "If-Match" else ("GET", {})
+
+    answer = await alice.send(method, f"/{task['id']}", headers={header: "1"}, **body)
+
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["parameter"] == header
+    assert (await alice.get(f"/{task['id']}")).json() == task
+
+
+async def test_what_the_client_has_is_not_sent_again(alice: Person) -> None:
+    task = await alice.create()
+
+    same = await alice.get(f"/{task['id']}", headers={"If-None-Match": '"1"'})
+    await alice.put(f"/{task['id']}", json={"title": "Changed"})
+    newer = await alice.get(f"/{task['id']}", headers={"If-None-Match": '"1"'})
+
+    assert (same.status_code, same.content, same.headers["etag"]) == (304, b"", '"1"')
+    assert (newer.status_code, newer.headers["etag"]) == (200, '"2"')
+
+
+async def test_a_hundred_clients_that_retry_lose_no_change(alice: Person) -> None:
+    task = await alice.create(description="0")
+
+    async def increment() -> None:
+        while True:
+            read = await alice.get(f"/{task['id']}")
+            answer = await alice.patch(
+                f"/{task['id']}",
+                json={"description": str(int(read.json()["description"]) + 1)},
+                headers={"If-Match": read.headers["etag"]},
+            )
+            if answer.status_code == 200:
+                return
+            assert answer.status_code == 412
+
+    await asyncio.gather(*(increment() for _ in range(100)))
+
+    assert (await alice.get(f"/{task['id']}")).json()["description"] == "100"

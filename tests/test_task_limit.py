@@ -1,0 +1,74 @@
+import asyncio
+
+import pytest
+
+from main import create_app
+from task_limit import USERS_REMEMBERED, TaskLimit
+from tests.conftest import person, running, settings_for
+
+
+def test_a_tenth_of_what_is_left_goes_unchecked() -> None:
+    limit = TaskLimit(100)
+    limit.counted("alice", 50)
+
+    assert [limit.take("alice") for _ in range(6)] == [True] * 5 + [False]
+    assert limit.take("bob") is False
+
+
+def test_near_the_limit_every_task_is_counted() -> None:
+    limit = TaskLimit(100)
+    limit.counted("alice", 91)
+
+    assert limit.take("alice") is False
+
+
+def test_without_a_limit_nobody_is_counted() -> None:
+    assert TaskLimit(0).take("alice") is True
+
+
+def test_only_so_many_users_are_remembered() -> None:
+    limit = TaskLimit(100)
+    for number in range(USERS_REMEMBERED + 1):
+        limit.counted(str(number), 0)
+
+    assert limit.take("0") is False
+    assert limit.take(str(USERS_REMEMBERED)) is True
+
+
+@pytest.mark.parametrize("most", [1, 3, 25])
+async def test_beyond_the_limit_is_409(database_url: str, most: int) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=most))) as client:
+        alice, bob = person("alice", client), person("bob", client)
+        tasks = [await alice.create(str(number)) for number in range(most)]
+
+        refused = await alice.post(json={"title": "one too many"})
+        in_bulk = await alice.post(
+            "/bulk", json={"operations": [{"op": "create", "task": {"title": "one too many"}}]}
+        )
+        of_bob = await bob.post(json={"title": "his first"})
+        await alice.delete(f"/{tasks[0]['id']}")
+        again = await alice.post(json={"title": "in its place"})
+
+        assert (refused.status_code, in_bulk.status_code) == (409, 409)
+        assert refused.json()["detail"] == f"You have {most} tasks, which is as many as you may have"
+        assert (of_bob.status_code, again.status_code) == (201, 201)
+        assert len((await alice.get()).json()) == most
+
+
+async def test_many_at_once_exceed_the_limit_by_no_more_than_run_at_once(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=10))) as client:
+        alice = person("alice", client)
+
+        for _ in range(5):
+            await asyncio.gather(*(alice.post(json={"title": "x"}) for _ in range(4)))
+
+        assert 10 <= len((await alice.get()).json()) < 14
+
+
+async def test_no_limit_is_none(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=0))) as client:
+        alice = person("alice", client)
+
+        answers = [await alice.post(json={"title": "x"}) for _ in range(3)]
+
+    assert {answer.status_code for answer in answers} == {201}
