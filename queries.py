@@ -86,7 +86,7 @@ async def create_task(owner: Owner, fields: Mapping[str, Any], limit: TaskLimit)
         return await owner.one(_INSERT, **values)
     row = await owner.one(_INSERT_WITHIN_LIMIT, most=limit.most, **values)
     if row is not None:
-        limit.counted(owner.user_id, row.pop("count") + 1)
+        limit.counted(owner.user_id, row.pop("count"))
     return row
 
 
