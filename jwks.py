@@ -22,7 +22,7 @@ FRESH_S = (
     300.0  # rotation publishes old and new keys together, so this only bounds how long a removed key lives
 )
 STALE_MAX_S = 24 * 3600.0  # how long keys serve while their issuer is away
-COOL_DOWN_S = 5.0  # between fetches, however many unknown key ids are asked for
+COOL_DOWN_S = 5.0  # between fetches for unknown key ids, however many are asked for; and after a failure
 RETRY_AFTER_S = 5
 RSA_BITS_MIN = 2048
 
@@ -145,6 +145,7 @@ class FetchedKeys:
         self._fetched_at = -STALE_MAX_S
         self._tried_at = -COOL_DOWN_S
         self._failed = False
+        self._sought_at = -COOL_DOWN_S  # when an unknown key id last led to a fetch
         self._fetching: asyncio.Task[None] | None = None
         self._client: httpx.AsyncClient | None = None
 
@@ -168,23 +169,35 @@ class FetchedKeys:
             KeyUnknown: the issuer has answered within `COOL_DOWN_S` and has no such key.
             KeysUnavailable: the issuer cannot be asked.
         """
-        age_s = time.monotonic() - self._fetched_at
-        if kid in self._keys and age_s < STALE_MAX_S:
-            if age_s > FRESH_S:
+        if self._knows(kid):
+            if time.monotonic() - self._fetched_at > FRESH_S:
                 self._begin_fetch()
             return self._keys[kid]
-        if fetching := self._begin_fetch():
-            await asyncio.shield(fetching)  # one fetch for all who wait, whoever of them hangs up
-        if kid in self._keys and time.monotonic() - self._fetched_at < STALE_MAX_S:
-            return self._keys[kid]
+        for _ in range(2):  # a fetch that was under way may have begun before the key was made
+            if fetching := self._begin_fetch(seeking=True):
+                await asyncio.shield(fetching)  # one fetch for all who wait, whoever of them hangs up
+            if self._knows(kid):
+                return self._keys[kid]
         raise KeysUnavailable if self._failed else KeyUnknown
 
-    def _begin_fetch(self) -> "asyncio.Task[None] | None":
+    def _knows(self, kid: str) -> bool:
+        return kid in self._keys and time.monotonic() - self._fetched_at < STALE_MAX_S
+
+    def _begin_fetch(self, *, seeking: bool = False) -> "asyncio.Task[None] | None":
+        """Return the fetch that is under way, or begin one; None if that has to wait.
+
+        After a failure everybody waits, otherwise only who is *seeking* an unknown key, and only for the last
+        who was: what is fetched at start or renewed in time delays nobody.
+        """
         if self._fetching is not None and not self._fetching.done():
             return self._fetching
-        if time.monotonic() - self._tried_at < COOL_DOWN_S:
+        now = time.monotonic()
+        if self._failed and now - self._tried_at < COOL_DOWN_S:
             return None
-        self._tried_at = time.monotonic()
+        if seeking and now - self._sought_at < COOL_DOWN_S:
+            return None
+        self._tried_at = now
+        self._sought_at = now if seeking else self._sought_at
         self._fetching = asyncio.create_task(self._fetch())
         return self._fetching
 

@@ -111,6 +111,11 @@ async def keys(issuer: Issuer, clock: Clock) -> AsyncIterator[FetchedKeys]:
     await keys.close()
 
 
+async def end_of_fetch(keys: FetchedKeys) -> None:
+    assert keys._fetching is not None
+    await keys._fetching
+
+
 async def test_keys_are_fetched_once_for_all_who_wait(issuer: Issuer, clock: Clock) -> None:
     issuer.delay_s = 0.1
     keys = FetchedKeys(issuer.url)
@@ -161,14 +166,49 @@ async def test_a_known_key_never_waits_for_an_unknown_one(
         await unknown
 
 
+async def test_a_key_made_after_the_start_is_found_at_once(issuer: Issuer, keys: FetchedKeys) -> None:
+    issuer.publish(OLD, NEW)
+
+    assert await keys.key("new")
+    assert await keys.key("old")
+
+
+async def test_a_key_made_after_a_renewal_is_found_at_once(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    clock.now += jwks.FRESH_S + 1
+    await keys.key("old")
+    await end_of_fetch(keys)
+    assert len(issuer.requests) == 2
+    issuer.publish(OLD, NEW)
+
+    assert await keys.key("new")
+
+
+async def test_a_key_made_during_a_fetch_is_found_at_once(issuer: Issuer, clock: Clock) -> None:
+    issuer.delay_s = 0.1
+    keys = FetchedKeys(issuer.url)
+    await keys.open()
+    unknown = [asyncio.create_task(keys.key("new")) for _ in range(100)]
+    await end_of_fetch(keys)
+    issuer.publish(OLD, NEW)
+
+    assert len({id(key) for key in await asyncio.gather(*unknown)}) == 1
+    assert len(issuer.requests) == 2
+    await keys.close()
+
+
 async def test_a_rotated_key_is_found_within_the_cool_down(
     issuer: Issuer, keys: FetchedKeys, clock: Clock
 ) -> None:
+    with pytest.raises(KeyUnknown):
+        await keys.key("new")
     issuer.publish(OLD, NEW)
+    clock.now += jwks.COOL_DOWN_S - 1
     with pytest.raises(KeyUnknown):
         await keys.key("new")
 
-    clock.now += jwks.COOL_DOWN_S
+    clock.now += 1
 
     assert await keys.key("new")
     assert await keys.key("old")
@@ -293,6 +333,22 @@ async def test_keys_serve_for_a_day_while_the_issuer_is_away(
 
     with pytest.raises(KeysUnavailable):
         await keys.key("old")
+
+
+async def test_an_issuer_that_is_away_is_asked_once_per_cool_down(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    issuer.reply = None
+    clock.now += jwks.FRESH_S + 1
+
+    for _ in range(3):
+        for _ in range(20):
+            clock.now += jwks.COOL_DOWN_S / 20
+            assert await keys.key("old")
+            with pytest.raises(KeysUnavailable):
+                await keys.key("new")
+
+    assert 1 + 3 <= len(issuer.requests) <= 1 + 4
 
 
 async def test_nothing_but_the_address_decides_where_keys_come_from(
