@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -125,6 +126,9 @@ class Settings(BaseModel):
     jwt_algorithms: Annotated[str, AfterValidator(_algorithm_list)] | None = Field(
         None, description="accepted algorithms, separated by commas; all that fit the keys"
     )
+    cursor_secret: Annotated[str, AfterValidator(_secret)] | None = Field(
+        None, repr=False, description="signs the positions between pages where there is no shared secret"
+    )
     jwt_leeway_s: float = Field(10, ge=0, le=300, description="how far clocks may differ, in seconds")
     jwt_expiration: Annotated[str, AfterValidator(_duration)] = Field(
         "7d", description="lifetime of the tokens made here: `15m`, `24h`, `7d`"
@@ -181,10 +185,12 @@ class Settings(BaseModel):
         single = [self.better_auth_secret] if self.better_auth_secret else []
         return several + single or ([_embedded_secret(self.data_dir)] if self.embedded else [])
 
-    @property
+    @cached_property
     def cursor_secrets(self) -> list[str]:
         """What cursors are signed with: every process must have the same."""
-        return self.secrets or [self.resolved_database_url]
+        if self.cursor_secret:
+            return [self.cursor_secret]
+        return self.secrets or [_stretched(self.resolved_database_url)]
 
     @property
     def algorithms(self) -> frozenset[str]:
@@ -284,6 +290,12 @@ def _sentences(mistake: object) -> list[str]:
         return [f"{name}: must be true or false"]
     clause = re.sub(r"^Input should be", "must be", str(mistake["msg"]))
     return [f"{name}: {clause}"]
+
+
+def _stretched(database_url: str) -> str:
+    """Return a secret that all processes of one database share, and that is slow to guess a password by."""
+    # 16 MiB and some 50 ms for each guess (RFC 7914); the salt is fixed, or the processes would not agree.
+    return hashlib.scrypt(database_url.encode(), salt=b"task-backend:cursors", n=2**14, r=8, p=1).hex()
 
 
 def _embedded_secret(data_dir: Path) -> str:

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import stat
 import subprocess
@@ -110,6 +111,8 @@ def test_nothing_has_to_be_set(folder: Path) -> None:
         ("BETTER_AUTH_SECRET", "x", TOO_SHORT),
         ("BETTER_AUTH_SECRET", "x" * 31, TOO_SHORT),
         ("BETTER_AUTH_SECRET", PUBLIC_SECRET, PUBLIC),
+        ("CURSOR_SECRET", "x" * 31, TOO_SHORT),
+        ("CURSOR_SECRET", PUBLIC_SECRET, PUBLIC),
         ("BETTER_AUTH_SECRETS", SECRET, NOT_VERSIONED),
         ("BETTER_AUTH_SECRETS", f"{SECRET},{OLDER}", NOT_VERSIONED),
         ("BETTER_AUTH_SECRETS", f"new:{SECRET}", NOT_VERSIONED),
@@ -220,6 +223,7 @@ def test_a_database_of_your_own_needs_a_secret_and_production_both(
     [
         {"BETTER_AUTH_SECRET": "hunter2"},
         {"BETTER_AUTH_SECRETS": "hunter2"},
+        {"CURSOR_SECRET": "hunter2"},
         {"BETTER_AUTH_SECRETS": f"2:{SECRET}-hunter2,1:hunter2"},
         {"BETTER_AUTH_SECRET": f"{SECRET}-hunter2", "PORT": "eighty"},
         {"DATABASE_URL": DATABASE_URL},
@@ -240,6 +244,7 @@ def test_settings_do_not_show_their_secrets() -> None:
         database_url=DATABASE_URL,
         better_auth_secret=f"{SECRET}-hunter2",
         better_auth_secrets=f"1:{SECRET}-hunter2",
+        cursor_secret=f"{SECRET}-hunter2",
     )
     assert len(settings.secrets) == 2
 
@@ -415,6 +420,34 @@ def test_processes_that_race_to_make_the_secret_agree(folder: Path) -> None:
 )
 def test_the_newest_secret_comes_first(given: dict[str, str], secrets: list[str]) -> None:
     assert Settings.model_validate(given).secrets == secrets
+
+
+ONLY_KEYS = {"database_url": DATABASE_URL, "better_auth_url": "https://app.example.com"}
+
+
+@pytest.mark.parametrize(
+    ("given", "secrets"),
+    [
+        ({"better_auth_secrets": f"2:{SECRET},1:{OLDER}"}, [SECRET, OLDER]),
+        ({"better_auth_secret": SECRET, "cursor_secret": OLDER}, [OLDER]),
+        (ONLY_KEYS | {"cursor_secret": SECRET}, [SECRET]),
+    ],
+)
+def test_cursors_are_signed_with_their_own_secret_or_the_shared_ones(
+    given: dict[str, str], secrets: list[str]
+) -> None:
+    assert Settings.model_validate(given).cursor_secrets == secrets
+
+
+def test_without_any_secret_processes_of_one_database_agree_on_one_that_is_slow_to_guess_by() -> None:
+    of_one, again, of_another = (
+        Settings.model_validate(ONLY_KEYS | {"database_url": url}).cursor_secrets
+        for url in (DATABASE_URL, DATABASE_URL, f"{DATABASE_URL}2")
+    )
+    guess = hashlib.scrypt(DATABASE_URL.encode(), salt=b"task-backend:cursors", n=2**14, r=8, p=1)
+
+    assert of_one == again == [guess.hex()]
+    assert of_one != of_another
 
 
 @pytest.mark.parametrize(
