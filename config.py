@@ -72,10 +72,28 @@ def _origin_list(value: str) -> str:
 
 
 def _address(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    if not _is_address(value):
         raise PydanticCustomError("address", "must be an address like https://app.example.com")
-    return value.rstrip("/")
+    return value
+
+
+def _base_address(value: str) -> str:
+    if "?" in value:
+        raise PydanticCustomError("address", "must be an address like https://app.example.com")
+    return _address(value).rstrip("/")
+
+
+def _is_address(value: str) -> bool:
+    try:
+        parts = urlsplit(value)
+        named = parts.hostname and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number up to 65535
+        return False
+    # urlsplit drops line feeds and tabs, so what it has read may not be what is fetched.
+    written = value.isprintable() and not any(
+        character.isspace() or character in "\\#" for character in value
+    )
+    return bool(parts.scheme in ("http", "https") and named and written)
 
 
 def _algorithm_list(value: str) -> str:
@@ -114,7 +132,7 @@ class Settings(BaseModel):
     better_auth_secrets: Annotated[str, AfterValidator(_versioned_secrets)] | None = Field(
         None, repr=False, description="several, newest first: `2:new,1:old`"
     )
-    better_auth_url: Annotated[str, AfterValidator(_address)] | None = Field(
+    better_auth_url: Annotated[str, AfterValidator(_base_address)] | None = Field(
         None, description="Better Auth's base URL; enough for its tokens (EdDSA and the like)"
     )
     jwks_url: Annotated[str, AfterValidator(_address)] | None = Field(

@@ -25,6 +25,7 @@ NOT_A_DURATION = "must be a number and a unit: 15m, 24h or 7d"
 NOT_AN_INTEGER = "must be a valid integer, unable to parse string as an integer"
 NOT_A_BOOLEAN = "must be true or false"
 NOT_ORIGINS = "must be origins like https://app.example.com, separated by commas"
+NOT_AN_ADDRESS = "must be an address like https://app.example.com"
 NO_DATABASE = "DATABASE_URL: must be given in production"
 NO_SECRET = (
     "BETTER_AUTH_SECRET: must be given, the same as your front end's, or BETTER_AUTH_URL; "
@@ -540,9 +541,6 @@ def test_a_switch_may_be_written_in_several_ways(
 @pytest.mark.parametrize(
     ("name", "value", "clause"),
     [
-        ("BETTER_AUTH_URL", "app.example.com", "must be an address like https://app.example.com"),
-        ("BETTER_AUTH_URL", "ftp://app.example.com", "must be an address like https://app.example.com"),
-        ("JWKS_URL", "https://", "must be an address like https://app.example.com"),
         ("JWT_LEEWAY_S", "-1", "must be greater than or equal to 0"),
         ("JWT_ALGORITHMS", "EdDSA,none", None),
         ("JWT_ALGORITHMS", "HS512", None),
@@ -559,6 +557,62 @@ def test_mistakes_about_the_issuer_are_told(folder: Path, name: str, value: str,
         assert sentence.startswith(("JWT_ALGORITHMS: must be of ", "JWT_ISSUER, JWT_AUDIENCE: must be given"))
     else:
         assert sentence == f"{name}: {clause}"
+
+
+@pytest.mark.parametrize("name", ["BETTER_AUTH_URL", "JWKS_URL"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "app.example.com",
+        "//app.example.com",
+        "ftp://app.example.com",
+        "https://",
+        "https:///keys",
+        "https://:443/keys",
+        "http://[",
+        "http://[::1",
+        "http://::1]",
+        "http://[zz]",
+        "http://h:port",
+        "http://h:-1",
+        "http://h:80:80",
+        "http://h:0",
+        "http://h:65536",
+        "http://h:٣",
+        "https://app.example.com/#top",
+        "https://app.example.com/#",
+        "https://app example.com",
+        "https://app.example.com/a b",
+        "https://app.example.com\n",
+        "https://app.\texample.com",
+        "https:\\\\app.example.com",
+        "https://app.example.com\\keys",
+    ],
+)
+def test_what_is_no_address_is_told(refusal: Refusal, name: str, value: str) -> None:
+    assert refusal(**{name: value}) == [f"{name}: {NOT_AN_ADDRESS}"]
+
+
+@pytest.mark.parametrize("value", ["https://app.example.com?", "https://app.example.com/?a=b"])
+def test_better_auths_address_has_no_query(refusal: Refusal, value: str) -> None:
+    assert refusal(BETTER_AUTH_URL=value) == [f"BETTER_AUTH_URL: {NOT_AN_ADDRESS}"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "https://x.b2clogin.com/x/discovery/v2.0/keys?p=policy",
+        "https://app.example.com/keys/",
+        "https://app.example.com//keys/?a=b/&c",
+        "http://127.0.0.1:65535",
+        "http://[::1]:3000/keys",
+        "HTTPS://App.Example.com/Keys",
+    ],
+)
+def test_the_address_of_the_keys_is_kept_as_it_is(value: str) -> None:
+    settings = Settings(better_auth_url="https://app.example.com", jwks_url=value)
+
+    assert settings.resolved_jwks_url == value
 
 
 def test_better_auths_origin_is_issuer_and_audience_unless_they_are_given() -> None:

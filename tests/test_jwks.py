@@ -358,6 +358,16 @@ async def test_nothing_but_the_address_decides_where_keys_come_from(
     assert b"authorization" not in issuer.requests[0].lower()
 
 
+@pytest.mark.parametrize("more", ["?p=policy", "/", "/?a=b/&c=%20"])
+async def test_the_address_is_asked_for_as_it_is(issuer: Issuer, more: str) -> None:
+    keys = FetchedKeys(issuer.url + more)
+    await keys.open()
+
+    assert await keys.key("old")
+    assert issuer.requests[0].startswith(f"GET /api/auth/jwks{more} HTTP/1.1\r\n".encode())
+    await keys.close()
+
+
 def test_the_keys_of_these_tests_are_of_every_algorithm() -> None:
     assert len(KEYS) == 11
     assert all(isinstance(key, SigningKey) for key in KEYS.values())
