@@ -5,7 +5,7 @@ PyJWT's client blocks the event loop, makes known keys wait for unknown ones and
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,12 @@ class Key:
 
 
 def read_keys(document: bytes) -> dict[str, Key]:
-    """Return the signature keys of a JWK Set by key id, passing over unknown types and keys for encryption.
+    """Return the signature keys of a JWK Set by key id, passing over what is not for us (RFC 7517, 5).
+
+    That is a key for encryption, or of a type, curve or algorithm that we do not know.
 
     Raises:
-        KeySetInvalid: anything else is amiss with any key; then none of them counts.
+        KeySetInvalid: anything else is amiss with any key, or none is left; then none of them counts.
     """
     try:
         content = strict_json.loads(document)
@@ -91,6 +93,10 @@ def read_keys(document: bytes) -> dict[str, Key]:
     for entry in entries:
         if entry.get("use", "sig") != "sig" or entry.get("kty") not in ("OKP", "EC", "RSA", "oct"):
             continue
+        if entry["kty"] == "oct" or "d" in entry:
+            raise KeySetInvalid("a key is secret and has been published")
+        if _is_unknown(entry.get("crv"), _OF_CURVE) or _is_unknown(entry.get("alg"), ALGORITHMS):
+            continue
         kid = entry.get("kid")
         if not isinstance(kid, str) or not kid or kid in keys:
             raise KeySetInvalid("a key has no id of its own")
@@ -100,10 +106,12 @@ def read_keys(document: bytes) -> dict[str, Key]:
     return keys
 
 
+def _is_unknown(name: object, known: Container[str]) -> bool:
+    return isinstance(name, str) and name not in known  # what is no text is malformed, not unknown
+
+
 def _read_key(entry: Mapping[str, Any]) -> Key:
     kty = entry["kty"]
-    if kty == "oct" or "d" in entry:
-        raise KeySetInvalid("a key is secret and has been published")
     algorithms = _OF_RSA if kty == "RSA" else _OF_CURVE.get(str(entry.get("crv")), ())
     if "alg" in entry and kty != "OKP":  # EdDSA and Ed25519 are two names of one algorithm
         algorithms = tuple(name for name in algorithms if name == entry["alg"])

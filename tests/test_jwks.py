@@ -33,11 +33,31 @@ def test_a_key_that_names_its_algorithm_is_for_no_other() -> None:
     assert key.algorithms == {"PS256"}
 
 
-@pytest.mark.parametrize(
-    "entry", [{"kty": "AKP", "kid": "x"}, RSA | {"use": "enc", "kid": "enc"}, {"kid": "y"}]
-)
+NOT_FOR_US: dict[str, dict[str, Any]] = {
+    "another type": {"kty": "AKP", "kid": "x"},
+    "no type": {"kid": "x"},
+    "for encryption": RSA | {"use": "enc", "kid": "x"},
+    "Ed448": {"kty": "OKP", "crv": "Ed448", "kid": "x", "x": "A" * 76},
+    "X25519": PUBLIC | {"crv": "X25519", "kid": "x"},
+    "secp256k1": KEYS["ES256"].public | {"crv": "secp256k1", "kid": "x"},
+    "brainpool": KEYS["ES256"].public | {"crv": "BP-256", "alg": "ES256", "kid": "x"},
+    "RSA-OAEP": RSA | {"alg": "RSA-OAEP", "kid": "x"},
+    "RS1": RSA | {"alg": "RS1", "kid": "x"},
+    "ECDH-ES": KEYS["ES256"].public | {"alg": "ECDH-ES", "kid": "x"},
+    "an unknown curve, and no id": {"kty": "OKP", "crv": "X448"},
+}
+
+
+@pytest.mark.parametrize("entry", NOT_FOR_US.values(), ids=NOT_FOR_US)
 def test_keys_that_are_not_for_us_are_passed_over(entry: dict[str, Any]) -> None:
-    assert list(read_keys(document(entry, OLD))) == ["old"]
+    for entries in ((entry, OLD), (OLD, entry), (entry, OLD, entry)):
+        assert list(read_keys(document(*entries))) == ["old"]
+
+
+@pytest.mark.parametrize("entry", NOT_FOR_US.values(), ids=NOT_FOR_US)
+def test_a_set_of_nothing_for_us_is_refused(entry: dict[str, Any]) -> None:
+    with pytest.raises(KeySetInvalid, match="has no keys"):
+        read_keys(document(entry))
 
 
 REFUSED: dict[str, tuple[bytes, str]] = {
@@ -54,12 +74,23 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a shared secret": (document(OLD, {"kty": "oct", "kid": "s", "k": "c2VjcmV0"}), "has been published"),
     "a private key": (document(PUBLIC | {"d": "c2VjcmV0"}), "has been published"),
     "a curve of another type": (document(PUBLIC | {"crv": "P-256"}), "malformed"),
-    "an unknown curve": (document(PUBLIC | {"crv": "Ed448"}), "do not fit together"),
+    "a private key of an unknown curve": (
+        document(OLD, {"kty": "OKP", "crv": "X448", "d": "A"}),
+        "published",
+    ),
+    "a private key of an unknown algorithm": (document(OLD, RSA | {"alg": "RS1", "d": "A"}), "published"),
+    "a curve that is no text": (document(OLD, PUBLIC | {"crv": 7, "kid": "x"}), "do not fit together"),
+    "an algorithm that is no text": (document(OLD, RSA | {"alg": ["RS256"]}), "do not fit together"),
+    "an algorithm of another curve": (
+        document(KEYS["ES256"].public | {"alg": "ES384"}),
+        "do not fit together",
+    ),
     "no curve": (document({k: v for k, v in PUBLIC.items() if k != "crv"}), "do not fit together"),
     "an algorithm of another type": (document(RSA | {"alg": "ES256"}), "do not fit together"),
     "a point that is none": (document(PUBLIC | {"x": "AAAA"}), "malformed"),
     "a point that is no text": (document(PUBLIC | {"x": 7}), "malformed"),
     "a point off its curve": (document(KEYS["ES256"].public | {"y": KEYS["ES256"].public["x"]}), "malformed"),
+    "a short RSA key beside a good one": (document(OLD, RSA | {"n": RSA["n"][:200]}), "less than 2048 bits"),
     "a short RSA key": (document(RSA | {"n": RSA["n"][:200]}), "less than 2048 bits"),
 }
 
