@@ -118,7 +118,7 @@ def _position(request: Request, cursor: str | None, binding: str, kind: type) ->
         # Signed or not: what goes into a statement is checked.
         if not isinstance(key, kind) or not isinstance(task_id, int) or not 1 <= task_id <= ID_MAX:
             raise CursorInvalid
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         mistake = "was not given for this list, its filters and its order"
         raise Unprocessable([{"parameter": "cursor", "detail": mistake}]) from error
     return key, task_id
