@@ -86,7 +86,7 @@ def _base_address(value: str) -> str:
 def _is_address(value: str) -> bool:
     try:
         parts = urlsplit(value)
-        named = parts.hostname and parts.port != 0
+        named = parts.hostname and parts.port != 0 and "@" not in parts.netloc  # it goes into the log
     except ValueError:  # brackets that do not close, a port that is no number up to 65535
         return False
     # urlsplit drops line feeds and tabs, so what it has read may not be what is fetched.
