@@ -17,6 +17,11 @@ from sqlmodel.sql.sqltypes import UTCDateTime
 USER_ID_MAX = 255
 TITLE_MAX = 200
 DESCRIPTION_MAX = 1000
+ACCOUNT_ID_LENGTH = 32
+NAME_MAX = 255  # it stands in every token
+EMAIL_MAX = 254  # RFC 5321, section 4.5.3.1.3, without the angle brackets
+IMAGE_MAX = 2048
+PASSWORD_HASH_MAX = 255  # bcrypt's has 60 characters, its successors have more
 
 # Migrations drop constraints by name, so every name must be the same on every database.
 SQLModel.metadata.naming_convention = MetaData(
@@ -118,6 +123,26 @@ class Task(TaskState, TaskFields, TaskKey, table=True):
     """One task of one user. There is no foreign key: the user table belongs to the issuer of the tokens."""
 
     __table_args__ = {"sqlite_autoincrement": True}
+
+
+class Account(SQLModel):
+    """What the owner of an account may know of it; the names and types are Better Auth's."""
+
+    id: str = Field(primary_key=True, sa_type=String(ACCOUNT_ID_LENGTH))
+    name: str = Field(sa_type=String(NAME_MAX))
+    email: str = Field(unique=True, sa_type=String(EMAIL_MAX), description="In lower case.")
+    email_verified: bool = Field(sa_column_kwargs={"server_default": false()})
+    image: str | None = Field(sa_type=String(IMAGE_MAX))
+    created_at: datetime = Field(sa_type=TIMESTAMP, sa_column_kwargs={"server_default": Now()})
+    updated_at: datetime = Field(sa_type=TIMESTAMP, sa_column_kwargs={"server_default": Now()})
+
+
+class LocalAccount(Account, table=True):
+    """Somebody who signs in here. Better Auth's tables, which may stand beside it, have other names."""
+
+    __tablename__ = "local_account"
+
+    password_hash: str = Field(sa_type=String(PASSWORD_HASH_MAX))
 
 
 _task = Task.__table__.c  # type: ignore[attr-defined] # SQLModel adds it

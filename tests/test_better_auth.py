@@ -191,7 +191,7 @@ async def test_both_can_migrate_in_either_order_and_again(url: str, tmp_path: Pa
         await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
     async with running_better_auth(url, tmp_path) as issuer, _service(url, issuer) as client:
         task = await (await _person("alice", issuer, client)).create()
-        assert await _tables(url) == BETTER_AUTH_TABLES | {"task", "task_schema_version"}
+        assert await _tables(url) == BETTER_AUTH_TABLES | {"task", "local_account", "task_schema_version"}
 
     await asyncio.to_thread(command.check, _alembic(url))
     async with running_better_auth(url, tmp_path) as issuer, _service(url, issuer) as client:

@@ -18,6 +18,7 @@ DEFAULTS_IN_WORDS = {
     "JWT_ISSUER": "from `BETTER_AUTH_URL`",
     "JWT_AUDIENCE": "from `BETTER_AUTH_URL`",
     "JWT_ALGORITHMS": "all that fit the keys",
+    "LOCAL_ACCOUNTS": "true when embedded",
     "LOG_FORMAT": "`console`",
 }
 
