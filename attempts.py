@@ -24,7 +24,8 @@ class Attempts:
     """Counts every attempt before it is made, so that it sees those made at once; a success forgets them."""
 
     def __init__(self) -> None:
-        self._limiter = FixedWindowRateLimiter(MemoryStorage())
+        self.storage = MemoryStorage()
+        self._limiter = FixedWindowRateLimiter(self.storage)
         self._limit = RateLimitItemPerMinute(FAILURES_MAX, WINDOW_MIN)
 
     async def count(self, *about: str) -> None:

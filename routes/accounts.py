@@ -23,6 +23,7 @@ from errors import (
     TooManyRequests,
     Unauthorized,
     Unavailable,
+    Unprocessable,
     UnsupportedMediaType,
     request_id,
     responses,
@@ -186,6 +187,7 @@ async def _form(request: Request) -> dict[str, str]:
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 BY_TOKEN: dict[str, Any] = {"security": [{"bearer": []}]}
+BY_TOKEN_IF_ANY: dict[str, Any] = {"security": [{}, *BY_TOKEN["security"]]}
 BY_FORM: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -245,7 +247,7 @@ async def sign_up(request: Request, body: SignUp) -> Response:
 @router.post(
     "/sign-in/email",
     response_model=SignedIn,
-    responses=responses(InvalidEmail, InvalidEmailOrPassword, TooManyRequests, *BODY_PROBLEMS),
+    responses=responses(InvalidEmail, InvalidEmailOrPassword, TooManyRequests, Unprocessable, *BODY_PROBLEMS),
 )
 async def sign_in(request: Request, body: SignIn) -> Response:
     """Answer with a token of the account that has this e-mail and this password."""
@@ -261,7 +263,7 @@ async def get_token(caller: Annotated[Caller, Depends(_caller)], request: Reques
     return _json(Token(token=keeper.token(caller.account)))
 
 
-@router.get("/get-session", response_model=CurrentSession | None, openapi_extra=BY_TOKEN)
+@router.get("/get-session", response_model=CurrentSession | None, openapi_extra=BY_TOKEN_IF_ANY)
 async def get_session(
     caller: Annotated[Caller | None, Depends(_caller_if_any)], request: Request
 ) -> Response:
