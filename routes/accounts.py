@@ -6,7 +6,7 @@ accounts move to a real one.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
@@ -31,9 +31,19 @@ from errors import (
 from logs import BoundedLog
 from middleware.auth import bearer_token, verify
 from middleware.dialects import (
+    FORM,
     BetterAuthProblem,
     Handler,
-    OAuthProblem,
+    InvalidEmail,
+    InvalidEmailOrPassword,
+    InvalidGrant,
+    InvalidRequest,
+    MalformedEmail,
+    NotAForm,
+    PasswordTooLong,
+    PasswordTooShort,
+    UnsupportedGrantType,
+    UserAlreadyExists,
     better_auth_members,
     extending,
     oauth_members,
@@ -56,65 +66,9 @@ from tokens import Claims
 
 PASSWORD_MIN, PASSWORD_MAX = 8, 128
 TOKEN_PATH = "/auth/token"  # noqa: S105 - an address
-FORM = "application/x-www-form-urlencoded"
 YEAR_9999_ENDS = 253_402_300_799  # nothing keeps `exp` and JWT_EXPIRATION from going beyond
 
 _log = BoundedLog("security")
-
-
-class InvalidEmailOrPassword(BetterAuthProblem, Unauthorized):
-    sentence = "Invalid email or password"
-    code = "INVALID_EMAIL_OR_PASSWORD"
-
-
-class InvalidEmail(BetterAuthProblem):
-    status = 400
-    sentence = "Invalid email"
-    code = "INVALID_EMAIL"
-
-
-class MalformedEmail(BetterAuthProblem):
-    status = 400
-    sentence = "Invalid email address"
-    code = "VALIDATION_ERROR"
-    message = "[body.email] Invalid email address"
-
-
-class PasswordTooShort(BetterAuthProblem):
-    status = 400
-    sentence = "Password too short"
-    code = "PASSWORD_TOO_SHORT"
-
-
-class PasswordTooLong(BetterAuthProblem):
-    status = 400
-    sentence = "Password too long"
-    code = "PASSWORD_TOO_LONG"
-
-
-class UserAlreadyExists(BetterAuthProblem):
-    status = 422
-    sentence = "User already exists. Use another email."
-    code = "USER_ALREADY_EXISTS_USE_ANOTHER_EMAIL"
-
-
-class InvalidGrant(OAuthProblem):
-    sentence = "Invalid email or password"
-    code = "invalid_grant"
-
-
-class InvalidRequest(OAuthProblem):
-    sentence = "The form must have grant_type, username and password, each once"
-    code = "invalid_request"
-
-
-class UnsupportedGrantType(OAuthProblem):
-    sentence = "The grant_type must be password"
-    code = "unsupported_grant_type"
-
-
-class NotAForm(UnsupportedMediaType):
-    sentence = f"The request body must be a form: send Content-Type: {FORM}"
 
 
 class BetterAuthRoute(DirectRoute):
@@ -133,7 +87,7 @@ class AccountKeeper:
 
     passwords: Passwords
     attempts: Attempts
-    issue: Callable[..., str]
+    issue: Callable[..., str] = field(repr=False)  # it holds the secret
     lifetime_s: int
 
     def token(self, account: Row) -> str:
@@ -145,7 +99,7 @@ class Caller:
     """Who is calling: an account, by a token that is still good."""
 
     account: Row
-    token: str
+    token: str = field(repr=False)
     claims: Claims
 
 
