@@ -26,7 +26,7 @@ def install(app: FastAPI, *, token_url: str | None = None) -> None:
 def _add_password_flow(document: dict[str, Any], token_url: str) -> None:
     document["components"]["securitySchemes"]["password"] = {
         "type": "oauth2",
-        "description": "E-mail and password of an account that this service keeps.",
+        "description": "An account that this service keeps: `username` is its e-mail address.",
         "flows": {"password": {"tokenUrl": token_url, "scopes": {}}},
     }
     for operations in document["paths"].values():
