@@ -151,6 +151,9 @@ class Settings(BaseModel):
     jwt_expiration: Annotated[str, AfterValidator(_duration)] = Field(
         "7d", description="lifetime of the tokens made here: `15m`, `24h`, `7d`"
     )
+    local_accounts: bool | None = Field(
+        None, description="accounts with e-mail and password, kept here; true when everything is embedded"
+    )
     allowed_origins: Annotated[str, AfterValidator(_origin_list)] = Field(
         "http://localhost:3000", description="origins of browsers (CORS), separated by commas"
     )
@@ -170,13 +173,17 @@ class Settings(BaseModel):
         missing = []
         if self.environment == "production" and not self.database_url:
             missing.append("DATABASE_URL: must be given in production")
-        if not (self.embedded or self.better_auth_secret or self.better_auth_secrets or self.has_keys):
+        if not (self.has_secrets or self.has_keys):
             missing.append(
                 "BETTER_AUTH_SECRET: must be given, the same as your front end's, or BETTER_AUTH_URL; "
                 "only the embedded database in development makes a secret by itself"
             )
+        elif self.local_accounts and not self.has_secrets:
+            missing.append("LOCAL_ACCOUNTS: needs BETTER_AUTH_SECRET, which signs the tokens")
         if self.has_keys and not (self.issuers and self.audiences):
             missing.append("JWT_ISSUER, JWT_AUDIENCE: must be given where BETTER_AUTH_URL is not")
+        if self.local_accounts and "HS256" not in self.algorithms:
+            missing.append("LOCAL_ACCOUNTS: needs HS256 among JWT_ALGORITHMS")
         if missing:
             raise PydanticCustomError("incomplete", "{sentences}", {"sentences": "\n".join(missing)})
         return self
@@ -202,6 +209,17 @@ class Settings(BaseModel):
         several = [_unversioned(part) for part in (self.better_auth_secrets or "").split(",") if part]
         single = [self.better_auth_secret] if self.better_auth_secret else []
         return several + single or ([_embedded_secret(self.data_dir)] if self.embedded else [])
+
+    @property
+    def has_secrets(self) -> bool:
+        return bool(self.embedded or self.better_auth_secret or self.better_auth_secrets)
+
+    @property
+    def keeps_accounts(self) -> bool:
+        """Whether people may sign up here; by default only where nothing has been set that forbids it."""
+        if self.local_accounts is None:
+            return self.embedded and "HS256" in self.algorithms
+        return self.local_accounts
 
     @cached_property
     def cursor_secrets(self) -> list[str]:

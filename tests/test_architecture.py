@@ -7,9 +7,10 @@ PROJECT = Path(__file__).parent.parent
 # As in CLAUDE.md: each floor imports only from floors below; `routes` may use `middleware`.
 FLOORS = [
     {"strict_json"},
-    {"config", "errors", "models", "jwks", "cursors", "logs", "database_url", "pool"},
+    {"config", "errors", "models", "jwks", "cursors", "logs", "database_url", "pool"}
+    | {"passwords", "attempts"},
     {"tokens", "schemas", "db", "openapi"},
-    {"queries"},
+    {"queries", "accounts"},
     {"middleware"},
     {"routes"},
     {"main", "migrations"},

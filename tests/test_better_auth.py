@@ -179,7 +179,7 @@ async def test_both_can_migrate_in_either_order_and_again(url: str, tmp_path: Pa
         await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
     async with running_better_auth(url, tmp_path) as issuer, _service(url, issuer) as client:
         task = await (await _person("alice", issuer, client)).create()
-        assert await _tables(url) == BETTER_AUTH_TABLES | {"task", "task_schema_version"}
+        assert await _tables(url) == BETTER_AUTH_TABLES | {"task", "local_account", "task_schema_version"}
 
     await asyncio.to_thread(command.check, _alembic(url))
     async with running_better_auth(url, tmp_path) as issuer, _service(url, issuer) as client:
@@ -207,3 +207,135 @@ async def test_a_user_who_is_deleted_blocks_nothing(url: str, tmp_path: Path) ->
         await _rows(url, 'DELETE FROM "user"')
 
         assert (await alice.get()).json() == [task]
+
+
+ALICE: dict[str, Any] = {"name": "Alice", "email": "Alice@Example.com", "password": better_auth.PASSWORD}
+OF_A_PROBLEM = {"type", "title", "status", "detail", "instance"}
+
+# In this order: some need the account that the first one makes.
+SAME_REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sign up": ("sign-up", ALICE),
+    "sign up again": ("sign-up", ALICE),
+    "sign up again, in another case": ("sign-up", ALICE | {"email": "ALICE@example.COM"}),
+    "sign up with more members": (
+        "sign-up",
+        ALICE
+        | {"email": "bob@example.com", "image": "https://example.com/bob.png", "rememberMe": False}
+        | {"callbackURL": "/home", "id": "bob", "emailVerified": True, "colour": "red"},
+    ),
+    "sign up without a name": ("sign-up", ALICE | {"email": "nameless@example.com", "name": ""}),
+    "sign up with the longest password": (
+        "sign-up",
+        ALICE | {"email": "longest@example.com", "password": "a" * 128},
+    ),
+    "sign up with four keys": (
+        "sign-up",
+        ALICE | {"email": "keys@example.com", "password": "\U0001f511" * 4},
+    ),
+    "too short": ("sign-up", ALICE | {"password": "1234567"}),
+    "too long": ("sign-up", ALICE | {"password": "a" * 129}),
+    "too long for Java Script": ("sign-up", ALICE | {"password": "\U0001f511" * 65}),
+    "sign in": ("sign-in", ALICE),
+    "sign in, in another case": ("sign-in", ALICE | {"email": "ALICE@example.COM"}),
+    "sign in with more members": ("sign-in", ALICE | {"rememberMe": False, "colour": "red"}),
+    "sign in with four keys": (
+        "sign-in",
+        ALICE | {"email": "keys@example.com", "password": "\U0001f511" * 4},
+    ),
+    "wrong password": ("sign-in", ALICE | {"password": "wrong horse"}),
+    "no password": ("sign-in", ALICE | {"password": ""}),
+    "somebody else's password": ("sign-in", ALICE | {"email": "longest@example.com"}),
+    "unknown": ("sign-in", ALICE | {"email": "unknown@example.com"}),
+    "too long to sign in": ("sign-in", ALICE | {"password": "a" * 129}),
+} | {
+    f"{verb}: {email}": (verb, ALICE | {"email": email})
+    for verb in ("sign-up", "sign-in")
+    for email in (
+        *("", "alice", "alice@example", " alice@example.com", "alice@example.com ", "alice@example.com\n"),
+        *(
+            "al..ice@example.com",
+            ".alice@example.com",
+            "alice.@example.com",
+            "alice@example.com.",
+            "a@b@example.com",
+        ),
+        *("alic\u00e9@example.com", "alice@ex\u00e4mple.com", "\u212aate@example.com", '"alice"@example.com'),
+        *(
+            "o'alice@example.com",
+            "alice+tasks@sub-1.example.com",
+            "alice_-@example.museum",
+            "alice@-a.example.com",
+        ),
+        *("alice@example.c", "alice@example.c1", "alice@192.0.2.1", "@example.com", "al\0ice@example.com"),
+    )
+}
+
+
+def _local(url: str) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+    return running(create_app(settings_for(url, local_accounts=True)))
+
+
+def _outline(answer: httpx.Response) -> dict[str, Any]:
+    """Return what must be the same: all but what a problem has beyond Better Auth's, and what is random."""
+    body = answer.json()
+    if answer.status_code >= 400:
+        assert answer.headers["content-type"] in ("application/json", "application/problem+json")
+        return {"status": answer.status_code} | {key: body[key] for key in body.keys() - OF_A_PROBLEM}
+    user = body.pop("user")
+    random = {"id", "createdAt", "updatedAt"}
+    return {
+        "status": answer.status_code,
+        "members": set(body),
+        "user": {key: type(value) if key in random else value for key, value in user.items()},
+        "header": answer.headers["set-auth-token"].startswith(body["token"]),
+    }
+
+
+async def test_local_accounts_answer_as_better_auth_does(url: str, tmp_path: Path) -> None:
+    async with running_better_auth(url, tmp_path) as issuer, _local(url) as local:
+        for name, (verb, body) in SAME_REQUESTS.items():
+            outlines = []
+            for client in (issuer.client, local):
+                client.cookies.clear()
+                answer = await client.post(f"/api/auth/{verb}/email", json=body)
+                outlines.append(_outline(answer))
+            assert outlines[1] == outlines[0], name
+
+
+async def test_tokens_and_sessions_of_local_accounts_look_as_better_auths_do(
+    url: str, tmp_path: Path
+) -> None:
+    async with running_better_auth(url, tmp_path) as issuer, _local(url) as local:
+        looks = []
+        for client in (issuer.client, local):
+            session = (await client.post("/api/auth/sign-up/email", json=ALICE)).json()["token"]
+            client.cookies.clear()
+            seen: list[Any] = []
+            for value in (f"Bearer {session}", f"bearer {session}", "Bearer x.y.z", "Basic Og==", None):
+                headers = {"Authorization": value} if value else {}
+                token = await client.get("/api/auth/token", headers=headers)
+                found = await client.get("/api/auth/get-session", headers=headers)
+                client.cookies.clear()
+                body = found.json() and {name: set(part) for name, part in found.json().items()}
+                seen.append((found.status_code, body, found.headers["cache-control"]))
+                seen.append("set-auth-jwt" in found.headers)
+                seen.append((token.status_code, token.json().keys() - OF_A_PROBLEM, token.json().get("code")))
+            looks.append(seen)
+
+    assert looks[1] == looks[0]
+    assert [seen[0] for seen in looks[1][::3]] == [200] * 5
+    assert [seen[0] for seen in looks[1][2::3]] == [200, 200, 401, 401, 401]
+
+
+async def test_a_front_end_may_move_its_accounts_to_better_auth(url: str, tmp_path: Path) -> None:
+    """The same calls, before and after: sign up, ask for a token, create a task."""
+    async with running_better_auth(url, tmp_path) as issuer, _local(url) as local:
+        for home in (issuer.client, local):
+            settings = (
+                {"better_auth_url": issuer.origin} if home is issuer.client else {"local_accounts": True}
+            )
+            async with running(create_app(settings_for(url, **settings))) as client:
+                session = (await home.post("/api/auth/sign-up/email", json=ALICE)).json()
+                headers = {"Authorization": f"Bearer {session['token']}"}
+                token = (await home.get("/api/auth/token", headers=headers)).json()["token"]
+                await Person(session["user"]["id"], client, token).create()

@@ -154,6 +154,7 @@ def test_nothing_has_to_be_set(folder: Path) -> None:
         ("DEBUG", "2", NOT_A_BOOLEAN),
         ("ACCESS_LOG", "quiet", NOT_A_BOOLEAN),
         ("MIGRATE_ON_START", "always", NOT_A_BOOLEAN),
+        ("LOCAL_ACCOUNTS", "some", NOT_A_BOOLEAN),
         ("ALLOWED_ORIGINS", "https://app.example.com/app", NOT_ORIGINS),
         ("ALLOWED_ORIGINS", "http://[::1", NOT_ORIGINS),
         ("ALLOWED_ORIGINS", "http://h:port", NOT_ORIGINS),
@@ -629,3 +630,36 @@ def test_better_auths_origin_is_issuer_and_audience_unless_they_are_given() -> N
 
 def test_the_accepted_algorithms_are_those_that_can_be_verified() -> None:
     assert Settings().algorithms == set(tokens.ALGORITHMS)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, True),
+        ({"local_accounts": False}, False),
+        ({"better_auth_secret": SECRET}, True),
+        ({"jwt_algorithms": "EdDSA"}, False),
+        ({"database_url": DATABASE_URL, "better_auth_secret": SECRET}, False),
+        ({"database_url": DATABASE_URL, "better_auth_secret": SECRET, "local_accounts": True}, True),
+        ({"environment": "production", "database_url": DATABASE_URL, "better_auth_secret": SECRET}, False),
+    ],
+)
+def test_only_the_embedded_mode_keeps_accounts_unasked(given: dict[str, object], kept: bool) -> None:
+    assert Settings.model_validate(given).keeps_accounts is kept
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        (
+            {"DATABASE_URL": DATABASE_URL, "BETTER_AUTH_URL": "https://app.example.com"},
+            "LOCAL_ACCOUNTS: needs BETTER_AUTH_SECRET, which signs the tokens",
+        ),
+        ({"DATABASE_URL": DATABASE_URL}, NO_SECRET),
+        ({"JWT_ALGORITHMS": "EdDSA"}, "LOCAL_ACCOUNTS: needs HS256 among JWT_ALGORITHMS"),
+    ],
+)
+def test_accounts_need_a_secret_and_hs256(
+    refusal: Refusal, environment: dict[str, str], sentence: str
+) -> None:
+    assert refusal(LOCAL_ACCOUNTS="true", **environment) == [sentence]
