@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -71,10 +72,28 @@ def _origin_list(value: str) -> str:
 
 
 def _address(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    if not _is_address(value):
         raise PydanticCustomError("address", "must be an address like https://app.example.com")
-    return value.rstrip("/")
+    return value
+
+
+def _base_address(value: str) -> str:
+    if "?" in value:
+        raise PydanticCustomError("address", "must be an address like https://app.example.com")
+    return _address(value).rstrip("/")
+
+
+def _is_address(value: str) -> bool:
+    try:
+        parts = urlsplit(value)
+        named = parts.hostname and parts.port != 0 and "@" not in parts.netloc  # it goes into the log
+    except ValueError:  # brackets that do not close, a port that is no number up to 65535
+        return False
+    # urlsplit drops line feeds and tabs, so what it has read may not be what is fetched.
+    written = value.isprintable() and not any(
+        character.isspace() or character in "\\#" for character in value
+    )
+    return bool(parts.scheme in ("http", "https") and named and written)
 
 
 def _algorithm_list(value: str) -> str:
@@ -113,7 +132,7 @@ class Settings(BaseModel):
     better_auth_secrets: Annotated[str, AfterValidator(_versioned_secrets)] | None = Field(
         None, repr=False, description="several, newest first: `2:new,1:old`"
     )
-    better_auth_url: Annotated[str, AfterValidator(_address)] | None = Field(
+    better_auth_url: Annotated[str, AfterValidator(_base_address)] | None = Field(
         None, description="Better Auth's base URL; enough for its tokens (EdDSA and the like)"
     )
     jwks_url: Annotated[str, AfterValidator(_address)] | None = Field(
@@ -125,12 +144,18 @@ class Settings(BaseModel):
     jwt_algorithms: Annotated[str, AfterValidator(_algorithm_list)] | None = Field(
         None, description="accepted algorithms, separated by commas; all that fit the keys"
     )
+    cursor_secret: Annotated[str, AfterValidator(_secret)] | None = Field(
+        None, repr=False, description="signs the positions between pages where there is no shared secret"
+    )
     jwt_leeway_s: float = Field(10, ge=0, le=300, description="how far clocks may differ, in seconds")
     jwt_expiration: Annotated[str, AfterValidator(_duration)] = Field(
         "7d", description="lifetime of the tokens made here: `15m`, `24h`, `7d`"
     )
     max_tasks_per_user: int = Field(
         10_000, ge=0, description="how many tasks a user may have; 0 for any number"
+    )
+    local_accounts: bool | None = Field(
+        None, description="accounts with e-mail and password, kept here; true when everything is embedded"
     )
     allowed_origins: Annotated[str, AfterValidator(_origin_list)] = Field(
         "http://localhost:3000", description="origins of browsers (CORS), separated by commas"
@@ -151,13 +176,17 @@ class Settings(BaseModel):
         missing = []
         if self.environment == "production" and not self.database_url:
             missing.append("DATABASE_URL: must be given in production")
-        if not (self.embedded or self.better_auth_secret or self.better_auth_secrets or self.has_keys):
+        if not (self.has_secrets or self.has_keys):
             missing.append(
                 "BETTER_AUTH_SECRET: must be given, the same as your front end's, or BETTER_AUTH_URL; "
                 "only the embedded database in development makes a secret by itself"
             )
+        elif self.local_accounts and not self.has_secrets:
+            missing.append("LOCAL_ACCOUNTS: needs BETTER_AUTH_SECRET, which signs the tokens")
         if self.has_keys and not (self.issuers and self.audiences):
             missing.append("JWT_ISSUER, JWT_AUDIENCE: must be given where BETTER_AUTH_URL is not")
+        if self.local_accounts and "HS256" not in self.algorithms:
+            missing.append("LOCAL_ACCOUNTS: needs HS256 among JWT_ALGORITHMS")
         if missing:
             raise PydanticCustomError("incomplete", "{sentences}", {"sentences": "\n".join(missing)})
         return self
@@ -185,9 +214,22 @@ class Settings(BaseModel):
         return several + single or ([_embedded_secret(self.data_dir)] if self.embedded else [])
 
     @property
+    def has_secrets(self) -> bool:
+        return bool(self.embedded or self.better_auth_secret or self.better_auth_secrets)
+
+    @property
+    def keeps_accounts(self) -> bool:
+        """Whether people may sign up here; by default only where nothing has been set that forbids it."""
+        if self.local_accounts is None:
+            return self.embedded and "HS256" in self.algorithms
+        return self.local_accounts
+
+    @cached_property
     def cursor_secrets(self) -> list[str]:
         """What cursors are signed with: every process must have the same."""
-        return self.secrets or [self.resolved_database_url]
+        if self.cursor_secret:
+            return [self.cursor_secret]
+        return self.secrets or [_stretched(self.resolved_database_url)]
 
     @property
     def algorithms(self) -> frozenset[str]:
@@ -287,6 +329,12 @@ def _sentences(mistake: object) -> list[str]:
         return [f"{name}: must be true or false"]
     clause = re.sub(r"^Input should be", "must be", str(mistake["msg"]))
     return [f"{name}: {clause}"]
+
+
+def _stretched(database_url: str) -> str:
+    """Return a secret that all processes of one database share, and that is slow to guess a password by."""
+    # 16 MiB and some 50 ms for each guess (RFC 7914); the salt is fixed, or the processes would not agree.
+    return hashlib.scrypt(database_url.encode(), salt=b"task-backend:cursors", n=2**14, r=8, p=1).hex()
 
 
 def _embedded_secret(data_dir: Path) -> str:

@@ -33,7 +33,7 @@ class CursorSigner:
         """Return the position in *cursor*.
 
         Raises:
-            CursorInvalid: it was changed, or made for another user, filter or order.
+            CursorInvalid: it was changed, or made for another user, filter or order, or holds no position.
         """
         try:
             raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
@@ -42,7 +42,10 @@ class CursorSigner:
         mac, payload = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
         if not any(hmac.compare_digest(mac, _mac(key, payload, binding)) for key in self._keys):
             raise CursorInvalid
-        return [_Time.load(part) for part in orjson.loads(payload)]
+        try:
+            return [_Time.load(part) for part in orjson.loads(payload)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CursorInvalid from error
 
 
 class _Time:

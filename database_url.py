@@ -112,7 +112,7 @@ def _tls(parameters: dict[str, str]) -> ssl.SSLContext | str | bool:
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # ssl.SSLError is one
+    except (OSError, RuntimeError, ValueError) as error:  # ssl.SSLError; nobody's home; a name with U+0000
         raise ValueError(f"has an {name} that cannot be read") from error
 
 

@@ -46,7 +46,12 @@ class Problem(HTTPException):
     ) -> None:
         super().__init__(self.status, detail or self.sentence, headers)
         self.errors = list(errors)
-        self.members = members  # RFC 9457, section 3.2: what else this kind of problem tells
+        self.extensions = self.members() | members
+
+    @classmethod
+    def members(cls) -> dict[str, Any]:
+        """Return the members of this kind beyond the standard's (RFC 9457, section 3.2)."""
+        return {}
 
 
 class InternalError(Problem):
@@ -108,6 +113,14 @@ class Unprocessable(Problem):
         super().__init__("; ".join(sentences), errors=errors, **members)
 
 
+class TooManyRequests(Problem):
+    status = 429
+    sentence = "Too many requests. Please try again later."
+
+    def __init__(self, *, retry_after_s: int) -> None:
+        super().__init__(headers={"Retry-After": str(retry_after_s)})
+
+
 class Unavailable(Problem):
     """The database or the issuer cannot be reached; the request may succeed in *retry_after_s* seconds."""
 
@@ -131,13 +144,14 @@ def render(scope: Scope, error: HTTPException) -> Response:
     """Return *error* as `application/problem+json`."""
     problem: dict[str, Any] = {
         "type": "about:blank",
-        "title": _title(error.status_code),
+        "title": title(error.status_code),
         "status": error.status_code,
         "detail": _sentence(error),
         "instance": request_id(scope),
     }
-    if isinstance(error, Problem):
-        problem |= error.members | ({"errors": error.errors} if error.errors else {})
+    if errors := getattr(error, "errors", None):
+        problem["errors"] = errors
+    problem |= getattr(error, "extensions", {})
     return Response(orjson.dumps(problem), error.status_code, dict(error.headers or {}), MEDIA_TYPE)
 
 
@@ -152,15 +166,19 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> Response:
-        mistakes = [_field_error(mistake) for mistake in error.errors()]
-        return render(request.scope, Unprocessable(mistakes))
+        return render(request.scope, unprocessable(error))
+
+
+def unprocessable(error: RequestValidationError) -> Unprocessable:
+    """Return the problem that names each of the framework's mistakes."""
+    return Unprocessable([_field_error(mistake) for mistake in error.errors()])
 
 
 def responses(*problems: type[Problem]) -> dict[int | str, dict[str, Any]]:
     """Return the entries of an OpenAPI operation for *problems*; `openapi.install` adds the schema."""
     return {
         problem.status: {
-            "description": _title(problem.status),
+            "description": title(problem.status),
             "content": {
                 MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": _example(problem)}
             },
@@ -172,10 +190,11 @@ def responses(*problems: type[Problem]) -> dict[int | str, dict[str, Any]]:
 def _example(problem: type[Problem]) -> dict[str, Any]:
     example: dict[str, Any] = {
         "type": "about:blank",
-        "title": _title(problem.status),
+        "title": title(problem.status),
         "status": problem.status,
         "detail": problem.sentence,
         "instance": "4c0b5e0d6d3f4f0e9a4a3ce2b6c1a7d8",
+        **problem.members(),
     }
     if problem is Unprocessable:
         mistake = "must be 1 to 200 characters"
@@ -219,7 +238,8 @@ def _allowed(app: FastAPI, path: str) -> list[str]:
     )
 
 
-def _title(status: int) -> str:
+def title(status: int) -> str:
+    """Return the name of *status*, the same with every Python."""
     return _TITLES.get(status) or HTTPStatus(status).phrase
 
 

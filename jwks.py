@@ -5,7 +5,7 @@ PyJWT's client blocks the event loop, makes known keys wait for unknown ones and
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ FRESH_S = (
     300.0  # rotation publishes old and new keys together, so this only bounds how long a removed key lives
 )
 STALE_MAX_S = 24 * 3600.0  # how long keys serve while their issuer is away
-COOL_DOWN_S = 5.0  # between fetches, however many unknown key ids are asked for
+COOL_DOWN_S = 5.0  # between fetches for unknown key ids, however many are asked for; and after a failure
 RETRY_AFTER_S = 5
 RSA_BITS_MIN = 2048
 
@@ -75,10 +75,12 @@ class Key:
 
 
 def read_keys(document: bytes) -> dict[str, Key]:
-    """Return the signature keys of a JWK Set by key id, passing over unknown types and keys for encryption.
+    """Return the signature keys of a JWK Set by key id, passing over what is not for us (RFC 7517, 5).
+
+    That is a key for encryption, or of a type, curve or algorithm that we do not know.
 
     Raises:
-        KeySetInvalid: anything else is amiss with any key; then none of them counts.
+        KeySetInvalid: anything else is amiss with any key, or none is left; then none of them counts.
     """
     try:
         content = strict_json.loads(document)
@@ -91,6 +93,10 @@ def read_keys(document: bytes) -> dict[str, Key]:
     for entry in entries:
         if entry.get("use", "sig") != "sig" or entry.get("kty") not in ("OKP", "EC", "RSA", "oct"):
             continue
+        if entry["kty"] == "oct" or "d" in entry:
+            raise KeySetInvalid("a key is secret and has been published")
+        if _is_unknown(entry.get("crv"), _OF_CURVE) or _is_unknown(entry.get("alg"), ALGORITHMS):
+            continue
         kid = entry.get("kid")
         if not isinstance(kid, str) or not kid or kid in keys:
             raise KeySetInvalid("a key has no id of its own")
@@ -100,10 +106,12 @@ def read_keys(document: bytes) -> dict[str, Key]:
     return keys
 
 
+def _is_unknown(name: object, known: Container[str]) -> bool:
+    return isinstance(name, str) and name not in known  # what is no text is malformed, not unknown
+
+
 def _read_key(entry: Mapping[str, Any]) -> Key:
     kty = entry["kty"]
-    if kty == "oct" or "d" in entry:
-        raise KeySetInvalid("a key is secret and has been published")
     algorithms = _OF_RSA if kty == "RSA" else _OF_CURVE.get(str(entry.get("crv")), ())
     if "alg" in entry and kty != "OKP":  # EdDSA and Ed25519 are two names of one algorithm
         algorithms = tuple(name for name in algorithms if name == entry["alg"])
@@ -145,6 +153,7 @@ class FetchedKeys:
         self._fetched_at = -STALE_MAX_S
         self._tried_at = -COOL_DOWN_S
         self._failed = False
+        self._sought_at = -COOL_DOWN_S  # when an unknown key id last led to a fetch
         self._fetching: asyncio.Task[None] | None = None
         self._client: httpx.AsyncClient | None = None
 
@@ -168,23 +177,35 @@ class FetchedKeys:
             KeyUnknown: the issuer has answered within `COOL_DOWN_S` and has no such key.
             KeysUnavailable: the issuer cannot be asked.
         """
-        age_s = time.monotonic() - self._fetched_at
-        if kid in self._keys and age_s < STALE_MAX_S:
-            if age_s > FRESH_S:
+        if self._knows(kid):
+            if time.monotonic() - self._fetched_at > FRESH_S:
                 self._begin_fetch()
             return self._keys[kid]
-        if fetching := self._begin_fetch():
-            await asyncio.shield(fetching)  # one fetch for all who wait, whoever of them hangs up
-        if kid in self._keys and time.monotonic() - self._fetched_at < STALE_MAX_S:
-            return self._keys[kid]
+        for _ in range(2):  # a fetch that was under way may have begun before the key was made
+            if fetching := self._begin_fetch(seeking=True):
+                await asyncio.shield(fetching)  # one fetch for all who wait, whoever of them hangs up
+            if self._knows(kid):
+                return self._keys[kid]
         raise KeysUnavailable if self._failed else KeyUnknown
 
-    def _begin_fetch(self) -> "asyncio.Task[None] | None":
+    def _knows(self, kid: str) -> bool:
+        return kid in self._keys and time.monotonic() - self._fetched_at < STALE_MAX_S
+
+    def _begin_fetch(self, *, seeking: bool = False) -> "asyncio.Task[None] | None":
+        """Return the fetch that is under way, or begin one; None if that has to wait.
+
+        After a failure everybody waits, otherwise only who is *seeking* an unknown key, and only for the last
+        who was: what is fetched at start or renewed in time delays nobody.
+        """
         if self._fetching is not None and not self._fetching.done():
             return self._fetching
-        if time.monotonic() - self._tried_at < COOL_DOWN_S:
+        now = time.monotonic()
+        if self._failed and now - self._tried_at < COOL_DOWN_S:
             return None
-        self._tried_at = time.monotonic()
+        if seeking and now - self._sought_at < COOL_DOWN_S:
+            return None
+        self._tried_at = now
+        self._sought_at = now if seeking else self._sought_at
         self._fetching = asyncio.create_task(self._fetch())
         return self._fetching
 

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import jwks
 import logs
 import openapi
 import tokens
+from attempts import Attempts
 from config import Settings, load_settings, refuse
 from cursors import CursorSigner
 from middleware.access_log import AccessLogMiddleware
 from middleware.cors import ProblemCORSMiddleware
 from middleware.trailing_slash import TrailingSlashMiddleware
-from routes import docs, health, tasks
+from passwords import Passwords
+from routes import accounts, docs, health, tasks
 from task_limit import TaskLimit
 
 SHUTDOWN_GRACE_S = 10  # what has begun may finish; a client that stalls holds nobody longer
@@ -39,6 +42,7 @@ def create_app(settings: Settings) -> FastAPI:
     """
     database = db.connect(settings.resolved_database_url, pool_size=settings.database_pool_size)
     keys = _keys(settings)
+    keeper = _account_keeper(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -54,6 +58,8 @@ def create_app(settings: Settings) -> FastAPI:
             await database.close()
             if keys:
                 await keys.close()
+            if keeper:
+                keeper.passwords.close()
 
     app = FastAPI(
         title="Task back end",
@@ -77,11 +83,15 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.task_limit = TaskLimit(settings.max_tasks_per_user)
     app.state.cursors = CursorSigner(settings.cursor_secrets)
+    app.state.account_keeper = keeper
 
     errors.install(app)
-    openapi.install(app)
+    openapi.install(app, token_url=f"/api{accounts.TOKEN_PATH}" if keeper else None)
     app.include_router(tasks.router, prefix="/api")  # first: routes are tried in order
     app.include_router(tasks.router, prefix="/api/v1", include_in_schema=False)
+    if keeper:
+        app.include_router(accounts.router, prefix="/api")
+        app.include_router(accounts.token_router, prefix="/api")
     app.include_router(health.router)
     docs.install(app)
 
@@ -97,6 +107,14 @@ def _keys(settings: Settings) -> jwks.StaticKeys | jwks.FetchedKeys | None:
         inline = settings.jwks.lstrip().startswith("{")
         return jwks.StaticKeys(settings.jwks.encode() if inline else Path(settings.jwks).read_bytes())
     return jwks.FetchedKeys(settings.resolved_jwks_url) if settings.resolved_jwks_url else None
+
+
+def _account_keeper(settings: Settings) -> accounts.AccountKeeper | None:
+    if not settings.keeps_accounts:
+        return None
+    lifetime_s = settings.jwt_expiration_s
+    issue = partial(tokens.issue, secret=settings.secrets[0], lifetime_s=lifetime_s, **settings.own_claims)
+    return accounts.AccountKeeper(Passwords(), Attempts(), issue, lifetime_s)
 
 
 def migrate(database: db.Database) -> None:

@@ -53,6 +53,15 @@ IDEMPOTENCY_KEY_MAX = 255
 
 Priority = Literal["high", "medium", "low"]
 Recurring = Literal["daily", "weekly", "monthly"]
+ACCOUNT_ID_LENGTH = 32
+NAME_MAX = 255  # it stands in every token
+EMAIL_MAX = 254  # RFC 5321, section 4.5.3.1.3, without the angle brackets
+IMAGE_MAX = 2048
+# Better Auth's (zod's) rule. Only ASCII, so that lower case is the same for every program.
+_EMAIL = re.compile(
+    r"(?!\.)(?!.*\.\.)[A-Za-z0-9_'+\-.]*[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}"
+)
+PASSWORD_HASH_MAX = 255  # bcrypt's has 60 characters, its successors have more
 
 # Migrations drop constraints by name, so every name must be the same on every database.
 SQLModel.metadata.naming_convention = MetaData(
@@ -163,6 +172,10 @@ def is_storable(value: str) -> bool:
         return False
 
 
+def is_email(value: str) -> bool:
+    return len(value) <= EMAIL_MAX and _EMAIL.fullmatch(value) is not None
+
+
 Title = Annotated[str, StringConstraints(strip_whitespace=True), Length(1, TITLE_MAX)]
 Description = Annotated[str, Length(0, DESCRIPTION_MAX)]
 Category = Annotated[str, Length(0, CATEGORY_MAX)]
@@ -199,6 +212,8 @@ Day = Annotated[date, BeforeValidator(_day)]
 WallClock = Annotated[
     str, AfterValidator(_wall_clock), WithJsonSchema({"type": "string", "pattern": f"^{WALL_CLOCK}$"})
 ]
+Name = Annotated[str, Length(0, NAME_MAX)]
+Image = Annotated[str, Length(0, IMAGE_MAX)]
 
 
 class TaskKey(SQLModel):
@@ -275,6 +290,26 @@ class IdempotencyKey(SQLModel, table=True):
     fingerprint: str = Field(sa_type=String(64), description="Of the body, in hexadecimal.")
     answer: str = Field(sa_type=Text, description="The body of the answer.")
     created_at: datetime = Field(sa_type=TIMESTAMP)
+
+
+class Account(SQLModel):
+    """What the owner of an account may know of it; the names and types are Better Auth's."""
+
+    id: str = Field(primary_key=True, sa_type=String(ACCOUNT_ID_LENGTH))
+    name: Name = Field(sa_type=String(NAME_MAX))
+    email: str = Field(unique=True, sa_type=String(EMAIL_MAX), description="In lower case.")
+    email_verified: bool = Field(sa_column_kwargs={"server_default": false()})
+    image: Image | None = Field(sa_type=String(IMAGE_MAX))
+    created_at: datetime = Field(sa_type=TIMESTAMP, sa_column_kwargs={"server_default": Now()})
+    updated_at: datetime = Field(sa_type=TIMESTAMP, sa_column_kwargs={"server_default": Now()})
+
+
+class LocalAccount(Account, table=True):
+    """Somebody who signs in here. Better Auth's tables, which may stand beside it, have other names."""
+
+    __tablename__ = "local_account"
+
+    password_hash: str = Field(sa_type=String(PASSWORD_HASH_MAX))
 
 
 _task = Task.__table__.c  # type: ignore[attr-defined] # SQLModel adds it

@@ -1,15 +1,29 @@
 """Request and response bodies, built on the fields of `models.py`."""
 
 import re
-from datetime import date
+from datetime import date, datetime
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictBool
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, StrictBool
 from pydantic import Tag as Tagged
+from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
-from models import Category, Day, Length, Priority, Tag, TaskFields, TaskKey, TaskState, Title
+from models import (
+    Account,
+    Category,
+    Day,
+    Image,
+    Length,
+    Name,
+    Priority,
+    Tag,
+    TaskFields,
+    TaskKey,
+    TaskState,
+    Title,
+)
 
 LIMIT_DEFAULT = 200
 LIMIT_MAX = 1000
@@ -292,3 +306,72 @@ class TaskListQuery(TaskFilter):
         field = sort.removeprefix("-")
         descending = sort.startswith("-") or self.order == "desc"
         return Order("created_at" if field == "created" else field, descending)
+
+
+_ALICE: dict[str, JsonValue] = {"email": "alice@example.com", "password": "correct horse battery"}
+
+
+class SignUp(BaseModel):
+    """A new account. Further members, which Better Auth knows, are ignored."""
+
+    model_config = {"json_schema_extra": {"examples": [{"name": "Alice", **_ALICE}]}}
+
+    name: Name
+    email: str
+    password: str = Field(description="8 to 128 characters.")
+    image: Image | None = None
+
+
+class SignIn(BaseModel):
+    """What opens an account. Further members, which Better Auth knows, are ignored."""
+
+    model_config = {"json_schema_extra": {"examples": [_ALICE]}}
+
+    email: str
+    password: str
+
+
+class AccountOut(Account):
+    """An account, its members named as Better Auth names them."""
+
+    model_config = {"alias_generator": to_camel, "validate_by_name": True}
+
+
+class Token(BaseModel):
+    token: str = Field(description="For `Authorization: Bearer`.")
+
+
+class SignedUp(Token):
+    user: AccountOut
+
+
+class SignedIn(SignedUp):
+    redirect: Literal[False] = False
+
+
+class SessionOut(BaseModel):
+    """What a token stands for, in the shape of Better Auth's sessions."""
+
+    model_config = {"alias_generator": to_camel, "validate_by_name": True}
+
+    id: str
+    user_id: str
+    token: str
+    expires_at: datetime
+    created_at: datetime
+    updated_at: datetime
+    ip_address: str
+    user_agent: str
+
+
+class CurrentSession(BaseModel):
+    session: SessionOut
+    user: AccountOut
+
+
+class AccessToken(BaseModel):
+    """RFC 6749, section 5.1."""
+
+    access_token: str
+    token_type: Literal["bearer"] = "bearer"  # noqa: S105 - a scheme
+    expires_in: int = Field(description="In seconds.")

@@ -44,6 +44,14 @@ class KeySource(Protocol):
     async def key(self, kid: str) -> jwks.Key: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Signer:
+    """What a token was signed with: the issuer's key that is called *kid*, or a secret, which is neither."""
+
+    kid: str = ""
+    key: jwks.Key | None = None
+
+
 @dataclass(frozen=True)
 class Expectations:
     """Whose tokens are good: any of these issuers, for any of these audiences. Empty means any at all."""
@@ -62,6 +70,8 @@ class Expectations:
 
 class Verifier:
     """Verifies tokens, remembering those that were good so that a signature is checked once.
+
+    A remembered token is good for as long as its issuer has the key that verified it.
 
     A token chooses between what is configured and no further: HS256 needs *secrets*, the other algorithms
     need *keys*, of which `kid` names one, whose type says what algorithms it may be used with.
@@ -84,7 +94,7 @@ class Verifier:
         self._of_secrets, self._of_keys = of_secrets, of_keys
         self._leeway_s = leeway_s
         self._remembered_max = remembered_max
-        self._remembered: dict[bytes, Claims] = {}
+        self._remembered: dict[bytes, tuple[Claims, _Signer]] = {}
 
     async def verify(self, token: str) -> Claims:
         """Return the claims of *token*, a compact JWS (RFC 7515).
@@ -98,14 +108,26 @@ class Verifier:
             raise TokenInvalid(f"Token is larger than {TOKEN_MAX_BYTES // 1024} KiB")
         digest = hashlib.sha256(token.encode(errors="replace")).digest()
         remembered = self._remembered.get(digest)
-        claims = remembered or await self._verify_afresh(token)
+        if remembered is not None and not await self._still_signs(remembered[1]):
+            self._remembered.pop(digest, None)
+            remembered = None
+        claims, signer = remembered or await self._verify_afresh(token)
         if claims.exp <= time.time() - self._leeway_s:
             raise TokenExpired("Token has expired")
         if remembered is None:
-            self._remember(digest, claims)
+            self._remember(digest, claims, signer)
         return claims
 
-    async def _verify_afresh(self, token: str) -> Claims:
+    async def _still_signs(self, signer: _Signer) -> bool:
+        """Return whether the issuer still has this very key, which a withdrawal ends; secrets stay."""
+        if signer.key is None or self._keys is None:
+            return True
+        try:
+            return await self._keys.key(signer.kid) == signer.key
+        except jwks.KeyUnknown:
+            return False
+
+    async def _verify_afresh(self, token: str) -> tuple[Claims, _Signer]:
         try:
             header_part, payload_part, signature_part = token.split(".")
             signature = _decode(signature_part)
@@ -116,20 +138,19 @@ class Verifier:
         if not isinstance(header, dict) or not isinstance(payload, dict):
             raise TokenInvalid("Token is malformed")
         _check_header(header)
-        expected = await self._check_signature(header, f"{header_part}.{payload_part}".encode(), signature)
+        signer = await self._check_signature(header, f"{header_part}.{payload_part}".encode(), signature)
         claims = self._claims(payload)
-        expected.check(payload)
-        return claims
+        (self._of_keys if signer.key else self._of_secrets).check(payload)
+        return claims, signer
 
-    async def _check_signature(self, header: dict[str, Any], signed: bytes, signature: bytes) -> Expectations:
-        """Return what else is expected of a token that is signed with such a key."""
+    async def _check_signature(self, header: dict[str, Any], signed: bytes, signature: bytes) -> _Signer:
         algorithm = header.get("alg")
         if not isinstance(algorithm, str) or algorithm not in self._algorithms:
             raise TokenInvalid("Token algorithm is not accepted")
         if algorithm == "HS256" and self._secrets:
             if not any(_HS256.verify(signed, secret, signature) for secret in self._secrets):
                 raise TokenInvalid("Token signature is invalid")
-            return self._of_secrets
+            return _Signer()
         if algorithm == "HS256" or self._keys is None:
             raise TokenInvalid("Token algorithm is not accepted")
         kid = header.get("kid")
@@ -141,7 +162,7 @@ class Verifier:
             raise TokenInvalid("Token key is unknown") from error
         if not key.verify(algorithm, signed, signature):
             raise TokenInvalid("Token signature is invalid")
-        return self._of_keys
+        return _Signer(kid, key)
 
     def _claims(self, payload: dict[str, Any]) -> Claims:
         subject = payload.get("sub")
@@ -157,10 +178,10 @@ class Verifier:
             raise TokenInvalid("Token is not valid yet")
         return Claims(subject, expires)
 
-    def _remember(self, digest: bytes, claims: Claims) -> None:
+    def _remember(self, digest: bytes, claims: Claims, signer: _Signer) -> None:
         if len(self._remembered) >= self._remembered_max:
             del self._remembered[next(iter(self._remembered))]
-        self._remembered[digest] = claims
+        self._remembered[digest] = claims, signer
 
 
 def issue(user_id: str, secret: str, lifetime_s: float, **claims: str) -> str:

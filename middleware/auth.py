@@ -9,7 +9,7 @@ import jwks
 from errors import Forbidden, Unauthorized, Unavailable, request_id
 from logs import BoundedLog
 from queries import Owner
-from tokens import TokenInvalid, Verifier
+from tokens import Claims, TokenInvalid, Verifier
 
 _log = BoundedLog("security")
 
@@ -30,14 +30,7 @@ class UserAccess(HTTPBearer):
             Forbidden: the token is another user's.
             Unavailable: the issuer's keys cannot be fetched.
         """
-        verifier: Verifier = request.app.state.verifier
-        try:
-            claims = await verifier.verify(bearer_token(request))
-        except TokenInvalid as error:
-            _log.warning("token refused", reason=str(error), request_id=request_id(request.scope))
-            raise Unauthorized(str(error)) from error
-        except jwks.KeysUnavailable as error:
-            raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
+        claims = await verify(request, bearer_token(request))
         if claims.sub != user_id:
             _log.warning(
                 "access denied",
@@ -48,6 +41,23 @@ class UserAccess(HTTPBearer):
             )
             raise Forbidden
         return Owner(user_id, request.app.state.database)
+
+
+async def verify(request: Request, token: str) -> Claims:
+    """Return the claims of *token*, which came with *request*.
+
+    Raises:
+        Unauthorized: it is not acceptable.
+        Unavailable: the issuer's keys cannot be fetched.
+    """
+    verifier: Verifier = request.app.state.verifier
+    try:
+        return await verifier.verify(token)
+    except TokenInvalid as error:
+        _log.warning("token refused", reason=str(error), request_id=request_id(request.scope))
+        raise Unauthorized(str(error)) from error
+    except jwks.KeysUnavailable as error:
+        raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
 
 
 def bearer_token(request: Request) -> str:

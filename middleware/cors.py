@@ -31,6 +31,7 @@ EXPOSED_HEADERS = (
     "X-Request-ID",
     "Idempotent-Replayed",
     "set-auth-jwt",
+    "set-auth-token",
 )
 
 

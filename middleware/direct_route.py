@@ -149,7 +149,7 @@ def _body_reader(hint: Any, default: Any, patch_type: str | None) -> Reader:
     validate = TypeAdapter(hint).validate_python
 
     async def read(request: Request) -> Any:
-        body = await _body(request)
+        body = await read_body(request)
         if not body:
             if default is not inspect.Parameter.empty:
                 return default
@@ -168,7 +168,13 @@ def _body_reader(hint: Any, default: Any, patch_type: str | None) -> Reader:
     return read
 
 
-async def _body(request: Request) -> bytes:
+async def read_body(request: Request) -> bytes:
+    """Return the body.
+
+    Raises:
+        ContentTooLarge: it has more than `BODY_MAX_BYTES`.
+        RequestTimeout: it takes longer than `BODY_TIMEOUT_S`.
+    """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > BODY_MAX_BYTES:
         raise ContentTooLarge

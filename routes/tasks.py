@@ -269,7 +269,7 @@ def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> dict[str, An
         case "deleted":
             return {"status": 204}
     problem = _problem(outcome, limit, index)
-    etag = {name: value for name, value in problem.members.items() if name == "etag"}
+    etag = {name: value for name, value in problem.extensions.items() if name == "etag"}
     return {"status": problem.status, "detail": problem.detail, **etag}
 
 
@@ -304,7 +304,7 @@ def _position(request: Request, cursor: str | None, binding: str, order: Order) 
         # Signed or not: what goes into a statement is checked.
         if not _is_key(key, order) or not isinstance(task_id, int) or not 1 <= task_id <= ID_MAX:
             raise CursorInvalid
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         mistake = "was not given for this list, its filters and its order"
         raise Unprocessable([{"parameter": "cursor", "detail": mistake}]) from error
     return key, task_id

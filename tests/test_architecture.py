@@ -7,22 +7,11 @@ PROJECT = Path(__file__).parent.parent
 # As in CLAUDE.md: each floor imports only from floors below; `routes` may use `middleware`.
 FLOORS = [
     {"strict_json"},
-    {
-        "config",
-        "errors",
-        "models",
-        "jwks",
-        "cursors",
-        "logs",
-        "database_url",
-        "pool",
-        "arrays",
-        "recurring",
-        "task_limit",
-    },
+    {"config", "errors", "models", "jwks", "cursors", "logs", "database_url", "pool"}
+    | {"passwords", "attempts", "arrays", "recurring", "task_limit"},
     {"tokens", "schemas", "db", "openapi", "etags"},
     {"listing"},
-    {"queries"},
+    {"queries", "accounts"},
     {"bulk", "idempotency"},
     {"middleware"},
     {"routes"},

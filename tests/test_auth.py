@@ -1,3 +1,4 @@
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,16 @@ import httpx
 import jwt
 import pytest
 from fastapi import FastAPI
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 import jwks
 import tokens
 from main import create_app
-from tests.conftest import SECRET, Person, person, running, settings_for
+from tests.conftest import SECRET, Person, person, raw_status, running, settings_for
 from tests.issuer import ORIGIN, document, new_key, running_issuer
+from tests.strategies import BOUNDED, JSON, LATIN_1, near_misses
+from tests.test_tokens import part, resigned, respelt, signed
 
 
 async def test_no_token_is_401(alice: Person) -> None:
@@ -105,6 +110,103 @@ async def test_the_wrong_user_gets_403_from_every_operation(app: FastAPI, alice:
     assert (await alice.get()).json() == [task]
 
 
+OWN = tokens.issue("alice", SECRET, 3600)
+HEADER, CLAIMS = {"alg": "HS256"}, {"sub": "alice", "exp": time.time() + 3600}
+
+
+def _is_in_force(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and number > time.time() - 60
+
+
+def _is_past(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and number < time.time() + 60
+
+
+def _is_user(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and bool(name.strip()) and name != "alice"
+
+
+def _is_token_type(name: object) -> bool:
+    return str(name).lower() in ("jwt", "at+jwt")
+
+
+# Each is signed with the right secret, and each has something about it that must not be accepted.
+WRONG_CLAIMS = st.one_of(
+    st.builds(
+        lambda value: {"sub": value}, JSON.filter(lambda value: value != "alice" and not _is_user(value))
+    ),
+    st.builds(lambda value: {"exp": value}, JSON.filter(lambda value: not _is_in_force(value))),
+    st.builds(lambda name, value: {name: value}, st.sampled_from(["nbf", "iat"]), JSON).filter(
+        lambda claim: not any(_is_past(value) for value in claim.values())
+    ),
+)
+WRONG_HEADERS = st.one_of(
+    st.builds(lambda value: {"alg": value}, JSON.filter(lambda value: value != "HS256")),
+    st.builds(lambda value: {"typ": value}, JSON.filter(lambda value: not _is_token_type(value))),
+    st.builds(lambda name, value: {name: value}, st.sampled_from(["crit", "b64", "jwk", "jku", "x5u"]), JSON),
+)
+WRONG_CONTENT = st.one_of(
+    st.binary(max_size=100),
+    JSON.filter(lambda value: not isinstance(value, dict)).map(lambda value: json.dumps(value).encode()),
+    near_misses(json.dumps(CLAIMS)[:-1]).map(lambda text: text.encode()),  # the last brace is missing
+    JSON.map(lambda value: b'{"sub": %s, ' % json.dumps(value).encode() + json.dumps(CLAIMS)[1:].encode()),
+)
+WRONG_TOKENS = st.one_of(
+    near_misses(OWN),
+    st.builds(
+        lambda place, text: ".".join([*OWN.split(".")[:place], text, *OWN.split(".")[place + 1 :]]),
+        st.integers(0, 2),
+        st.text(LATIN_1, max_size=100),
+    ),
+    WRONG_CLAIMS.map(lambda claims: signed(part(HEADER), part(CLAIMS | claims))),
+    WRONG_HEADERS.map(lambda header: signed(part(HEADER | header), part(CLAIMS))),
+    WRONG_CONTENT.map(lambda content: signed(part(HEADER), part(content))),
+    WRONG_CONTENT.map(lambda content: signed(part(content), part(CLAIMS))),
+    st.sampled_from([f"{OWN} {OWN}", f"{OWN}, Bearer {OWN}", f"Bearer {OWN}", f"{OWN}.{OWN}", f'"{OWN}"']),
+    st.just(resigned(OWN, respelt(OWN.rpartition(".")[2]))),
+)
+WRONG_VALUES = st.one_of(
+    st.binary(max_size=200),
+    st.binary(max_size=200).map(lambda value: b"Bearer " + value),
+    WRONG_TOKENS.map(lambda token: b"Bearer " + token.encode("latin-1")),
+    st.text(LATIN_1)
+    .filter(lambda scheme: scheme.lower() != "bearer")
+    .map(lambda scheme: f"{scheme} {OWN}".encode("latin-1")),
+)
+
+
+async def _status(app: FastAPI, number: int, authorization: bytes) -> int:
+    method, path = _task_operations(app)[number]
+    url = path.format(user_id="alice", task_id=1)
+    return await raw_status(app, method, url, b"", (b"authorization", authorization))
+
+
+async def test_the_owners_token_opens_a_task_operation(app: FastAPI, client: httpx.AsyncClient) -> None:
+    statuses = [await _status(app, number, f"Bearer {OWN}".encode()) for number in range(6)]
+
+    assert {401, 403}.isdisjoint(statuses)
+
+
+@BOUNDED
+@given(value=WRONG_VALUES, number=st.integers(0, 5))
+async def test_no_bytes_but_the_owners_token_open_a_task_operation(
+    app: FastAPI, client: httpx.AsyncClient, value: bytes, number: int
+) -> None:
+    assume(
+        value.decode("latin-1").partition(" ")[2].strip() != OWN or not value.lower().startswith(b"bearer ")
+    )
+
+    assert await _status(app, number, value) == 401
+
+
+@BOUNDED
+@given(user_id=st.text(min_size=1, max_size=255).filter(_is_user), number=st.integers(0, 5))
+async def test_the_token_of_any_other_user_is_403(
+    app: FastAPI, client: httpx.AsyncClient, user_id: str, number: int
+) -> None:
+    assert await _status(app, number, f"Bearer {tokens.issue(user_id, SECRET, 3600)}".encode()) == 403
+
+
 async def test_a_token_of_another_secret_is_401(alice: Person) -> None:
     other = tokens.issue(alice.user_id, "a-secret-that-nobody-has-configured-01", 60)
 
@@ -184,8 +286,8 @@ async def test_static_keys_need_no_issuer(database_url: str, tmp_path: Path) -> 
     key = new_key("RS256")
     file = tmp_path / "keys.json"
     file.write_bytes(document(key))
-    for given in (str(file), document(key).decode()):
-        settings = settings_for(database_url, jwks=given, jwt_issuer=f"x, {ORIGIN}", jwt_audience=ORIGIN)
+    for keys in (str(file), document(key).decode()):
+        settings = settings_for(database_url, jwks=keys, jwt_issuer=f"x, {ORIGIN}", jwt_audience=ORIGIN)
         async with running(create_app(settings)) as client:
             answer = await client.get("/api/alice/tasks", headers={"Authorization": f"Bearer {key.token()}"})
         assert answer.status_code == 200

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import stat
 import subprocess
@@ -24,6 +25,7 @@ NOT_A_DURATION = "must be a number and a unit: 15m, 24h or 7d"
 NOT_AN_INTEGER = "must be a valid integer, unable to parse string as an integer"
 NOT_A_BOOLEAN = "must be true or false"
 NOT_ORIGINS = "must be origins like https://app.example.com, separated by commas"
+NOT_AN_ADDRESS = "must be an address like https://app.example.com"
 NO_DATABASE = "DATABASE_URL: must be given in production"
 NO_SECRET = (
     "BETTER_AUTH_SECRET: must be given, the same as your front end's, or BETTER_AUTH_URL; "
@@ -110,6 +112,8 @@ def test_nothing_has_to_be_set(folder: Path) -> None:
         ("BETTER_AUTH_SECRET", "x", TOO_SHORT),
         ("BETTER_AUTH_SECRET", "x" * 31, TOO_SHORT),
         ("BETTER_AUTH_SECRET", PUBLIC_SECRET, PUBLIC),
+        ("CURSOR_SECRET", "x" * 31, TOO_SHORT),
+        ("CURSOR_SECRET", PUBLIC_SECRET, PUBLIC),
         ("BETTER_AUTH_SECRETS", SECRET, NOT_VERSIONED),
         ("BETTER_AUTH_SECRETS", f"{SECRET},{OLDER}", NOT_VERSIONED),
         ("BETTER_AUTH_SECRETS", f"new:{SECRET}", NOT_VERSIONED),
@@ -150,6 +154,7 @@ def test_nothing_has_to_be_set(folder: Path) -> None:
         ("DEBUG", "2", NOT_A_BOOLEAN),
         ("ACCESS_LOG", "quiet", NOT_A_BOOLEAN),
         ("MIGRATE_ON_START", "always", NOT_A_BOOLEAN),
+        ("LOCAL_ACCOUNTS", "some", NOT_A_BOOLEAN),
         ("ALLOWED_ORIGINS", "https://app.example.com/app", NOT_ORIGINS),
         ("ALLOWED_ORIGINS", "http://[::1", NOT_ORIGINS),
         ("ALLOWED_ORIGINS", "http://h:port", NOT_ORIGINS),
@@ -220,6 +225,7 @@ def test_a_database_of_your_own_needs_a_secret_and_production_both(
     [
         {"BETTER_AUTH_SECRET": "hunter2"},
         {"BETTER_AUTH_SECRETS": "hunter2"},
+        {"CURSOR_SECRET": "hunter2"},
         {"BETTER_AUTH_SECRETS": f"2:{SECRET}-hunter2,1:hunter2"},
         {"BETTER_AUTH_SECRET": f"{SECRET}-hunter2", "PORT": "eighty"},
         {"DATABASE_URL": DATABASE_URL},
@@ -240,6 +246,7 @@ def test_settings_do_not_show_their_secrets() -> None:
         database_url=DATABASE_URL,
         better_auth_secret=f"{SECRET}-hunter2",
         better_auth_secrets=f"1:{SECRET}-hunter2",
+        cursor_secret=f"{SECRET}-hunter2",
     )
     assert len(settings.secrets) == 2
 
@@ -417,6 +424,34 @@ def test_the_newest_secret_comes_first(given: dict[str, str], secrets: list[str]
     assert Settings.model_validate(given).secrets == secrets
 
 
+ONLY_KEYS = {"database_url": DATABASE_URL, "better_auth_url": "https://app.example.com"}
+
+
+@pytest.mark.parametrize(
+    ("given", "secrets"),
+    [
+        ({"better_auth_secrets": f"2:{SECRET},1:{OLDER}"}, [SECRET, OLDER]),
+        ({"better_auth_secret": SECRET, "cursor_secret": OLDER}, [OLDER]),
+        (ONLY_KEYS | {"cursor_secret": SECRET}, [SECRET]),
+    ],
+)
+def test_cursors_are_signed_with_their_own_secret_or_the_shared_ones(
+    given: dict[str, str], secrets: list[str]
+) -> None:
+    assert Settings.model_validate(given).cursor_secrets == secrets
+
+
+def test_without_any_secret_processes_of_one_database_agree_on_one_that_is_slow_to_guess_by() -> None:
+    of_one, again, of_another = (
+        Settings.model_validate(ONLY_KEYS | {"database_url": url}).cursor_secrets
+        for url in (DATABASE_URL, DATABASE_URL, f"{DATABASE_URL}2")
+    )
+    guess = hashlib.scrypt(DATABASE_URL.encode(), salt=b"task-backend:cursors", n=2**14, r=8, p=1)
+
+    assert of_one == again == [guess.hex()]
+    assert of_one != of_another
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [("1s", 1), ("15m", 900), ("24h", 86_400), ("7d", 604_800), ("999999999s", 999_999_999)],
@@ -507,9 +542,6 @@ def test_a_switch_may_be_written_in_several_ways(
 @pytest.mark.parametrize(
     ("name", "value", "clause"),
     [
-        ("BETTER_AUTH_URL", "app.example.com", "must be an address like https://app.example.com"),
-        ("BETTER_AUTH_URL", "ftp://app.example.com", "must be an address like https://app.example.com"),
-        ("JWKS_URL", "https://", "must be an address like https://app.example.com"),
         ("JWT_LEEWAY_S", "-1", "must be greater than or equal to 0"),
         ("JWT_ALGORITHMS", "EdDSA,none", None),
         ("JWT_ALGORITHMS", "HS512", None),
@@ -528,6 +560,63 @@ def test_mistakes_about_the_issuer_are_told(folder: Path, name: str, value: str,
         assert sentence == f"{name}: {clause}"
 
 
+@pytest.mark.parametrize("name", ["BETTER_AUTH_URL", "JWKS_URL"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "app.example.com",
+        "//app.example.com",
+        "ftp://app.example.com",
+        "https://",
+        "https:///keys",
+        "https://:443/keys",
+        "http://[",
+        "http://[::1",
+        "http://::1]",
+        "http://[zz]",
+        "http://h:port",
+        "http://h:-1",
+        "http://h:80:80",
+        "http://h:0",
+        "https://user:hunter2@h",
+        "http://h:65536",
+        "http://h:٣",
+        "https://app.example.com/#top",
+        "https://app.example.com/#",
+        "https://app example.com",
+        "https://app.example.com/a b",
+        "https://app.example.com\n",
+        "https://app.\texample.com",
+        "https:\\\\app.example.com",
+        "https://app.example.com\\keys",
+    ],
+)
+def test_what_is_no_address_is_told(refusal: Refusal, name: str, value: str) -> None:
+    assert refusal(**{name: value}) == [f"{name}: {NOT_AN_ADDRESS}"]
+
+
+@pytest.mark.parametrize("value", ["https://app.example.com?", "https://app.example.com/?a=b"])
+def test_better_auths_address_has_no_query(refusal: Refusal, value: str) -> None:
+    assert refusal(BETTER_AUTH_URL=value) == [f"BETTER_AUTH_URL: {NOT_AN_ADDRESS}"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "https://x.b2clogin.com/x/discovery/v2.0/keys?p=policy",
+        "https://app.example.com/keys/",
+        "https://app.example.com//keys/?a=b/&c",
+        "http://127.0.0.1:65535",
+        "http://[::1]:3000/keys",
+        "HTTPS://App.Example.com/Keys",
+    ],
+)
+def test_the_address_of_the_keys_is_kept_as_it_is(value: str) -> None:
+    settings = Settings(better_auth_url="https://app.example.com", jwks_url=value)
+
+    assert settings.resolved_jwks_url == value
+
+
 def test_better_auths_origin_is_issuer_and_audience_unless_they_are_given() -> None:
     alone = Settings(better_auth_url="https://app.example.com/base/")
     given = Settings(better_auth_url="https://app.example.com", jwt_issuer="a, b", jwt_audience="c")
@@ -541,3 +630,36 @@ def test_better_auths_origin_is_issuer_and_audience_unless_they_are_given() -> N
 
 def test_the_accepted_algorithms_are_those_that_can_be_verified() -> None:
     assert Settings().algorithms == set(tokens.ALGORITHMS)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, True),
+        ({"local_accounts": False}, False),
+        ({"better_auth_secret": SECRET}, True),
+        ({"jwt_algorithms": "EdDSA"}, False),
+        ({"database_url": DATABASE_URL, "better_auth_secret": SECRET}, False),
+        ({"database_url": DATABASE_URL, "better_auth_secret": SECRET, "local_accounts": True}, True),
+        ({"environment": "production", "database_url": DATABASE_URL, "better_auth_secret": SECRET}, False),
+    ],
+)
+def test_only_the_embedded_mode_keeps_accounts_unasked(given: dict[str, object], kept: bool) -> None:
+    assert Settings.model_validate(given).keeps_accounts is kept
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        (
+            {"DATABASE_URL": DATABASE_URL, "BETTER_AUTH_URL": "https://app.example.com"},
+            "LOCAL_ACCOUNTS: needs BETTER_AUTH_SECRET, which signs the tokens",
+        ),
+        ({"DATABASE_URL": DATABASE_URL}, NO_SECRET),
+        ({"JWT_ALGORITHMS": "EdDSA"}, "LOCAL_ACCOUNTS: needs HS256 among JWT_ALGORITHMS"),
+    ],
+)
+def test_accounts_need_a_secret_and_hs256(
+    refusal: Refusal, environment: dict[str, str], sentence: str
+) -> None:
+    assert refusal(LOCAL_ACCOUNTS="true", **environment) == [sentence]

@@ -4,12 +4,19 @@ import re
 import string
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
+from urllib.parse import quote
 
+import httpx
 import orjson
 import pytest
+from fastapi import FastAPI
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
+import tokens
 from cursors import CursorInvalid, CursorSigner
-from tests.conftest import SECRET
+from tests.conftest import SECRET, raw_status
+from tests.strategies import BOUNDED, JSON, near_misses
 
 OLDER = "a-secret-that-only-the-tests-know-0000"
 BINDING = "alice?status=pending&sort=title"
@@ -179,3 +186,59 @@ def test_the_key_of_tokens_signs_no_cursor(signer: CursorSigner) -> None:
     for length in (16, 32):
         with pytest.raises(CursorInvalid):
             signer.read(encode(mac[:length] + payload), BINDING)
+
+
+POSITION = ["Buy milk", 7]
+OWN = CursorSigner([SECRET]).write(POSITION, BINDING)
+FORGED = st.one_of(
+    st.text(),
+    st.text(st.characters(codec=None)),  # unpaired surrogates too
+    st.binary(max_size=100).map(encode),
+    near_misses(OWN),
+    near_misses(decode(OWN).decode("latin-1")).map(lambda raw: encode(raw.encode("latin-1"))),
+    JSON.map(lambda content: encode(decode(OWN)[:16] + orjson.dumps(repr(content)))),
+    JSON.map(lambda content: encode(bytes(16) + orjson.dumps([repr(content), 1]))),
+    st.builds(CursorSigner([OLDER]).write, st.lists(st.text() | st.integers(0, 9)), st.just(BINDING)),
+    st.builds(CursorSigner([SECRET]).write, st.lists(st.text() | st.integers(0, 9)), st.text()),
+)
+
+
+def _raw(cursor: str) -> bytes | None:
+    try:
+        return decode(cursor)
+    except ValueError:
+        return None
+
+
+@BOUNDED
+@given(cursor=FORGED)
+def test_nothing_forged_is_read(cursor: str) -> None:
+    assume(_raw(cursor) != decode(OWN))  # the last character has bits to spare
+
+    with pytest.raises(CursorInvalid):
+        CursorSigner([SECRET]).read(cursor, BINDING)
+
+
+async def _status(app: FastAPI, cursor: bytes) -> int:
+    token = tokens.issue("alice", SECRET, 3600)
+    query = b"sort=title&cursor=" + quote(cursor).encode()
+    return await raw_status(
+        app, "GET", "/api/alice/tasks", query, (b"authorization", f"Bearer {token}".encode())
+    )
+
+
+@BOUNDED
+@given(cursor=FORGED.map(lambda text: text.encode(errors="surrogatepass")) | st.binary())
+async def test_whatever_is_forged_is_422(app: FastAPI, client: httpx.AsyncClient, cursor: bytes) -> None:
+    assert await _status(app, cursor) == 422
+
+
+@BOUNDED
+@given(position=st.lists(JSON, max_size=3) | st.builds(lambda time, id_: [{"t": time}, id_], JSON, JSON))
+async def test_a_position_that_no_list_has_is_422_though_it_is_signed(
+    app: FastAPI, client: httpx.AsyncClient, position: list[Any]
+) -> None:
+    assume(not (len(position) == 2 and isinstance(position[0], str)))
+    signer: CursorSigner = app.state.cursors
+
+    assert await _status(app, signer.write(position, "alice\n[False, True]\ntitle\nFalse").encode()) == 422

@@ -1,8 +1,10 @@
+import contextlib
 import ssl
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import asyncpg
 import pytest
@@ -11,9 +13,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
 
 import database_url
 from tests.postgres import Server
+from tests.strategies import BOUNDED, near_misses
 
 NEON = (
     "postgresql://user:p%40ss@ep-cool-name-123-pooler.eu-central-1.aws.neon.tech/neondb"
@@ -516,3 +521,46 @@ def test_a_key_of_another_certificate_is_told(private: Authority) -> None:
     for key in (other, other.with_name("absent.key")):
         clause = mistake_in_parameters(f"sslmode=require&sslcert={file}&sslkey={key}")
         assert clause == "has an sslcert that cannot be read"
+
+
+# What people put into passwords without escaping it, and what nobody does.
+ODD_TEXT = st.text(st.sampled_from("a1:/?#[]@%&=+,; \n\0\ud800é") | st.characters(codec=None), max_size=8)
+TEXT = ODD_TEXT | ODD_TEXT.map(lambda text: quote(text, safe="", errors="replace"))
+PASSWORDS = st.builds("{}hunter2{}".format, TEXT | st.sampled_from(["1?", "1/?", "1/?a&", "1#"]), TEXT)
+ADDRESSES = (
+    st.sampled_from([HOST, HOST, HOST, "[::1]:5432", "[::1", "a,b", "%2Frun", "h:65536", "h:x"]) | TEXT
+)
+VALUES: dict[str, list[str]] = {
+    "sslmode": ["require", "verify-full", "disable", ""],
+    "sslrootcert": ["system", "/", "~nobody-here/x", "%00", "a" * 5000],
+    "sslcert": ["/", "~nobody-here/x", "%00"],
+    "sslnegotiation": ["direct"],
+    "channel_binding": ["require"],
+    "connect_timeout": ["10", "-1", "1e999", "nan", "soon"],
+    "options": ["-c%20x=y"],
+    "pgbouncer": ["true"],
+}
+PARAMETERS = st.fixed_dictionaries(
+    {}, optional={name: st.sampled_from(values) for name, values in VALUES.items()}
+).map(lambda parameters: "&".join(f"{name}={value}" for name, value in parameters.items()))
+URLS = st.builds(
+    "postgresql://{}:{}@{}/{}?{}{}".format,
+    TEXT,
+    PASSWORDS,
+    ADDRESSES,
+    TEXT,
+    PARAMETERS,
+    st.just("") | TEXT,
+)
+
+
+@BOUNDED
+@given(
+    url=URLS | near_misses("postgresql://user:hunter2@db.example.com:5432/tasks?sslmode=require&options=x")
+)
+def test_whatever_a_url_is_its_mistake_is_told_without_the_password(url: str) -> None:
+    with contextlib.suppress(ValueError):
+        database_url.parse(url)
+        return
+
+    assert "hunter2" not in mistake_in(url)

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, expect, sync_playwright
 
 from tests.postgres import free_port
 from tests.service import PROJECT, run, running_service
@@ -69,6 +69,31 @@ def test_a_task_is_created_from_the_docs_without_internet(
     assert watched.errors == []
 
 
+def test_a_newcomer_signs_up_and_creates_a_first_task_by_clicking(
+    chromium: str, address: str, tmp_path: Path
+) -> None:
+    alice = {"name": "Alice", "email": "alice@example.com", "password": "correct horse battery"}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_OPTIONS)
+        page = browser.new_page(service_workers="block")
+        watched = Watched(page.context, address)
+
+        page.goto(f"{address}/docs")
+        signed_up, account = sign_up(page, json.dumps(alice))
+        authorize_by_password(page, alice["email"], alice["password"])
+        user_id, token = json.loads(account)["user"]["id"], json.loads(account)["token"]
+        created, task = create_task(page, user_id, '{"title": "Buy milk"}')
+
+        page.screenshot(path=tmp_path / "docs.png", full_page=True)
+        browser.close()
+    assert (signed_up, created) == ("200", "201")
+    assert tasks_of(user_id, address, token) == [json.loads(task)]
+    assert json.loads(task)["user_id"] == user_id
+    assert f"{address}/api/auth/token" in watched.requests
+    assert watched.foreign_requests == []
+    assert watched.errors == []
+
+
 class Watched:
     """What a browser asks for and complains about; it gets only what is served at *address*."""
 
@@ -96,18 +121,41 @@ class Watched:
 def authorize(page: Page, token: str) -> None:
     page.get_by_role("button", name="Authorize").click()
     dialog = page.locator(".dialog-ux")
-    dialog.get_by_role("textbox").fill(token)
-    dialog.get_by_role("button", name="Apply credentials").click()
-    expect(dialog.get_by_role("button", name="Remove authorization")).to_be_visible()
+    form = dialog.locator(".auth-container", has_text="bearer  (http, Bearer)")
+    form.get_by_role("textbox").fill(token)
+    form.get_by_role("button", name="Apply credentials").click()
+    expect(form.get_by_role("button", name="Remove authorization")).to_be_visible()
+    dialog.get_by_role("button", name="Close").first.click()
+
+
+def sign_up(page: Page, body: str) -> tuple[str, str]:
+    operation = page.locator("#operations-accounts-sign_up")
+    operation.locator(".opblock-summary-control").click()
+    operation.locator("textarea").fill(body)
+    return execute(operation)
+
+
+def authorize_by_password(page: Page, email: str, password: str) -> None:
+    page.get_by_role("button", name="Authorize").click()
+    dialog = page.locator(".dialog-ux")
+    form = dialog.locator(".auth-container", has_text="password (OAuth2, password)")
+    form.get_by_label("username:").fill(email)
+    form.get_by_label("password:").fill(password)
+    form.get_by_role("button", name="Apply given OAuth2 credentials").click()
+    expect(form.get_by_role("button", name="Remove authorization")).to_be_visible()
     dialog.get_by_role("button", name="Close").first.click()
 
 
 def create_task(page: Page, user_id: str, body: str) -> tuple[str, str]:
-    """Press Execute and return the status and the body that the page then shows."""
     operation = page.locator("#operations-tasks-create_task")
     operation.locator(".opblock-summary-control").click()
     operation.get_by_placeholder("user_id").fill(user_id)
     operation.locator("textarea").fill(body)
+    return execute(operation)
+
+
+def execute(operation: Locator) -> tuple[str, str]:
+    """Press Execute and return the status and the body that the page then shows."""
     operation.get_by_role("button", name="Execute").click()
     answer = operation.locator(".live-responses-table .response")
     status = answer.locator(".response-col_status").inner_text()

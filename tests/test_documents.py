@@ -4,6 +4,8 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from config import Settings
+from main import create_app
+from tests.conftest import settings_for
 
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text()
@@ -18,6 +20,8 @@ DEFAULTS_IN_WORDS = {
     "JWT_ISSUER": "from `BETTER_AUTH_URL`",
     "JWT_AUDIENCE": "from `BETTER_AUTH_URL`",
     "JWT_ALGORITHMS": "all that fit the keys",
+    "CURSOR_SECRET": "the shared secrets",
+    "LOCAL_ACCOUNTS": "true when embedded",
     "LOG_FORMAT": "`console`",
 }
 
@@ -47,9 +51,21 @@ def test_the_example_lists_every_setting_with_its_default() -> None:
 
 
 def test_readme_lists_every_endpoint(app: FastAPI) -> None:
-    table = {(method, path.strip("`")) for method, path, _ in _rows("Endpoints")}
+    assert _table_of_endpoints("Endpoints") == _endpoints(app)
 
-    assert table == {
+
+def test_readme_lists_every_endpoint_of_local_accounts(app: FastAPI, database_url: str) -> None:
+    with_accounts = create_app(settings_for(database_url, local_accounts=True))
+
+    assert _table_of_endpoints("Local accounts") == _endpoints(with_accounts) - _endpoints(app)
+
+
+def _table_of_endpoints(heading: str) -> set[tuple[str, str]]:
+    return {(method, path.strip("`")) for method, path, _ in _rows(heading)}
+
+
+def _endpoints(app: FastAPI) -> set[tuple[str, str]]:
+    return {
         (method.upper(), path) for path, operations in app.openapi()["paths"].items() for method in operations
     }
 

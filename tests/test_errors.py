@@ -32,10 +32,10 @@ async def test_an_unknown_address_is_a_problem(client: httpx.AsyncClient) -> Non
     ("method", "path", "allowed"),
     [
         ("POST", "/health", {"GET"}),
-        ("DELETE", "/api/x/tasks", {"GET", "POST"}),
-        ("POST", "/api/x/tasks/1", {"GET", "PUT", "DELETE"}),
+        ("PUT", "/api/x/tasks", {"GET", "POST", "PATCH", "DELETE"}),
+        ("POST", "/api/x/tasks/1", {"GET", "PUT", "PATCH", "DELETE"}),
         ("GET", "/api/x/tasks/1/complete", {"PATCH"}),
-        ("BREW", "/api/v1/x/tasks", {"GET", "POST"}),
+        ("BREW", "/api/v1/x/tasks", {"GET", "POST", "PATCH", "DELETE"}),
     ],
 )
 async def test_a_wrong_method_names_the_right_ones(

@@ -33,11 +33,31 @@ def test_a_key_that_names_its_algorithm_is_for_no_other() -> None:
     assert key.algorithms == {"PS256"}
 
 
-@pytest.mark.parametrize(
-    "entry", [{"kty": "AKP", "kid": "x"}, RSA | {"use": "enc", "kid": "enc"}, {"kid": "y"}]
-)
+NOT_FOR_US: dict[str, dict[str, Any]] = {
+    "another type": {"kty": "AKP", "kid": "x"},
+    "no type": {"kid": "x"},
+    "for encryption": RSA | {"use": "enc", "kid": "x"},
+    "Ed448": {"kty": "OKP", "crv": "Ed448", "kid": "x", "x": "A" * 76},
+    "X25519": PUBLIC | {"crv": "X25519", "kid": "x"},
+    "secp256k1": KEYS["ES256"].public | {"crv": "secp256k1", "kid": "x"},
+    "brainpool": KEYS["ES256"].public | {"crv": "BP-256", "alg": "ES256", "kid": "x"},
+    "RSA-OAEP": RSA | {"alg": "RSA-OAEP", "kid": "x"},
+    "RS1": RSA | {"alg": "RS1", "kid": "x"},
+    "ECDH-ES": KEYS["ES256"].public | {"alg": "ECDH-ES", "kid": "x"},
+    "an unknown curve, and no id": {"kty": "OKP", "crv": "X448"},
+}
+
+
+@pytest.mark.parametrize("entry", NOT_FOR_US.values(), ids=NOT_FOR_US)
 def test_keys_that_are_not_for_us_are_passed_over(entry: dict[str, Any]) -> None:
-    assert list(read_keys(document(entry, OLD))) == ["old"]
+    for entries in ((entry, OLD), (OLD, entry), (entry, OLD, entry)):
+        assert list(read_keys(document(*entries))) == ["old"]
+
+
+@pytest.mark.parametrize("entry", NOT_FOR_US.values(), ids=NOT_FOR_US)
+def test_a_set_of_nothing_for_us_is_refused(entry: dict[str, Any]) -> None:
+    with pytest.raises(KeySetInvalid, match="has no keys"):
+        read_keys(document(entry))
 
 
 REFUSED: dict[str, tuple[bytes, str]] = {
@@ -54,12 +74,23 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a shared secret": (document(OLD, {"kty": "oct", "kid": "s", "k": "c2VjcmV0"}), "has been published"),
     "a private key": (document(PUBLIC | {"d": "c2VjcmV0"}), "has been published"),
     "a curve of another type": (document(PUBLIC | {"crv": "P-256"}), "malformed"),
-    "an unknown curve": (document(PUBLIC | {"crv": "Ed448"}), "do not fit together"),
+    "a private key of an unknown curve": (
+        document(OLD, {"kty": "OKP", "crv": "X448", "d": "A"}),
+        "published",
+    ),
+    "a private key of an unknown algorithm": (document(OLD, RSA | {"alg": "RS1", "d": "A"}), "published"),
+    "a curve that is no text": (document(OLD, PUBLIC | {"crv": 7, "kid": "x"}), "do not fit together"),
+    "an algorithm that is no text": (document(OLD, RSA | {"alg": ["RS256"]}), "do not fit together"),
+    "an algorithm of another curve": (
+        document(KEYS["ES256"].public | {"alg": "ES384"}),
+        "do not fit together",
+    ),
     "no curve": (document({k: v for k, v in PUBLIC.items() if k != "crv"}), "do not fit together"),
     "an algorithm of another type": (document(RSA | {"alg": "ES256"}), "do not fit together"),
     "a point that is none": (document(PUBLIC | {"x": "AAAA"}), "malformed"),
     "a point that is no text": (document(PUBLIC | {"x": 7}), "malformed"),
     "a point off its curve": (document(KEYS["ES256"].public | {"y": KEYS["ES256"].public["x"]}), "malformed"),
+    "a short RSA key beside a good one": (document(OLD, RSA | {"n": RSA["n"][:200]}), "less than 2048 bits"),
     "a short RSA key": (document(RSA | {"n": RSA["n"][:200]}), "less than 2048 bits"),
 }
 
@@ -109,6 +140,11 @@ async def keys(issuer: Issuer, clock: Clock) -> AsyncIterator[FetchedKeys]:
     await keys.key("old")
     yield keys
     await keys.close()
+
+
+async def end_of_fetch(keys: FetchedKeys) -> None:
+    assert keys._fetching is not None
+    await keys._fetching
 
 
 async def test_keys_are_fetched_once_for_all_who_wait(issuer: Issuer, clock: Clock) -> None:
@@ -161,14 +197,49 @@ async def test_a_known_key_never_waits_for_an_unknown_one(
         await unknown
 
 
+async def test_a_key_made_after_the_start_is_found_at_once(issuer: Issuer, keys: FetchedKeys) -> None:
+    issuer.publish(OLD, NEW)
+
+    assert await keys.key("new")
+    assert await keys.key("old")
+
+
+async def test_a_key_made_after_a_renewal_is_found_at_once(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    clock.now += jwks.FRESH_S + 1
+    await keys.key("old")
+    await end_of_fetch(keys)
+    assert len(issuer.requests) == 2
+    issuer.publish(OLD, NEW)
+
+    assert await keys.key("new")
+
+
+async def test_a_key_made_during_a_fetch_is_found_at_once(issuer: Issuer, clock: Clock) -> None:
+    issuer.delay_s = 0.1
+    keys = FetchedKeys(issuer.url)
+    await keys.open()
+    unknown = [asyncio.create_task(keys.key("new")) for _ in range(100)]
+    await end_of_fetch(keys)
+    issuer.publish(OLD, NEW)
+
+    assert len({id(key) for key in await asyncio.gather(*unknown)}) == 1
+    assert len(issuer.requests) == 2
+    await keys.close()
+
+
 async def test_a_rotated_key_is_found_within_the_cool_down(
     issuer: Issuer, keys: FetchedKeys, clock: Clock
 ) -> None:
+    with pytest.raises(KeyUnknown):
+        await keys.key("new")
     issuer.publish(OLD, NEW)
+    clock.now += jwks.COOL_DOWN_S - 1
     with pytest.raises(KeyUnknown):
         await keys.key("new")
 
-    clock.now += jwks.COOL_DOWN_S
+    clock.now += 1
 
     assert await keys.key("new")
     assert await keys.key("old")
@@ -295,11 +366,37 @@ async def test_keys_serve_for_a_day_while_the_issuer_is_away(
         await keys.key("old")
 
 
+async def test_an_issuer_that_is_away_is_asked_once_per_cool_down(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    issuer.reply = None
+    clock.now += jwks.FRESH_S + 1
+
+    for _ in range(3):
+        for _ in range(20):
+            clock.now += jwks.COOL_DOWN_S / 20
+            assert await keys.key("old")
+            with pytest.raises(KeysUnavailable):
+                await keys.key("new")
+
+    assert 1 + 3 <= len(issuer.requests) <= 1 + 4
+
+
 async def test_nothing_but_the_address_decides_where_keys_come_from(
     issuer: Issuer, keys: FetchedKeys
 ) -> None:
     assert issuer.requests[0].startswith(b"GET /api/auth/jwks HTTP/1.1\r\n")
     assert b"authorization" not in issuer.requests[0].lower()
+
+
+@pytest.mark.parametrize("more", ["?p=policy", "/", "/?a=b/&c=%20"])
+async def test_the_address_is_asked_for_as_it_is(issuer: Issuer, more: str) -> None:
+    keys = FetchedKeys(issuer.url + more)
+    await keys.open()
+
+    assert await keys.key("old")
+    assert issuer.requests[0].startswith(f"GET /api/auth/jwks{more} HTTP/1.1\r\n".encode())
+    await keys.close()
 
 
 def test_the_keys_of_these_tests_are_of_every_algorithm() -> None:

@@ -5,13 +5,17 @@ import hmac
 import json
 import string
 import traceback
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
 
+import jwks
 import tokens
+from jwks import FetchedKeys, KeysUnavailable
+from tests import test_jwks
 from tests.conftest import SECRET
+from tests.issuer import Issuer, SigningKey, new_key, running_issuer
 from tokens import Claims, TokenExpired, TokenInvalid, Verifier
 
 OLDER = "a-secret-that-only-the-tests-know-0000"
@@ -91,6 +95,7 @@ def of_length(length: int) -> str:
 
 H, P = part(HEADER), part(CLAIMS)
 GOOD = token()
+WITHDRAWN, STAYING = new_key("EdDSA", "withdrawn"), new_key("EdDSA", "staying")
 # Of 16 bytes, as P is of 35: the last character has bits to spare.
 LOOSE_HEADER = part({"alg": "HS256"})
 # With characters that base64 and base64url spell differently.
@@ -562,6 +567,103 @@ async def test_what_is_remembered_of_a_token_is_not_the_token(verifier: Verifier
     assert len(verifier._remembered) == 1
     assert signature_of(GOOD).hex() not in repr(verifier._remembered)
     assert GOOD.rpartition(".")[2] not in repr(vars(verifier))
+
+
+@pytest.fixture
+def clock_of_keys(monkeypatch: pytest.MonkeyPatch) -> test_jwks.Clock:
+    clock = test_jwks.Clock()
+    monkeypatch.setattr(jwks, "time", clock)
+    return clock
+
+
+@pytest.fixture
+async def issuer() -> AsyncIterator[Issuer]:
+    async with running_issuer(WITHDRAWN) as issuer:
+        yield issuer
+
+
+@pytest.fixture
+async def keys(issuer: Issuer, clock_of_keys: test_jwks.Clock) -> AsyncIterator[FetchedKeys]:
+    keys = FetchedKeys(issuer.url)
+    await keys.open()
+    yield keys
+    await keys.close()
+
+
+def of_key(key: SigningKey) -> str:
+    return key.token(exp=SOON, iat=None)
+
+
+async def renew(issuer: Issuer, keys: FetchedKeys, clock: test_jwks.Clock, *published: SigningKey) -> None:
+    issuer.publish(*published, STAYING)
+    clock.now += jwks.FRESH_S + 1
+    await keys.key(WITHDRAWN.kid)  # too old: renewed behind this answer's back, which the next one awaits
+    await keys.key(STAYING.kid)
+
+
+async def test_a_remembered_token_ends_with_its_key(
+    issuer: Issuer, keys: FetchedKeys, clock_of_keys: test_jwks.Clock
+) -> None:
+    verifier = Verifier(keys=keys)
+    await verifier.verify(of_key(WITHDRAWN))
+
+    await renew(issuer, keys, clock_of_keys)
+
+    for _ in range(2):
+        with pytest.raises(TokenInvalid, match=r"^Token key is unknown$"):
+            await verifier.verify(of_key(WITHDRAWN))
+    assert verifier._remembered == {}
+
+
+async def test_a_remembered_token_ends_when_its_keys_name_goes_to_another(
+    issuer: Issuer, keys: FetchedKeys, clock_of_keys: test_jwks.Clock
+) -> None:
+    verifier = Verifier(keys=keys)
+    await verifier.verify(of_key(WITHDRAWN))
+    successor = new_key("EdDSA", WITHDRAWN.kid)
+
+    await renew(issuer, keys, clock_of_keys, successor)
+
+    with pytest.raises(TokenInvalid, match=r"^Token signature is invalid$"):
+        await verifier.verify(of_key(WITHDRAWN))
+    assert verifier._remembered == {}
+    assert (await verifier.verify(of_key(successor))).sub == "alice"
+
+
+async def test_a_signature_is_checked_once_however_often_its_key_is_fetched(
+    issuer: Issuer,
+    keys: FetchedKeys,
+    clock_of_keys: test_jwks.Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    verifier = Verifier(keys=keys)
+    await verifier.verify(of_key(WITHDRAWN))
+    monkeypatch.setattr(jwks.Key, "verify", None)
+
+    await renew(issuer, keys, clock_of_keys, WITHDRAWN)
+
+    assert len(issuer.requests) == 2
+    assert (await verifier.verify(of_key(WITHDRAWN))).sub == "alice"
+
+
+async def test_a_remembered_token_outlives_its_issuer_by_no_more_than_its_key(
+    issuer: Issuer, keys: FetchedKeys, clock_of_keys: test_jwks.Clock
+) -> None:
+    verifier = Verifier([SECRET], keys)
+    remembered = [of_key(WITHDRAWN), GOOD]
+    too_long = clock_of_keys.now + jwks.STALE_MAX_S
+    for known in remembered:
+        await verifier.verify(known)
+    issuer.reply = None
+
+    clock_of_keys.now = too_long - 1
+    for known in remembered:
+        assert (await verifier.verify(known)).sub == "alice"
+    clock_of_keys.now = too_long
+
+    with pytest.raises(KeysUnavailable):
+        await verifier.verify(of_key(WITHDRAWN))
+    assert (await verifier.verify(GOOD)).sub == "alice"
 
 
 async def test_a_token_for_a_user_is_issued(verifier: Verifier, clock: Clock) -> None:

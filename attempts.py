@@ -1,0 +1,48 @@
+"""How often somebody may fail: counted in memory, by what the caller says it is about."""
+
+import hashlib
+import math
+import time
+
+from limits import RateLimitItemPerMinute
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import FixedWindowRateLimiter
+
+FAILURES_MAX = 10
+WINDOW_MIN = 15
+
+
+class TooManyAttempts(Exception):
+    """The next attempt is admitted in `retry_after_s` seconds."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(f"{FAILURES_MAX} attempts within {WINDOW_MIN} minutes have failed")
+        self.retry_after_s = retry_after_s
+
+
+class Attempts:
+    """Counts every attempt before it is made, so that it sees those made at once; a success forgets them."""
+
+    def __init__(self) -> None:
+        self.storage = MemoryStorage()
+        self._limiter = FixedWindowRateLimiter(self.storage)
+        self._limit = RateLimitItemPerMinute(FAILURES_MAX, WINDOW_MIN)
+
+    async def count(self, *about: str) -> None:
+        """Count an attempt at *about*.
+
+        Raises:
+            TooManyAttempts: too many have failed.
+        """
+        key = _key(about)
+        if not await self._limiter.hit(self._limit, key):
+            stats = await self._limiter.get_window_stats(self._limit, key)
+            raise TooManyAttempts(max(1, math.ceil(stats.reset_time - time.time())))
+
+    async def forget(self, *about: str) -> None:
+        await self._limiter.clear(self._limit, _key(about))
+
+
+def _key(about: tuple[str, ...]) -> str:
+    """Return a name that is short and tells nobody's address."""
+    return hashlib.sha256(repr(about).encode(errors="replace")).hexdigest()

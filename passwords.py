@@ -1,0 +1,72 @@
+"""Passwords of local accounts: hashed and checked by bcrypt, off the event loop and in bounded numbers."""
+
+import asyncio
+import base64
+import hashlib
+import unicodedata
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from pwdlib.hashers.bcrypt import BcryptHasher
+
+ROUNDS = 12  # 2^12, about 0.2 s
+THREADS = 2  # bcrypt lets go of the interpreter's lock; requests need a core too
+WAITING_MAX = 16  # the last of them waits about 2 s
+
+T = TypeVar("T")
+
+
+class TooManyPasswords(Exception):
+    """So many passwords wait that one more would wait for too long."""
+
+
+class Passwords:
+    """Hashes and checks passwords; whoever does so first takes a place."""
+
+    def __init__(self, hasher: BcryptHasher | None = None, *, waiting_max: int = WAITING_MAX) -> None:
+        self._hasher = hasher or BcryptHasher(ROUNDS)
+        # The hash of no password, as slow to compare with as any other: 22 characters of salt, 31 of digest.
+        self._nobodys_hash = f"$2b${self._hasher.rounds:02}${'.' * (22 + 31)}"
+        self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="passwords")
+        self._places = THREADS + waiting_max
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place among those who run and wait.
+
+        Raises:
+            TooManyPasswords: there is none left.
+        """
+        if not self._places:
+            raise TooManyPasswords
+        self._places -= 1
+        try:
+            yield
+        finally:
+            self._places += 1
+
+    async def hash(self, password: str) -> str:
+        return await self._run(lambda: self._hasher.hash(_prepared(password)))
+
+    async def check(self, password: str, password_hash: str | None) -> bool:
+        """Return whether *password* is the one of *password_hash*; without one it takes as long to say no."""
+        against = password_hash or self._nobodys_hash
+        return await self._run(lambda: self._hasher.verify(_prepared(password), against))
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+def _prepared(password: str) -> bytes:
+    """Return 64 characters for any password at all.
+
+    bcrypt reads 72 bytes and, in some versions, none after U+0000. A digest depends on every byte, and its
+    base64 has no zero in it. An é is the same from every keyboard (NFKC), as Better Auth has it.
+    """
+    text = unicodedata.normalize("NFKC", password)
+    return base64.b64encode(hashlib.sha384(text.encode(errors="surrogatepass")).digest())

@@ -1,0 +1,319 @@
+"""/api/auth: accounts that this service keeps itself, in the shapes of Better Auth.
+
+A front end that is written for Better Auth signs people up and in here, and finds nothing changed when the
+accounts move to a real one.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from urllib.parse import parse_qsl
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel
+
+import accounts
+from attempts import Attempts, TooManyAttempts
+from db import Row
+from errors import (
+    ContentTooLarge,
+    RequestTimeout,
+    TooManyRequests,
+    Unauthorized,
+    Unavailable,
+    Unprocessable,
+    UnsupportedMediaType,
+    request_id,
+    responses,
+)
+from logs import BoundedLog
+from middleware.auth import bearer_token, verify
+from middleware.dialects import (
+    FORM,
+    BetterAuthProblem,
+    Handler,
+    InvalidEmail,
+    InvalidEmailOrPassword,
+    InvalidGrant,
+    InvalidRequest,
+    MalformedEmail,
+    NotAForm,
+    PasswordTooLong,
+    PasswordTooShort,
+    UnsupportedGrantType,
+    UserAlreadyExists,
+    better_auth_members,
+    extending,
+    oauth_members,
+)
+from middleware.direct_route import DirectRoute, read_body
+from models import is_email
+from passwords import Passwords, TooManyPasswords
+from schemas import (
+    AccessToken,
+    AccountOut,
+    CurrentSession,
+    SessionOut,
+    SignedIn,
+    SignedUp,
+    SignIn,
+    SignUp,
+    Token,
+)
+from tokens import Claims
+
+PASSWORD_MIN, PASSWORD_MAX = 8, 128
+TOKEN_PATH = "/auth/token"  # noqa: S105 - an address
+YEAR_9999_ENDS = 253_402_300_799  # nothing keeps `exp` and JWT_EXPIRATION from going beyond
+
+_log = BoundedLog("security")
+
+
+class BetterAuthRoute(DirectRoute):
+    def get_route_handler(self) -> Handler:
+        return extending(super().get_route_handler(), better_auth_members)
+
+
+class OAuthRoute(DirectRoute):
+    def get_route_handler(self) -> Handler:
+        return extending(super().get_route_handler(), oauth_members)
+
+
+@dataclass(frozen=True)
+class AccountKeeper:
+    """What signing up and in needs beside the database; *issue* makes a token of an id and further claims."""
+
+    passwords: Passwords
+    attempts: Attempts
+    issue: Callable[..., str] = field(repr=False)  # it holds the secret
+    lifetime_s: int
+
+    def token(self, account: Row) -> str:
+        return self.issue(account["id"], email=account["email"], name=account["name"])
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who is calling: an account, by a token that is still good."""
+
+    account: Row
+    token: str = field(repr=False)
+    claims: Claims
+
+
+async def _caller(request: Request) -> Caller:
+    """Return who is calling.
+
+    Raises:
+        Unauthorized: there is no acceptable token, or it is of no account (any more).
+        Unavailable: the issuer's keys or the database cannot be reached.
+    """
+    token = bearer_token(request)
+    claims = await verify(request, token)
+    account = await accounts.account_of_id(request.app.state.database, claims.sub)
+    if account is None:
+        raise Unauthorized
+    return Caller(account, token, claims)
+
+
+async def _caller_if_any(request: Request) -> Caller | None:
+    try:
+        return await _caller(request)
+    except Unauthorized:
+        return None
+
+
+async def _form(request: Request) -> dict[str, str]:
+    """Return a form's parameters: no value is no parameter, and none comes twice (RFC 6749, section 3.2)."""
+    body = await read_body(request)
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != FORM:
+        raise NotAForm
+    try:
+        parameters = parse_qsl(body.decode(), errors="strict")
+    except ValueError as error:
+        raise InvalidRequest from error
+    if len(dict(parameters)) != len(parameters):
+        raise InvalidRequest
+    return dict(parameters)
+
+
+BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
+BY_TOKEN: dict[str, Any] = {"security": [{"bearer": []}]}
+BY_TOKEN_IF_ANY: dict[str, Any] = {"security": [{}, *BY_TOKEN["security"]]}
+BY_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            FORM: {
+                "schema": {
+                    "type": "object",
+                    "required": ["grant_type", "username", "password"],
+                    "properties": {
+                        "grant_type": {"type": "string", "enum": ["password"]},
+                        "username": {"type": "string", "description": "The e-mail address."},
+                        "password": {"type": "string", "format": "password"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+router = APIRouter(
+    prefix="/auth", tags=["accounts"], route_class=BetterAuthRoute, responses=responses(Unavailable)
+)
+token_router = APIRouter(tags=["accounts"], route_class=OAuthRoute, responses=responses(Unavailable))
+
+
+@router.post(
+    "/sign-up/email",
+    response_model=SignedUp,
+    responses=responses(PasswordTooShort, UserAlreadyExists, *BODY_PROBLEMS),
+)
+async def sign_up(request: Request, body: SignUp) -> Response:
+    """Make an account and answer with a token of it. The `id` is the `user_id` of your tasks."""
+    if not is_email(body.email):
+        raise MalformedEmail
+    if _length(body.password) < PASSWORD_MIN:
+        raise PasswordTooShort
+    if _length(body.password) > PASSWORD_MAX:
+        raise PasswordTooLong
+    keeper: AccountKeeper = request.app.state.account_keeper
+    try:
+        with keeper.passwords.place():
+            password_hash = await keeper.passwords.hash(body.password)
+    except TooManyPasswords as error:
+        raise Unavailable from error
+    account = await accounts.create_account(
+        request.app.state.database,
+        name=body.name,
+        email=body.email,
+        image=body.image,
+        password_hash=password_hash,
+    )
+    if account is None:
+        raise UserAlreadyExists
+    return _with_session(SignedUp(token=keeper.token(account), user=_user(account)))
+
+
+@router.post(
+    "/sign-in/email",
+    response_model=SignedIn,
+    responses=responses(InvalidEmail, InvalidEmailOrPassword, TooManyRequests, Unprocessable, *BODY_PROBLEMS),
+)
+async def sign_in(request: Request, body: SignIn) -> Response:
+    """Answer with a token of the account that has this e-mail and this password."""
+    account = await _sign_in(request, body.email, body.password)
+    keeper: AccountKeeper = request.app.state.account_keeper
+    return _with_session(SignedIn(token=keeper.token(account), user=_user(account)))
+
+
+@router.get("/token", response_model=Token, responses=responses(Unauthorized), openapi_extra=BY_TOKEN)
+async def get_token(caller: Annotated[Caller, Depends(_caller)], request: Request) -> Response:
+    """Exchange a token that is still good for a fresh one."""
+    keeper: AccountKeeper = request.app.state.account_keeper
+    return _json(Token(token=keeper.token(caller.account)))
+
+
+@router.get("/get-session", response_model=CurrentSession | None, openapi_extra=BY_TOKEN_IF_ANY)
+async def get_session(
+    caller: Annotated[Caller | None, Depends(_caller_if_any)], request: Request
+) -> Response:
+    """Say whose token this is; `null` without one that is still good."""
+    if caller is None:
+        return _json(None)
+    keeper: AccountKeeper = request.app.state.account_keeper
+    session = CurrentSession(session=_session(request, caller, keeper.lifetime_s), user=_user(caller.account))
+    return _json(session, {"set-auth-jwt": keeper.token(caller.account)})
+
+
+@token_router.post(
+    TOKEN_PATH,
+    response_model=AccessToken,
+    responses=responses(InvalidGrant, TooManyRequests, RequestTimeout, ContentTooLarge, NotAForm),
+    openapi_extra=BY_FORM,
+)
+async def grant_token(form: Annotated[dict[str, str], Depends(_form)], request: Request) -> Response:
+    """Answer as OAuth's password grant does (RFC 6749, section 4.3): what the Authorize button asks for."""
+    if not {"grant_type", "username", "password"} <= form.keys():
+        raise InvalidRequest
+    if form["grant_type"] != "password":
+        raise UnsupportedGrantType
+    try:
+        account = await _sign_in(request, form["username"], form["password"])
+    except BetterAuthProblem as error:
+        raise InvalidGrant from error
+    keeper: AccountKeeper = request.app.state.account_keeper
+    return _json(AccessToken(access_token=keeper.token(account), expires_in=keeper.lifetime_s))
+
+
+async def _sign_in(request: Request, email: str, password: str) -> Row:
+    if not is_email(email):
+        raise InvalidEmail
+    if _length(password) > PASSWORD_MAX:
+        raise PasswordTooLong
+    keeper: AccountKeeper = request.app.state.account_keeper
+    about = (email.lower(), _client_address(request))
+    account = await accounts.account_of_email(request.app.state.database, email)
+    try:
+        # Nothing is counted that bcrypt does not slow down: so the counts, too, are bounded.
+        with keeper.passwords.place():
+            await keeper.attempts.count(*about)
+            is_right = await keeper.passwords.check(password, account["password_hash"] if account else None)
+    except TooManyPasswords as error:
+        raise Unavailable from error
+    except TooManyAttempts as error:
+        _log_failure(request, "too many attempts")
+        raise TooManyRequests(retry_after_s=error.retry_after_s) from error
+    if account is None or not is_right:
+        _log_failure(request, "wrong password" if account else "unknown e-mail")
+        raise InvalidEmailOrPassword
+    await keeper.attempts.forget(*about)
+    return account
+
+
+def _length(password: str) -> int:
+    """Return the length as JavaScript, and so Better Auth, counts it."""
+    return len(password.encode("utf-16-le", errors="surrogatepass")) // 2
+
+
+def _client_address(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
+def _log_failure(request: Request, reason: str) -> None:
+    _log.warning("failed sign-in", reason=reason, request_id=request_id(request.scope))
+
+
+def _user(account: Row) -> AccountOut:
+    return AccountOut.model_validate(account)
+
+
+def _session(request: Request, caller: Caller, lifetime_s: int) -> SessionOut:
+    """Return the session that *caller*'s token stands for; there is none in the database."""
+    created_at = _time(caller.claims.exp - lifetime_s)
+    return SessionOut(
+        id=hashlib.sha256(caller.token.encode()).hexdigest()[:32],
+        user_id=caller.account["id"],
+        token=caller.token,
+        expires_at=_time(caller.claims.exp),
+        created_at=created_at,
+        updated_at=created_at,
+        ip_address=_client_address(request),
+        user_agent=request.headers.get("user-agent", ""),
+    )
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(min(max(seconds, 0), YEAR_9999_ENDS), UTC)
+
+
+def _with_session(answer: SignedUp) -> Response:
+    return _json(answer, {"set-auth-token": answer.token})
+
+
+def _json(answer: BaseModel | None, headers: dict[str, str] | None = None) -> Response:
+    content = answer.model_dump_json(by_alias=True) if answer else "null"
+    return Response(content, 200, {"Cache-Control": "no-store", **(headers or {})}, "application/json")

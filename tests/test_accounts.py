@@ -1,0 +1,595 @@
+import asyncio
+import json
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import delete
+
+import accounts
+import routes.accounts
+import tokens
+from attempts import FAILURES_MAX, WINDOW_MIN
+from logs import BoundedLog
+from main import create_app
+from passwords import Passwords
+from tests.conftest import SECRET, Person, running, settings_for
+from tests.test_access_log import Log, log, log_format  # noqa: F401 - fixtures
+from tests.test_errors import assert_problem
+from tests.test_passwords import WatchedHasher
+
+PASSWORD = "correct horse battery"
+USER = {"id", "name", "email", "emailVerified", "image", "createdAt", "updatedAt"}
+SIGN_UP, SIGN_IN = "/api/auth/sign-up/email", "/api/auth/sign-in/email"
+TOKEN, SESSION = "/api/auth/token", "/api/auth/get-session"
+
+
+def _keeping(database_url: str, **changes: Any) -> FastAPI:
+    """Return a service that keeps accounts; twelve rounds for every password would take minutes."""
+    app = create_app(settings_for(database_url, local_accounts=True, **changes))
+    app.state.account_keeper = replace(app.state.account_keeper, passwords=Passwords(WatchedHasher()))
+    return app
+
+
+@pytest.fixture(scope="session")
+async def app(database_url: str) -> FastAPI:
+    return _keeping(database_url)
+
+
+@pytest.fixture(scope="session")
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(app) as client:
+        yield client
+
+
+@pytest.fixture
+def email() -> str:
+    return f"alice.{secrets.token_hex(8)}@example.com"
+
+
+@pytest.fixture
+def security_log(log: Log, monkeypatch: pytest.MonkeyPatch) -> Log:  # noqa: F811 - the fixture
+    """What is logged by one that has not been busy in this second."""
+    monkeypatch.setattr(routes.accounts, "_log", BoundedLog("security"))
+    return log
+
+
+@pytest.fixture
+def checked(app: FastAPI) -> list[str]:
+    """The hashes that passwords are checked against from now on."""
+    hasher: WatchedHasher = app.state.account_keeper.passwords._hasher
+    hasher.checked.clear()
+    return hasher.checked
+
+
+async def _sign_up(client: httpx.AsyncClient, email: str, **members: Any) -> httpx.Response:
+    body = {"name": "Alice", "email": email, "password": PASSWORD} | members
+    return await _post(client, SIGN_UP, body)
+
+
+async def _sign_in(client: httpx.AsyncClient, email: str, password: str = PASSWORD) -> httpx.Response:
+    return await _post(client, SIGN_IN, {"email": email, "password": password})
+
+
+async def _post(client: httpx.AsyncClient, path: str, body: Any) -> httpx.Response:
+    # The client's own encoder cannot write an unpaired surrogate.
+    return await client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+
+
+async def _alice(client: httpx.AsyncClient, email: str) -> Person:
+    answer = await _sign_up(client, email)
+    assert answer.status_code == 200, answer.text
+    return Person(answer.json()["user"]["id"], client, answer.json()["token"])
+
+
+def _assert_refused(answer: httpx.Response, status: int, code: str, message: str) -> None:
+    problem = answer.json()
+    assert_problem(answer, status, problem["title"], problem["detail"])
+    assert (problem["code"], problem["message"]) == (code, message)
+
+
+async def test_who_signs_up_may_keep_tasks(client: httpx.AsyncClient, email: str) -> None:
+    alice = await _alice(client, email)
+    bob = await _alice(client, f"bob.{email}")
+
+    task = await alice.create()
+
+    assert task["user_id"] == alice.user_id
+    assert (await alice.get()).json() == [task]
+    assert (await bob.get(alice.tasks)).status_code == 403
+    assert (await bob.get(f"/{task['id']}")).status_code == 404
+
+
+async def test_signing_up_answers_as_better_auth_does(client: httpx.AsyncClient, email: str) -> None:
+    answer = await _sign_up(client, email.upper(), image="https://example.com/alice.png")
+
+    assert (answer.status_code, set(answer.json())) == (200, {"token", "user"})
+    user = answer.json()["user"]
+    assert set(user) == USER
+    assert re.fullmatch("[A-Za-z0-9]{32}", user["id"])
+    assert (user["name"], user["email"], user["emailVerified"]) == ("Alice", email, False)
+    assert user["image"] == "https://example.com/alice.png"
+    assert user["createdAt"] == user["updatedAt"]
+    assert user["createdAt"].endswith("Z")
+    assert answer.headers["set-auth-token"] == answer.json()["token"]
+    assert answer.headers["cache-control"] == "no-store"
+
+
+async def test_the_token_says_who_and_how_long(client: httpx.AsyncClient, email: str) -> None:
+    alice = await _alice(client, email)
+
+    claims = jwt.decode(alice.token, SECRET, ["HS256"])
+
+    assert set(claims) == {"sub", "email", "name", "iat", "exp"}
+    assert (claims["sub"], claims["email"], claims["name"]) == (alice.user_id, email, "Alice")
+    assert claims["exp"] - claims["iat"] == 7 * 86400
+
+
+async def test_the_newest_secret_signs_for_the_issuer_and_audience_of_the_settings(
+    database_url: str, email: str
+) -> None:
+    app = _keeping(
+        database_url,
+        better_auth_secrets=f"2:{SECRET[::-1]},1:{SECRET}",
+        better_auth_secret=None,
+        jwt_issuer="https://app.example.com",
+        jwt_audience="tasks",
+        jwt_expiration="15m",
+    )
+    async with running(app) as client:
+        alice = await _alice(client, email)
+
+        claims = jwt.decode(alice.token, SECRET[::-1], ["HS256"], audience="tasks")
+        assert claims["iss"] == "https://app.example.com"
+        assert claims["exp"] - claims["iat"] == 15 * 60
+        assert (await alice.get()).status_code == 200
+        assert (await alice.get(TOKEN)).status_code == 200
+
+
+async def test_signing_in_leads_to_the_same_account(client: httpx.AsyncClient, email: str) -> None:
+    signed_up = (await _sign_up(client, email)).json()
+
+    answer = await _sign_in(client, email)
+
+    assert (answer.status_code, set(answer.json())) == (200, {"redirect", "token", "user"})
+    assert answer.json()["user"] == signed_up["user"]
+    assert answer.json()["redirect"] is False
+    assert (await Person(signed_up["user"]["id"], client, answer.json()["token"]).get()).status_code == 200
+
+
+async def test_an_email_is_the_same_in_any_case(client: httpx.AsyncClient, email: str) -> None:
+    await _alice(client, email)
+
+    assert (await _sign_in(client, email.title())).status_code == 200
+    _assert_refused(
+        await _sign_up(client, email.upper()),
+        422,
+        "USER_ALREADY_EXISTS_USE_ANOTHER_EMAIL",
+        "User already exists. Use another email.",
+    )
+
+
+async def test_who_signs_up_twice_at_once_has_one_account(client: httpx.AsyncClient, email: str) -> None:
+    answers = await asyncio.gather(
+        *(_sign_up(client, email, password=f"{PASSWORD} {number}") for number in range(8))
+    )
+
+    assert sorted(answer.status_code for answer in answers) == [200] + [422] * 7
+    signed_in = [(await _sign_in(client, email, f"{PASSWORD} {number}")).status_code for number in range(8)]
+    assert signed_in == [200 if answer.status_code == 200 else 401 for answer in answers]
+
+
+async def test_an_unknown_email_and_a_wrong_password_look_alike(
+    client: httpx.AsyncClient, email: str, checked: list[str]
+) -> None:
+    await _alice(client, email)
+
+    unknown, wrong = await _sign_in(client, f"bob.{email}"), await _sign_in(client, email, "wrong horse")
+
+    for answer in (unknown, wrong):
+        _assert_refused(answer, 401, "INVALID_EMAIL_OR_PASSWORD", "Invalid email or password")
+    assert unknown.json() | {"instance": ""} == wrong.json() | {"instance": ""}
+    assert unknown.headers.keys() == wrong.headers.keys()
+    assert len(checked) == 2  # each as dear as the other
+
+
+@pytest.mark.parametrize(
+    ("password", "code", "message"),
+    [
+        ("", "PASSWORD_TOO_SHORT", "Password too short"),
+        ("1234567", "PASSWORD_TOO_SHORT", "Password too short"),
+        ("a" * 129, "PASSWORD_TOO_LONG", "Password too long"),
+        ("\U0001f511" * 65, "PASSWORD_TOO_LONG", "Password too long"),
+    ],
+)
+async def test_a_password_has_8_to_128_characters(
+    client: httpx.AsyncClient, email: str, password: str, code: str, message: str
+) -> None:
+    _assert_refused(await _sign_up(client, email, password=password), 400, code, message)
+    if len(password) > 8:
+        _assert_refused(await _sign_in(client, email, password), 400, code, message)
+
+
+@pytest.mark.parametrize(
+    "password",
+    ["12345678", "a" * 128, "\U0001f511" * 4, "\0" * 8, "pass\0word", " " * 8, "e\u0301" * 8, "\ud800" * 8],
+    ids=ascii,
+)
+async def test_any_other_password_is_one(client: httpx.AsyncClient, email: str, password: str) -> None:
+    signed_up = await _sign_up(client, email, password=password)
+
+    assert signed_up.status_code == 200
+    assert (await _sign_in(client, email, password)).status_code == 200
+    assert (await _sign_in(client, email, password[:-1] + "?")).status_code == 401
+
+
+@pytest.mark.parametrize("length", [73, 128])
+async def test_the_last_byte_of_a_long_password_counts(
+    client: httpx.AsyncClient, email: str, length: int
+) -> None:
+    await _sign_up(client, email, password="a" * length)
+
+    assert (await _sign_in(client, email, "a" * (length - 1) + "b")).status_code == 401
+    assert (await _sign_in(client, email, "a" * length)).status_code == 200
+
+
+NO_EMAILS = [
+    "",
+    "alice",
+    "alice@example",
+    " alice@example.com",
+    "alice@example.com\n",
+    "ali ce@example.com",
+    "alice@@example.com",
+    ".alice@example.com",
+    "al..ice@example.com",
+    "alice.@example.com",
+    "alice@example.com.",
+    "alice@.example.com",
+    "alic\u00e9@example.com",
+    "\u212aelvin@example.com",  # lower() makes an ASCII k of it
+    "alice@ex\u00e4mple.com",
+    "al\0ice@example.com",
+    "al\ud800ice@example.com",
+    "a" * 243 + "@example.com",
+    "a" * 60_000,
+    "@".join("a" * 30_000),
+]
+
+
+@pytest.mark.parametrize("value", NO_EMAILS, ids=lambda value: ascii(value[:20]))
+async def test_what_is_no_email_is_refused_as_better_auth_does(
+    client: httpx.AsyncClient, checked: list[str], value: str
+) -> None:
+    _assert_refused(
+        await _sign_up(client, value), 400, "VALIDATION_ERROR", "[body.email] Invalid email address"
+    )
+    _assert_refused(await _sign_in(client, value), 400, "INVALID_EMAIL", "Invalid email")
+    assert checked == []
+
+
+GOOD: dict[str, Any] = {"name": "Alice", "email": "alice@example.com", "password": PASSWORD}
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        (b"{}", "name: is required; email: is required; password: is required"),
+        (b"", "body: is required"),
+        (b"[]", "body: must be a JSON object"),
+        (b"null", "body: must not be null"),
+        (b"{", "body: is not valid JSON at character 1"),
+        (b"\xff", "body: is not valid UTF-8"),
+        (b'{"email": "a@example.com", "email": "b@example.com"}', "body: has a member twice"),
+        (b"[" * 60_000, "body: is nested too deeply"),
+        (json.dumps(GOOD | {"name": 5}).encode(), "name: must be text"),
+        (json.dumps(GOOD | {"name": None}).encode(), "name: must not be null"),
+        (json.dumps(GOOD | {"email": ["alice@example.com"]}).encode(), "email: must be text"),
+        (json.dumps(GOOD | {"password": {"$ne": ""}}).encode(), "password: must be text"),
+        (
+            json.dumps(GOOD | {"name": "al\ud800ice"}).encode(),
+            "name: must not contain U+0000 or unpaired surrogates",
+        ),
+        (
+            json.dumps(GOOD | {"name": "al\0ice"}).encode(),
+            "name: must not contain U+0000 or unpaired surrogates",
+        ),
+        (json.dumps(GOOD | {"name": "a" * 256}).encode(), "name: must be at most 255 characters"),
+        (json.dumps(GOOD | {"image": "a" * 2049}).encode(), "image: must be at most 2048 characters"),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+async def test_a_body_that_makes_no_sense_is_422(
+    client: httpx.AsyncClient, content: bytes, detail: str
+) -> None:
+    answer = await client.post(SIGN_UP, content=content, headers={"Content-Type": "application/json"})
+
+    assert_problem(answer, 422, "Unprocessable Content", detail)
+    assert (answer.json()["code"], answer.json()["message"]) == ("VALIDATION_ERROR", detail)
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "status", "code"),
+    [
+        (b"a" * 1_000_000, "application/json", 413, "CONTENT_TOO_LARGE"),
+        (b"{}", "text/plain", 415, "UNSUPPORTED_MEDIA_TYPE"),
+        (b"email=alice", "application/x-www-form-urlencoded", 415, "UNSUPPORTED_MEDIA_TYPE"),
+    ],
+)
+async def test_what_is_refused_by_every_route_has_a_code_here(
+    client: httpx.AsyncClient, content: bytes, content_type: str, status: int, code: str
+) -> None:
+    for path in (SIGN_UP, SIGN_IN):
+        answer = await client.post(path, content=content, headers={"Content-Type": content_type})
+        _assert_refused(answer, status, code, answer.json()["detail"])
+
+
+async def test_nobody_chooses_what_the_service_decides(client: httpx.AsyncClient, email: str) -> None:
+    answer = await _sign_up(
+        client,
+        email,
+        id="alice",
+        emailVerified=True,
+        email_verified=True,
+        createdAt="2001-01-01T00:00:00Z",
+        password_hash="x",
+        rememberMe=False,
+        callbackURL="/home",
+    )
+
+    assert answer.status_code == 200
+    user = answer.json()["user"]
+    assert (user["id"] == "alice", user["emailVerified"]) == (False, False)
+    assert user["createdAt"] > "2026"
+    assert (await _sign_in(client, email)).status_code == 200
+
+
+async def test_a_good_token_is_exchanged_for_a_fresh_one(client: httpx.AsyncClient, email: str) -> None:
+    alice = await _alice(client, email)
+    old = tokens.issue(alice.user_id, SECRET, 60)
+
+    answer = await replace(alice, token=old).get(TOKEN)
+
+    assert (answer.status_code, set(answer.json())) == (200, {"token"})
+    claims = jwt.decode(answer.json()["token"], SECRET, ["HS256"])
+    assert claims["exp"] > time.time() + 86400
+    assert (claims["sub"], claims["email"]) == (alice.user_id, email)
+
+
+async def _delete_account(app: FastAPI, account_id: str) -> None:
+    table = accounts.ACCOUNTS
+    statement = delete(table).where(table.c.id == account_id).returning(table.c.id)
+    assert await app.state.database.one(statement)
+
+
+async def test_without_an_account_there_is_neither_token_nor_session(
+    app: FastAPI, client: httpx.AsyncClient, email: str
+) -> None:
+    alice = await _alice(client, email)
+    expired = jwt.encode({"sub": alice.user_id, "exp": int(time.time()) - 60}, SECRET, "HS256")
+    forged = tokens.issue(alice.user_id, SECRET[::-1], 60)
+    elsewhere = tokens.issue("alice", SECRET, 60)
+    deleted = await _alice(client, f"gone.{email}")
+    await _delete_account(app, deleted.user_id)
+
+    for token in (expired, forged, elsewhere, deleted.token, "x.y.z", "é", "a" * 20_000):
+        headers = {b"Authorization": f"Bearer {token}".encode()}
+        refused = await client.get(TOKEN, headers=headers)
+        session = await client.get(SESSION, headers=headers)
+        assert (refused.status_code, refused.json()["code"]) == (401, "UNAUTHORIZED")
+        assert refused.headers["www-authenticate"] == "Bearer"
+        assert (session.status_code, session.text) == (200, "null")
+    assert (await client.get(TOKEN)).status_code == 401
+    assert (await client.get(SESSION)).text == "null"
+    assert (await alice.get(TOKEN)).status_code == 200
+
+
+async def test_the_session_is_that_of_the_token(client: httpx.AsyncClient, email: str) -> None:
+    signed_up = (await _sign_up(client, email)).json()
+    alice = Person(signed_up["user"]["id"], client, signed_up["token"])
+
+    answer = await alice.get(SESSION, headers={"User-Agent": "a browser"})
+
+    assert (answer.status_code, set(answer.json())) == (200, {"session", "user"})
+    assert answer.json()["user"] == signed_up["user"]
+    session = answer.json()["session"]
+    assert (session["userId"], session["token"]) == (alice.user_id, alice.token)
+    assert (session["ipAddress"], session["userAgent"]) == ("127.0.0.1", "a browser")
+    assert session["createdAt"] < session["expiresAt"]
+    assert session["id"] == (await alice.get(SESSION)).json()["session"]["id"]
+    assert (await replace(alice, token=answer.headers["set-auth-jwt"]).get()).status_code == 200
+    assert answer.headers["cache-control"] == "no-store"
+
+
+async def test_a_token_that_never_ends_has_a_session(client: httpx.AsyncClient, email: str) -> None:
+    alice = await _alice(client, email)
+    endless = jwt.encode({"sub": alice.user_id, "exp": 1e300}, SECRET, "HS256")
+
+    answer = await replace(alice, token=endless).get(SESSION)
+
+    assert answer.json()["session"]["expiresAt"] == "9999-12-31T23:59:59Z"
+
+
+async def _fail(client: httpx.AsyncClient, email: str, times: int) -> list[int]:
+    return [(await _sign_in(client, email, "wrong horse")).status_code for _ in range(times)]
+
+
+async def test_after_ten_failures_the_right_password_does_not_help(
+    client: httpx.AsyncClient, email: str, checked: list[str]
+) -> None:
+    await _alice(client, email)
+    assert await _fail(client, email, FAILURES_MAX) == [401] * FAILURES_MAX
+
+    answer = await _sign_in(client, email.upper())
+
+    _assert_refused(answer, 429, "TOO_MANY_REQUESTS", "Too many requests. Please try again later.")
+    assert 0 < int(answer.headers["retry-after"]) <= WINDOW_MIN * 60
+    assert len(checked) == FAILURES_MAX
+    granted = await client.post(TOKEN, data=_grant(email))
+    assert (granted.status_code, granted.json()["error"]) == (429, "temporarily_unavailable")
+
+
+async def test_failures_are_one_accounts_from_one_address(
+    app: FastAPI, client: httpx.AsyncClient, email: str
+) -> None:
+    await _alice(client, email)
+    await _alice(client, f"bob.{email}")
+    await _fail(client, email, FAILURES_MAX + 1)
+
+    elsewhere = httpx.ASGITransport(app, client=("192.0.2.7", 4711))
+    async with httpx.AsyncClient(transport=elsewhere, base_url="http://testserver") as another:
+        assert (await _sign_in(another, email)).status_code == 200
+    assert (await _sign_in(client, f"bob.{email}")).status_code == 200
+    assert (await _sign_in(client, email)).status_code == 429
+
+
+async def test_accounts_that_do_not_exist_are_counted_alike(client: httpx.AsyncClient, email: str) -> None:
+    assert await _fail(client, email, FAILURES_MAX + 1) == [401] * FAILURES_MAX + [429]
+
+
+async def test_guesses_made_at_once_are_not_more_than_ten(
+    client: httpx.AsyncClient, email: str, checked: list[str]
+) -> None:
+    await _alice(client, email)
+
+    answers = await asyncio.gather(*(_sign_in(client, email, f"guess {number}") for number in range(16)))
+
+    assert sorted(answer.status_code for answer in answers) == [401] * FAILURES_MAX + [429] * 6
+    assert len(checked) == FAILURES_MAX
+
+
+async def test_a_success_lets_one_fail_again(client: httpx.AsyncClient, email: str) -> None:
+    await _alice(client, email)
+
+    for _ in range(2):
+        assert await _fail(client, email, FAILURES_MAX - 1) == [401] * (FAILURES_MAX - 1)
+        assert (await _sign_in(client, email)).status_code == 200
+
+
+async def test_when_too_many_wait_one_is_told_to_come_back(
+    app: FastAPI, client: httpx.AsyncClient, email: str
+) -> None:
+    await _alice(client, email)
+    keeper = app.state.account_keeper
+    app.state.account_keeper = replace(keeper, passwords=Passwords(WatchedHasher(), waiting_max=-2))
+    try:
+        answers = [await _sign_up(client, f"bob.{email}")]
+        answers += [await _sign_in(client, email) for _ in range(FAILURES_MAX + 1)]
+    finally:
+        app.state.account_keeper = keeper
+
+    for answer in answers:
+        _assert_refused(answer, 503, "SERVICE_UNAVAILABLE", answer.json()["detail"])
+        assert answer.headers["retry-after"] == "1"
+    assert (await _sign_in(client, email)).status_code == 200  # none of them was counted
+
+
+def _grant(email: str, **changes: str) -> dict[str, str]:
+    return {"grant_type": "password", "username": email, "password": PASSWORD} | changes
+
+
+async def test_the_password_grant_gives_a_bearer_token(client: httpx.AsyncClient, email: str) -> None:
+    alice = await _alice(client, email)
+
+    # Swagger UI says who the client is as well, which is nobody.
+    answer = await client.post(TOKEN, data=_grant(email, scope=""), headers={"Authorization": "Basic Og=="})
+
+    assert answer.status_code == 200
+    token = answer.json().pop("access_token")
+    assert answer.json() == {"access_token": token, "token_type": "bearer", "expires_in": 7 * 86400}
+    assert answer.headers["cache-control"] == "no-store"
+    assert (await replace(alice, token=token).get()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "error"),
+    [
+        ("grant_type=password&username=alice%40example.com&password=wrong", 400, "invalid_grant"),
+        ("grant_type=password&username=alice&password=wrong", 400, "invalid_grant"),
+        ("grant_type=password&username=alice%40example.com&password=" + "a" * 129, 400, "invalid_grant"),
+        ("grant_type=refresh_token&username=a%40example.com&password=b", 400, "unsupported_grant_type"),
+        ("username=alice%40example.com&password=wrong", 400, "invalid_request"),
+        ("grant_type=password&username=alice%40example.com&password=", 400, "invalid_request"),
+        ("grant_type=password&username=a&username=b&password=c", 400, "invalid_request"),
+        ("grant_type=password&username=%ff&password=b", 400, "invalid_request"),
+        (b"grant_type=password&username=\xff&password=b", 400, "invalid_request"),
+        ("", 400, "invalid_request"),
+        ("{}", 400, "invalid_request"),
+        ("a=b&" * 16_000, 400, "invalid_request"),
+        ("a" * 1_000_000, 413, "invalid_request"),
+    ],
+    ids=lambda value: ascii(value)[:70],
+)
+async def test_a_grant_is_refused_as_oauth_wants_it(
+    client: httpx.AsyncClient, content: str | bytes, status: int, error: str
+) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded; charset=UTF-8"}
+
+    answer = await client.post(TOKEN, content=content, headers=form)
+
+    problem = answer.json()
+    assert_problem(answer, status, problem["title"], problem["detail"])
+    assert (problem["error"], problem["error_description"]) == (error, problem["detail"])
+
+
+async def test_a_grant_must_be_a_form(client: httpx.AsyncClient, email: str) -> None:
+    answer = await _post(client, TOKEN, _grant(email))
+
+    assert (answer.status_code, answer.json()["error"]) == (415, "invalid_request")
+    assert "application/x-www-form-urlencoded" in answer.json()["detail"]
+
+
+async def test_a_failed_sign_in_is_logged_without_what_was_sent(
+    security_log: Log, database_url: str, email: str
+) -> None:
+    async with running(_keeping(database_url)) as client:
+        await _alice(client, email)
+        answers = [await _sign_in(client, email, "wrong horse"), await _sign_in(client, f"bob.{email}")]
+
+    lines = security_log.events("failed sign-in")
+    assert [line["reason"] for line in lines] == ["wrong password", "unknown e-mail"]
+    assert [line["request_id"] for line in lines] == [answer.json()["instance"] for answer in answers]
+    for secret in (email, "horse", PASSWORD, "eyJ"):
+        assert secret not in security_log.getvalue()
+
+
+async def test_an_attack_does_not_write_without_bound(
+    security_log: Log, database_url: str, email: str
+) -> None:
+    async with running(_keeping(database_url)) as client:
+        await _fail(client, email, FAILURES_MAX + 40)
+
+    assert 2 <= len(security_log.events("failed sign-in")) < 40
+
+
+async def test_without_the_setting_there_is_none_of_it(database_url: str, email: str) -> None:
+    async with running(create_app(settings_for(database_url))) as client:
+        answers = [
+            await _sign_up(client, email),
+            await _sign_in(client, email),
+            await client.post(TOKEN, data=_grant(email)),
+            await client.get(TOKEN),
+            await client.get(SESSION),
+        ]
+
+    assert [answer.status_code for answer in answers] == [404] * 5
+
+
+async def test_only_a_hash_of_the_password_is_kept(
+    app: FastAPI, client: httpx.AsyncClient, email: str
+) -> None:
+    alice = await _alice(client, email)
+
+    row = await accounts.account_of_id(app.state.database, alice.user_id)
+
+    assert row == await accounts.account_of_email(app.state.database, email.upper())
+    assert row is not None
+    assert row["password_hash"].startswith("$2b$")
+    assert PASSWORD not in str(row)

@@ -1,0 +1,93 @@
+import asyncio
+
+import pytest
+from limits.aio.storage import memory
+
+import attempts
+from attempts import FAILURES_MAX, WINDOW_MIN, Attempts, TooManyAttempts
+
+ALICE = ("alice@example.com", "192.0.2.1")
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(attempts, "time", clock)
+    monkeypatch.setattr(memory, "time", clock)
+    return clock
+
+
+async def _exhaust(counted: Attempts) -> None:
+    for _ in range(FAILURES_MAX):
+        await counted.count(*ALICE)
+
+
+async def test_one_attempt_more_is_too_many_until_the_window_ends(clock: Clock) -> None:
+    counted = Attempts()
+    await _exhaust(counted)
+
+    clock.now += 60
+    for _ in range(3):
+        with pytest.raises(TooManyAttempts) as refused:
+            await counted.count(*ALICE)
+        assert refused.value.retry_after_s == (WINDOW_MIN - 1) * 60
+
+    clock.now += refused.value.retry_after_s
+    await counted.count(*ALICE)
+
+
+@pytest.mark.parametrize("other", [("bob@example.com", ALICE[1]), (ALICE[0], "192.0.2.2")])
+async def test_attempts_at_something_else_are_not_affected(other: tuple[str, str]) -> None:
+    counted = Attempts()
+    await _exhaust(counted)
+
+    await counted.count(*other)
+
+
+async def test_attempts_made_at_once_are_each_counted() -> None:
+    counted = Attempts()
+
+    made = await asyncio.gather(*(counted.count(*ALICE) for _ in range(50)), return_exceptions=True)
+
+    assert made.count(None) == FAILURES_MAX
+
+
+async def test_a_success_forgets_the_failures() -> None:
+    counted = Attempts()
+    await _exhaust(counted)
+
+    await counted.forget(*ALICE)
+
+    await _exhaust(counted)
+
+
+async def test_what_has_run_out_is_not_kept(clock: Clock) -> None:
+    counted = Attempts()
+    for number in range(1000):
+        await counted.count(f"alice{number}@example.com")
+    storage = counted.storage
+    assert len(storage.storage) == 1000
+
+    clock.now += WINDOW_MIN * 60 + 1
+    await counted.count(*ALICE)
+    await asyncio.sleep(0)
+
+    assert (len(storage.storage), len(storage.expirations), len(storage.locks)) == (1, 1, 1)
+
+
+async def test_no_address_is_kept() -> None:
+    counted = Attempts()
+
+    await counted.count(*ALICE)
+
+    assert "alice" not in repr(counted.storage.storage)

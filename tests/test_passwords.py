@@ -1,0 +1,118 @@
+import asyncio
+import threading
+
+import pytest
+from pwdlib.hashers.bcrypt import BcryptHasher
+
+from passwords import ROUNDS, THREADS, Passwords, TooManyPasswords
+
+QUICK = 4  # the least that bcrypt can do
+
+DIFFERENT = {
+    "in the 73rd byte": ("a" * 72 + "b", "a" * 72 + "c"),
+    "in the last of 128 bytes": ("a" * 127 + "b", "a" * 127 + "c"),
+    "after U+0000": ("correct\0horse", "correct\0donkey"),
+    "in the number of U+0000": ("correct\0", "correct"),
+    "in a lone surrogate": ("correct\ud800", "correct\udfff"),
+    "in case": ("correct horse", "Correct horse"),
+    "in being there at all": ("", "\0"),
+}
+
+
+class WatchedHasher(BcryptHasher):
+    """Keeps what it was asked: the hashes it checked against, and on which threads."""
+
+    def __init__(self, rounds: int = QUICK) -> None:
+        super().__init__(rounds)
+        self.checked: list[str] = []
+        self.threads: set[str] = set()
+
+    def verify(self, password: str | bytes, hash: str | bytes) -> bool:  # noqa: A002 - the library's name
+        self.checked.append(str(hash))
+        self.threads.add(threading.current_thread().name)
+        return super().verify(password, hash)
+
+
+@pytest.fixture
+def hasher() -> WatchedHasher:
+    return WatchedHasher()
+
+
+@pytest.fixture
+def passwords(hasher: WatchedHasher) -> Passwords:
+    return Passwords(hasher)
+
+
+async def test_a_password_is_known_by_its_hash(passwords: Passwords) -> None:
+    password_hash = await passwords.hash("correct horse")
+
+    assert "correct horse" not in password_hash
+    assert await passwords.check("correct horse", password_hash)
+    assert not await passwords.check("wrong horse", password_hash)
+    assert await passwords.hash("correct horse") != password_hash
+
+
+async def test_a_hash_costs_what_it_should() -> None:
+    assert (await Passwords().hash("correct horse")).startswith(f"$2b${ROUNDS}$")
+
+
+@pytest.mark.parametrize(("password", "other"), DIFFERENT.values(), ids=DIFFERENT)
+async def test_passwords_that_differ_anywhere_are_different(
+    passwords: Passwords, password: str, other: str
+) -> None:
+    password_hash = await passwords.hash(password)
+
+    assert await passwords.check(password, password_hash)
+    assert not await passwords.check(other, password_hash)
+
+
+async def test_a_password_is_the_same_from_every_keyboard(passwords: Passwords) -> None:
+    password_hash = await passwords.hash("caf\u00e9 con leche")
+
+    assert await passwords.check("cafe\u0301 con leche", password_hash)
+
+
+async def test_a_password_of_a_megabyte_is_hashed_like_any_other(passwords: Passwords) -> None:
+    assert await passwords.check("a" * 1_000_000, await passwords.hash("a" * 1_000_000))
+
+
+async def test_nobodys_password_is_as_dear_to_check_as_anybodys(
+    passwords: Passwords, hasher: WatchedHasher
+) -> None:
+    password_hash = await passwords.hash("correct horse")
+
+    assert not await passwords.check("wrong horse", password_hash)
+    assert not await passwords.check("wrong horse", None)
+
+    somebodys, nobodys = hasher.checked
+    assert hasher.identify(nobodys)
+    assert not hasher.check_needs_rehash(nobodys)
+    assert (nobodys[:7], len(nobodys)) == (somebodys[:7], len(somebodys))
+
+
+async def test_the_event_loop_hashes_nothing(passwords: Passwords, hasher: WatchedHasher) -> None:
+    await asyncio.gather(*(passwords.check("correct horse", None) for _ in range(8)))
+
+    assert len(hasher.threads) <= THREADS
+    assert all(name.startswith("passwords") for name in hasher.threads)
+
+
+def test_there_are_as_many_places_as_may_run_and_wait() -> None:
+    passwords = Passwords(WatchedHasher(), waiting_max=1)
+
+    with passwords.place(), passwords.place():
+        with passwords.place(), pytest.raises(TooManyPasswords), passwords.place():
+            pass
+        with passwords.place():  # given back
+            pass
+
+
+def test_a_place_is_given_back_after_a_mistake() -> None:
+    passwords = Passwords(WatchedHasher(), waiting_max=1 - THREADS)
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError), passwords.place():
+            raise RuntimeError
+
+    with passwords.place():
+        pass
