@@ -160,6 +160,12 @@ class Settings(BaseModel):
     allowed_origins: Annotated[str, AfterValidator(_origin_list)] = Field(
         "http://localhost:3000", description="origins of browsers (CORS), separated by commas"
     )
+    request_deadline_s: float = Field(
+        8, gt=0, le=300, description="every request is answered in this time, by 503 if need be"
+    )
+    shutdown_grace_s: int = Field(
+        10, ge=0, le=3600, description="what has begun may finish within this time after SIGTERM"
+    )
     host: str = Field("127.0.0.1", description="address that `main.py` listens on")
     port: int = Field(8000, ge=0, le=65535, description="port that `main.py` listens on")
     debug: bool = Field(False, description="more log, never more in an answer")

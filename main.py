@@ -26,12 +26,12 @@ from config import Settings, load_settings, refuse
 from cursors import CursorSigner
 from middleware.access_log import AccessLogMiddleware
 from middleware.cors import ProblemCORSMiddleware
+from middleware.deadline import DeadlineMiddleware
 from middleware.trailing_slash import TrailingSlashMiddleware
 from passwords import Passwords
+from protocol import Protocol
 from routes import accounts, docs, health, tasks
 from task_limit import TaskLimit
-
-SHUTDOWN_GRACE_S = 10  # what has begun may finish; a client that stalls holds nobody longer
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -97,6 +97,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     # The last added is the outermost.
     app.add_middleware(TrailingSlashMiddleware)
+    app.add_middleware(DeadlineMiddleware, deadline_s=settings.request_deadline_s)
     app.add_middleware(AccessLogMiddleware, lines=settings.access_log)
     app.add_middleware(ProblemCORSMiddleware, origins=settings.origins)
     return app
@@ -195,8 +196,9 @@ def main(arguments: list[str]) -> None:
         settings.port,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
+        timeout_graceful_shutdown=settings.shutdown_grace_s,
         server_header=False,
+        http=Protocol,
     )
     server = _Server(config, settings)
     # uvicorn shuts down in order and then raises the signal again; to stop when asked is a success.

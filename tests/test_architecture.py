@@ -9,7 +9,7 @@ FLOORS = [
     {"strict_json"},
     {"config", "errors", "models", "jwks", "cursors", "logs", "database_url", "pool"}
     | {"passwords", "attempts", "arrays", "recurring", "task_limit"},
-    {"tokens", "schemas", "db", "openapi", "etags"},
+    {"tokens", "schemas", "db", "openapi", "etags", "protocol"},
     {"listing"},
     {"queries", "accounts"},
     {"bulk", "idempotency"},

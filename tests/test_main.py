@@ -218,8 +218,7 @@ def half_a_request(token: str) -> bytes:
 
 def test_a_client_that_stalls_keeps_nobody_from_stopping(tmp_path: Path) -> None:
     port = free_port()
-    code = "import main; main.SHUTDOWN_GRACE_S = 1; main.main([])"
-    with running_service(tmp_path, "-c", code, PORT=str(port)) as service:
+    with running_service(tmp_path, PORT=str(port), SHUTDOWN_GRACE_S="1") as service:
         service.wait_for(f"http://127.0.0.1:{port}")
         token = run(tmp_path, MAIN, "token", "alice").stdout.strip()
         with socket.create_connection(("127.0.0.1", port)) as stalling:

@@ -1,0 +1,92 @@
+import asyncio
+import time
+from typing import Any
+
+import httpx
+import pytest
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from middleware.access_log import AccessLogMiddleware
+from middleware.cors import ProblemCORSMiddleware
+from middleware.deadline import DeadlineMiddleware
+
+
+def client_of(handler: Any, deadline_s: float = 0.1) -> httpx.AsyncClient:
+    app: Any = DeadlineMiddleware(handler, deadline_s=deadline_s)
+    app = ProblemCORSMiddleware(AccessLogMiddleware(app), origins=["https://app.example.com"])
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+async def test_what_takes_too_long_is_503() -> None:
+    ended = asyncio.Event()
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async with client_of(endless) as client:
+        answer = await client.get("/", headers={"Origin": "https://app.example.com"})
+
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["access-control-allow-origin"] == "https://app.example.com"
+    assert answer.headers["x-request-id"] == answer.json()["instance"]
+    assert ended.is_set()
+
+
+async def test_nobody_waits_for_a_handler_that_cannot_be_cancelled() -> None:
+    async def stubborn(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await asyncio.sleep(1)
+            await PlainTextResponse("too late")(scope, receive, send)
+
+    sent: list[tuple[float, dict[str, Any]]] = []
+
+    async def send(message: Any) -> None:
+        sent.append((time.monotonic(), message))
+
+    started = time.monotonic()
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    await DeadlineMiddleware(stubborn, deadline_s=0.1)(scope, asyncio.Event().wait, send)  # type: ignore[arg-type] # nobody receives
+
+    assert [message["type"] for _, message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[0][1]["status"] == 503
+    assert sent[0][0] - started < 0.9
+
+
+async def test_an_answer_that_has_begun_is_not_cut_off() -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(0.3)
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    async with client_of(slow) as client:
+        answer = await client.get("/")
+
+    assert (answer.status_code, answer.content) == (200, b"whole")
+
+
+async def test_a_client_that_goes_away_cancels_its_request() -> None:
+    started, ended = asyncio.Event(), asyncio.Event()
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async with client_of(endless, deadline_s=10) as client:
+        request = asyncio.create_task(client.get("/"))
+        await started.wait()
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+
+    assert ended.is_set()

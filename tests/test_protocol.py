@@ -1,0 +1,160 @@
+"""What arrives over a socket, byte by byte, at the service as its own process."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from protocol import HEAD_MAX_BYTES
+from tests.postgres import free_port
+from tests.service import running_service
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+# The real times would make the tests slow.
+CODE = """
+import main, protocol, sys
+protocol.HEAD_TIMEOUT_S = 0.5
+protocol.DRAIN_S = 0.5
+main.main([])
+"""
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    port = free_port()
+    with running_service(tmp_path_factory.mktemp("http"), "-c", CODE, PORT=str(port)) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        yield port
+        assert service.process.poll() is None
+        assert "Traceback" not in service.logged
+
+
+def exchange(port: int, *pieces: bytes, pause_s: float = 0.0) -> bytes:
+    """Send *pieces* and return all that comes until the service closes, within two seconds."""
+    with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
+        received = b""
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause_s)
+            while data := connection.recv(65536):
+                received += data
+        except (TimeoutError, ConnectionError):
+            received += b"<not closed>" if isinstance(data if received else None, bytes) else b""
+        return received
+
+
+def problem(answer: bytes) -> tuple[int, str]:
+    """Return status and sentence of *answer*, which must be a whole problem."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/problem+json" in head.lower()
+    assert b"connection: close" in head.lower()
+    assert b"server:" not in head.lower()
+    content = json.loads(body)
+    assert f"x-request-id: {content['instance']}".encode() in head.lower()
+    return int(head.split()[1]), content["detail"]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 a TLS hello\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHo st: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nA: b\x00c\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n folded: x\r\n\r\n",
+        b"GET /h\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_is_refused_with_a_problem(port: int, request_: bytes) -> None:
+    status, sentence = problem(exchange(port, request_))
+
+    assert (status, sentence) == (400, "This is not an HTTP request that can be understood")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [HEALTH + b"A: " + b"x" * (HEAD_MAX_BYTES + 1) + b"\r\n\r\n"],
+        [HEALTH, *[b"A: x\r\n" * 100] * (HEAD_MAX_BYTES // 200)],
+        [b"GET /" + b"x" * HEAD_MAX_BYTES + b" HTTP/1.1\r\n\r\n"],
+        [HEALTH + b"A: ", *[b"x" * 1000] * 70],
+    ],
+    ids=["one header", "many headers", "address", "never ends"],
+)
+def test_a_head_that_is_too_large_is_431(port: int, pieces: list[bytes]) -> None:
+    assert problem(exchange(port, *pieces))[0] == 431
+
+
+def test_a_head_of_ordinary_size_is_served_byte_by_byte(port: int) -> None:
+    head = HEALTH + b"Connection: close\r\n\r\n"
+
+    answer = exchange(port, *(bytes([byte]) for byte in head))
+
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_a_head_that_does_not_come_is_408(port: int) -> None:
+    assert problem(exchange(port, HEALTH))[0] == 408
+
+
+def test_a_head_that_comes_too_slowly_is_408(port: int) -> None:
+    started = time.monotonic()
+
+    answer = exchange(port, *[b"GET /health HTTP/1.1\r\n", *[b"A: x\r\n"] * 20], pause_s=0.05)
+
+    assert answer == b"" or problem(answer)[0] == 408
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[], [HEALTH + b"\r\n", b"\r\n"], [HEALTH + b"Content-Length: 100\r\n\r\n", b"x", b"x", b"x"]],
+    ids=["says nothing", "goes on with empty lines", "goes on with a body that nobody reads"],
+)
+def test_a_connection_that_asks_nothing_is_closed(port: int, pieces: list[bytes]) -> None:
+    answer = exchange(port, *pieces, pause_s=0.1)
+
+    assert not answer.endswith(b"<not closed>")
+    assert answer.count(b"HTTP/1.1 200") == (1 if pieces else 0)
+
+
+def test_two_requests_at_once_are_answered_in_order(port: int) -> None:
+    answer = exchange(port, HEALTH + b"\r\n" + HEALTH + b"Connection: close\r\n\r\n")
+
+    assert answer.count(b"HTTP/1.1 200") == 2
+
+
+def test_an_upgrade_that_is_not_offered_is_passed_over(port: int) -> None:
+    for protocol in (b"websocket", b"h2c"):
+        answer = exchange(port, HEALTH + b"Connection: Upgrade\r\nUpgrade: " + protocol + b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path) -> None:
+    port = free_port()
+    with running_service(tmp_path, "-c", CODE, PORT=str(port)) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
+            connection.sendall(HEALTH + b"\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+            service.process.terminate()
+            time.sleep(0.1)  # it is stopping now, and this client has not heard of it
+            connection.sendall(HEALTH + b"\r\n")
+            answer = connection.recv(65536)
+
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b"connection: close" in answer
+        assert service.process.wait(5) == 0
