@@ -1,16 +1,26 @@
-"""A fixed set of PostgreSQL connections that requests take turns with."""
+"""A fixed set of PostgreSQL connections that requests take turns with, and that outlives its server."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
 
-WAIT_S = 3.0  # for a turn; longer, and the client is better told to come back
+WAITING_MAX_PER_CONNECTION = 20  # more would wait longer than they are worth; they are told at once
 END_TIMEOUT_S = 1.0
 IDLE_MAX_S = 280.0  # Neon suspends after 300 s without a query, and its connections die with it
+UNCHECKED_S = 30.0  # a connection that has been idle for longer may be cut off without a word
+CHECK_TIMEOUT_S = 1.0
+# A database that sleeps (Neon) takes 0.5 to 5 s to wake: who asks it meanwhile waits, and is not refused.
+PATIENCE_S = 5.5
+RECONNECT_S = 0.25
+
+
+class PoolBusy(Exception):
+    """More requests are waiting than will be served in time."""
 
 
 class Connection:
@@ -37,25 +47,51 @@ class Connection:
             rows = await statement.fetch(*arguments)
         return rows
 
-    def usable(self) -> bool:
-        return not self.raw.is_closed() and time.monotonic() - self.used_at < IDLE_MAX_S
+    @property
+    def idle_s(self) -> float:
+        return time.monotonic() - self.used_at
+
+    async def answers(self) -> bool:
+        """Return whether the server still hears us."""
+        with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            await self.raw.execute("SELECT 1", timeout=CHECK_TIMEOUT_S)
+            return True
+        return False
+
+
+@dataclass
+class _Outage:
+    """A time in which connecting fails with *error*; *over* is set when a connection may be had."""
+
+    error: Exception
+    since: float = field(default_factory=time.monotonic)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Pool:
-    """At most *size* connections, the most recently used first; waiters are served in order."""
+    """At most *size* connections, the most recently used first; waiters are served in order.
 
-    def __init__(self, connect: Callable[[], Awaitable[Any]], size: int) -> None:
+    A turn is the right to use one connection. While the server is away those who have a turn wait for one
+    task that tries to connect; when it has been away for `PATIENCE_S` they are refused at once.
+    """
+
+    def __init__(self, connect: Callable[[], Awaitable[Any]], size: int, *, wait_s: float) -> None:
         self._connect = connect
         self._size = size
+        self._wait_s = wait_s
         self._turns = asyncio.Semaphore(size)
+        self._waiting = 0
         self._idle: list[Connection] = []
-        self._ending: set[asyncio.Task[None]] = set()
+        self._alive = 0  # idle or in use
+        self._outage: _Outage | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
         """Run one statement on whichever connection is free and return its rows.
 
         Raises:
-            TimeoutError: all connections were in use for `WAIT_S`.
+            PoolBusy: too many are waiting.
+            TimeoutError: no connection was free in time.
         """
         connection = await self._acquire()
         try:
@@ -74,7 +110,8 @@ class Pool:
         """Lend a connection for several statements; a block that raises costs the connection.
 
         Raises:
-            TimeoutError: all connections were in use for `WAIT_S`.
+            PoolBusy: too many are waiting.
+            TimeoutError: no connection was free in time.
         """
         connection = await self._acquire()
         try:
@@ -90,47 +127,137 @@ class Pool:
         A first connection costs some 20 round trips, better not a request's. A server that allows fewer
         connections than we would like is no reason to have none.
         """
-        attempts = (self.fetch("SELECT pg_backend_pid()", []) for _ in range(self._size))
-        results = await asyncio.gather(*attempts, return_exceptions=True)
+        results = await asyncio.gather(*(self._open() for _ in range(self._size)), return_exceptions=True)
         return [result for result in results if isinstance(result, Exception)][:1]
 
     async def close(self) -> None:
+        reconnecting = [task for task in self._tasks if task.get_name() == "reconnect"]
+        for task in reconnecting:
+            task.cancel()
         while self._idle:
             await _end(self._idle.pop().raw)
-        await asyncio.gather(*self._ending)
-
-    def _discard(self, connection: Connection) -> None:
-        """End *connection*, and what the server still does for it, and then give its turn back."""
-        ending = asyncio.create_task(_end(connection.raw))
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
-        ending.add_done_callback(lambda _: self._turns.release())
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _acquire(self) -> Connection:
-        if self._turns.locked():
-            async with asyncio.timeout(WAIT_S):
-                await self._turns.acquire()
-        else:
+        if not self._turns.locked():
             await self._turns.acquire()
+            if self._idle and self._idle[-1].idle_s < UNCHECKED_S and not self._idle[-1].raw.is_closed():
+                return self._idle.pop()  # nearly always
+        else:
+            await self._wait_for_turn()
         try:
-            return self._take_idle() or Connection(await self._connect())
+            async with asyncio.timeout(self._wait_s):
+                return await self._connection_for_turn()
         except BaseException:
             self._turns.release()
             raise
 
-    def _take_idle(self) -> Connection | None:
+    async def _wait_for_turn(self) -> None:
+        if self._waiting >= self._size * WAITING_MAX_PER_CONNECTION:
+            raise PoolBusy(f"{self._waiting} requests are waiting for {self._size} connections")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await self._turns.acquire()
+        finally:
+            self._waiting -= 1
+
+    async def _connection_for_turn(self) -> Connection:
+        while True:
+            if connection := await self._take_idle():
+                return connection
+            if self._outage is None:
+                try:
+                    await self._open()
+                except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
+                    self._begin_outage(error)
+            else:
+                await self._wait_out(self._outage)
+
+    async def _take_idle(self) -> Connection | None:
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable():
+            if connection.raw.is_closed() or connection.idle_s > IDLE_MAX_S:
+                self._drop(connection)
+            elif connection.idle_s < UNCHECKED_S or await connection.answers():
                 return connection
-            connection.raw.terminate()
+            else:  # cut off, and so are those that have been idle for longer
+                for stale in (connection, *self._idle):
+                    self._drop(stale)
+                self._idle.clear()
         return None
 
+    async def _open(self) -> None:
+        """Add a connection to the idle ones."""
+        self._alive += 1
+        try:
+            connection = Connection(await self._connect())
+        except BaseException:
+            self._alive -= 1
+            raise
+        self._add_idle(connection)
+
+    def _add_idle(self, connection: Connection) -> None:
+        self._idle.append(connection)
+        if self._outage:
+            self._outage.over.set()
+
+    def _begin_outage(self, error: Exception) -> None:
+        if self._outage is None:
+            self._outage = _Outage(error)
+            self._start(self._reconnect(self._outage), "reconnect")
+
+    async def _wait_out(self, outage: _Outage) -> None:
+        """Return when a connection may be had.
+
+        Raises:
+            OSError, TimeoutError, asyncpg.InterfaceError: why none can be had for `PATIENCE_S` already.
+        """
+        left_s = outage.since + PATIENCE_S - time.monotonic()
+        if self._alive:
+            left_s = self._wait_s  # the server allows no more of them, but somebody will give theirs back
+        try:
+            async with asyncio.timeout(max(0.0, left_s)):
+                await outage.over.wait()
+        except TimeoutError:
+            raise outage.error from None
+        if not self._idle and self._outage is outage:
+            outage.over.clear()
+
+    async def _reconnect(self, outage: _Outage) -> None:
+        while True:
+            await asyncio.sleep(RECONNECT_S)
+            try:
+                await self._open()
+                break
+            except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
+                outage.error = error
+        self._outage = None
+        outage.over.set()
+
     def _release(self, connection: Connection) -> None:
-        if not connection.raw.is_closed():
+        if connection.raw.is_closed():
+            self._alive -= 1
+        else:
             connection.used_at = time.monotonic()
-            self._idle.append(connection)
+            self._add_idle(connection)
         self._turns.release()
+
+    def _drop(self, connection: Connection) -> None:
+        self._alive -= 1
+        connection.raw.terminate()
+
+    def _discard(self, connection: Connection) -> None:
+        """End *connection*, and what the server still does for it, and then give its turn back."""
+        self._alive -= 1
+        ending = self._start(_end(connection.raw), "end")
+        ending.add_done_callback(lambda _: self._turns.release())
+
+    def _start(self, work: Any, name: str) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
 async def _end(raw: Any) -> None:
