@@ -1,10 +1,16 @@
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
+import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from main import create_app
+from tests import task_model
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
+from tests.task_model import Json
 
 
 @pytest.mark.parametrize("day", ["0001-01-01", "9999-12-31"])
@@ -33,3 +39,101 @@ async def test_times_are_utc_whatever_the_time_zone_of_the_database(postgres: Se
     task = done.json()["results"][0]["task"]
     assert task["created_at"] == task["updated_at"] == task["completed_at"]
     assert before <= datetime.fromisoformat(task["created_at"]) <= datetime.now(UTC)
+
+
+operations = st.one_of(
+    task_model.creates,
+    st.builds(
+        lambda operation, version: operation | {"version": version},
+        task_model.updates | task_model.completions | task_model.deletions,
+        st.sampled_from([None, None, 1, 2, 3]),
+    ),
+)
+NOBODYS = 2**40
+
+
+async def fill(person: Person, tasks: Sequence[Json]) -> list[int]:
+    """Create *tasks* and return their ids."""
+    return [(await person.create(**task))["id"] for task in tasks]
+
+
+async def tasks_of(person: Person) -> list[Json]:
+    """Return what is the same for everybody who has done the same, the oldest task first."""
+    return [kept(task) for task in (await person.get("?order=asc")).json()]
+
+
+def kept(task: Json) -> Json:
+    dated = {"completed_at": task["completed_at"] is not None}
+    return {
+        name: value
+        for name, value in (task | dated).items()
+        if name not in ("id", "user_id", "created_at", "updated_at")
+    }
+
+
+def among(ids: Sequence[int], operation: Json) -> int:
+    """Return which of *ids* the *operation* is about."""
+    return ids[operation["which"]] if operation.get("which", 9) < len(ids) else NOBODYS
+
+
+def in_bulk(ids: Sequence[int], done: Sequence[Json]) -> Json:
+    return {"operations": [operation | {"id": among(ids, operation)} for operation in done]}
+
+
+def outcome(answer: httpx.Response) -> Json:
+    """Return *answer* to a single operation as the result of one among many."""
+    found = answer.json() if answer.content else {}
+    if answer.is_success:
+        return {"status": answer.status_code} | ({"task": kept(found)} if found else {})
+    return {"status": answer.status_code} | ({"etag": found["etag"]} if "etag" in found else {})
+
+
+first = st.lists(st.fixed_dictionaries(task_model.fields | {"due_time": st.none()}), min_size=2, max_size=5)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(first, st.lists(operations, min_size=3, max_size=12))
+async def test_operations_leave_in_bulk_what_they_leave_one_by_one(
+    client: httpx.AsyncClient, tasks: list[Json], done: list[Json]
+) -> None:
+    alice, bob = person("alice", client), person("bob", client)
+    ids = await fill(alice, tasks)
+
+    alone = [
+        outcome(await task_model.send_alone(alice, operation, among(ids, operation))) for operation in done
+    ]
+    together = await bob.post("/bulk?atomic=false", json=in_bulk(await fill(bob, tasks), done))
+
+    results = [
+        result | ({"task": kept(result["task"])} if "task" in result else {})
+        for result in together.json()["results"]
+    ]
+    assert [{name: result[name] for name in result if name != "detail"} for result in results] == alone
+    assert await tasks_of(bob) == await tasks_of(alice)
+    # What the server remembers of a series shows in what comes next.
+    for someone in (alice, bob):
+        for task in (await someone.get("?order=asc")).json():
+            await someone.patch(f"/{task['id']}/complete")
+    assert await tasks_of(bob) == await tasks_of(alice)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(first, st.lists(operations, min_size=1, max_size=5))
+async def test_operations_are_done_all_or_none(
+    client: httpx.AsyncClient, tasks: list[Json], done: list[Json]
+) -> None:
+    alice, bob = person("alice", client), person("bob", client)
+    each = await alice.post("/bulk?atomic=false", json=in_bulk(await fill(alice, tasks), done))
+    statuses = [result["status"] for result in each.json()["results"]]
+    failed = [index for index, status in enumerate(statuses) if status >= 400]
+    ids = await fill(bob, tasks)
+    before = (await bob.get()).json()
+
+    answer = await bob.post("/bulk", json=in_bulk(ids, done))
+
+    if failed:
+        assert (answer.status_code, answer.json()["index"]) == (statuses[failed[0]], failed[0])
+        assert (await bob.get()).json() == before
+    else:
+        assert [result["status"] for result in answer.json()["results"]] == statuses
+        assert await tasks_of(bob) == await tasks_of(alice)
