@@ -40,6 +40,7 @@ SHELF: list[Json] = [
     },
     {"title": "chores", "category": ""},
 ]
+ENDLESS = 100
 EVERYTHING = ["apples", "bills", "chores", "Ärger_im\\Büro"]
 
 
@@ -55,6 +56,7 @@ async def pages(person: Person, path: str) -> list[list[Json]]:
     """Return each page from *path* on, following the `Link` headers."""
     found = []
     while path:
+        assert len(found) < ENDLESS
         answer = await person.get(path)
         assert answer.status_code == 200, answer.text
         found.append(answer.json())
@@ -323,6 +325,7 @@ async def test_pages_show_what_stays_once_while_the_rest_changes(alice: Person, 
 
     path, seen = f"?sort={sort}&limit=2", []
     while path:
+        assert len(seen) < ENDLESS
         answer = await alice.get(path)
         page = [task["id"] for task in answer.json()]
         seen += page
@@ -467,6 +470,7 @@ class Shelf:
         options = [("limit", str(limit))] * bool(limit) + [("count", count)] * bool(count)
         path, found = f"?{urlencode([*wanted.parameters, *options])}", []
         while path:
+            assert len(found) <= len(expected)
             answer = await self.owner.get(path)
             path = answer.links.get("next", {}).get("url", "")
             assert answer.headers.get("x-total-count") == (str(len(expected)) if count == "true" else None)
