@@ -41,6 +41,65 @@ async def test_times_are_utc_whatever_the_time_zone_of_the_database(postgres: Se
     assert before <= datetime.fromisoformat(task["created_at"]) <= datetime.now(UTC)
 
 
+async def complete(person: Person, way: str, task_id: int) -> None:
+    one = {"op": "complete", "id": task_id}
+    answer = {
+        "toggle": lambda: person.patch(f"/{task_id}/complete"),
+        "set": lambda: person.patch(f"/{task_id}/complete", json={"completed": True}),
+        "put": lambda: person.put(f"/{task_id}", json={"completed": True}),
+        "bulk": lambda: person.post("/bulk", json={"operations": [one]}),
+        "all": lambda: person.patch("?status=pending", json={"completed": True}),
+    }
+    (await answer[way]()).raise_for_status()
+
+
+WAYS = ["toggle", "set", "put", "bulk", "all"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_series_keeps_the_day_that_was_meant_however_it_is_completed(alice: Person, way: str) -> None:
+    await alice.create(due_date="2023-12-31", recurring="monthly")
+
+    days = []
+    for _ in range(4):
+        (task,) = (await alice.get("?status=pending")).json()
+        days.append(task["due_date"])
+        await complete(alice, way, task["id"])
+
+    assert days == ["2023-12-31", "2024-01-31", "2024-02-29", "2024-03-31"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_task_has_one_successor_until_it_gets_another_day(alice: Person, way: str) -> None:
+    task = await alice.create(due_date="2024-01-31", recurring="weekly")
+
+    days = []
+    for changes in ({}, {"due_date": "2024-01-31"}, {"due_date": "2024-02-01"}):
+        await alice.put(f"/{task['id']}", json={"completed": False, **changes})
+        await complete(alice, way, task["id"])
+        successors = (await alice.get("?status=pending")).json()
+        days.append([successor["due_date"] for successor in successors])
+        for successor in successors:
+            await alice.delete(f"/{successor['id']}")
+
+    assert days == [["2024-02-07"], [], ["2024-02-08"]]
+
+
+async def test_bulk_lets_another_day_start_the_series_anew(alice: Person) -> None:
+    task = await alice.create(due_date="2024-01-31", recurring="weekly", completed=False)
+    day = {"due_date": "2024-02-01", "completed": False}
+    operations = [
+        {"op": "complete", "id": task["id"]},
+        {"op": "update", "id": task["id"], "changes": day},
+        {"op": "complete", "id": task["id"]},
+    ]
+
+    await alice.post("/bulk", json={"operations": operations})
+
+    pending = (await alice.get("?status=pending&sort=due_date")).json()
+    assert [successor["due_date"] for successor in pending] == ["2024-02-07", "2024-02-08"]
+
+
 operations = st.one_of(
     task_model.creates,
     st.builds(
