@@ -150,7 +150,7 @@ def outcome(answer: httpx.Response) -> Json:
 first = st.lists(st.fixed_dictionaries(task_model.fields | {"due_time": st.none()}), min_size=2, max_size=5)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=40)
 @given(first, st.lists(operations, min_size=3, max_size=12))
 async def test_operations_leave_in_bulk_what_they_leave_one_by_one(
     client: httpx.AsyncClient, tasks: list[Json], done: list[Json]

@@ -485,7 +485,7 @@ def _fields(seen: Json) -> Json:
     return {name: seen[name] for name in WRITABLE}
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=50)
 @given(
     st.lists(task_model.creates, min_size=6, max_size=9),
     st.lists(st.tuples(changes, st.sampled_from(["PUT", "PATCH"])), min_size=4, max_size=8),
