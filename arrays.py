@@ -5,7 +5,7 @@ PostgreSQL has arrays; SQLite reads JSON.
 
 from typing import Any
 
-from sqlalchemy import ARRAY, JSON, Boolean, ColumnElement, Text, bindparam
+from sqlalchemy import ARRAY, JSON, Boolean, ColumnElement, DateTime, Text, bindparam
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -111,6 +111,8 @@ def _member(element: Member, compiler: SQLCompiler, **options: Any) -> str:
     record = compiler.process(element.clauses, **options)
     if isinstance(element.type, ARRAY):
         return f"ARRAY(SELECT jsonb_array_elements_text({record} -> '{element.member}'))"
+    if isinstance(element.type, DateTime):  # in UTC, whatever the session's time zone is
+        return f"CAST({record} ->> '{element.member}' AS TIMESTAMP) AT TIME ZONE 'UTC'"
     kind = compiler.dialect.type_compiler_instance.process(element.type)
     return f"CAST({record} ->> '{element.member}' AS {kind})"
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
-    Date,
     Integer,
     Select,
     SmallInteger,
@@ -28,7 +27,7 @@ from sqlalchemy import (
 )
 
 from arrays import any_of, has_all, list_of
-from models import BIG_ID, PRIORITY, TAG_MAX, Task
+from models import BIG_ID, DAY, PRIORITY, TAG_MAX, Task
 from schemas import Filter, Order, TaskOut
 
 TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
@@ -103,8 +102,8 @@ def _optional(shape: Shape) -> Iterable[tuple[bool, ColumnElement[bool]]]:
     yield shape.priorities, any_of(task.priority, ranks)
     yield shape.categories, any_of(task.category, bindparam("categories", type_=list_of(String())))
     yield shape.tags, has_all(task.tags, bindparam("tags", type_=list_of(String(TAG_MAX))))
-    yield shape.due_date_from, task.due_date >= bindparam("due_date_from", type_=Date())
-    yield shape.due_date_to, task.due_date <= bindparam("due_date_to", type_=Date())
+    yield shape.due_date_from, task.due_date >= bindparam("due_date_from", type_=DAY)
+    yield shape.due_date_to, task.due_date <= bindparam("due_date_to", type_=DAY)
 
 
 def start_of(after: tuple[Any, int] | None) -> Start:
