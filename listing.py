@@ -13,7 +13,6 @@ from sqlalchemy import (
     Integer,
     Select,
     SmallInteger,
-    String,
     Table,
     Text,
     bindparam,
@@ -28,7 +27,7 @@ from sqlalchemy import (
 )
 
 from arrays import any_of, has_all, list_of
-from models import BIG_ID, PRIORITY, TAG_MAX, Task
+from models import BIG_ID, PRIORITY, Task
 from schemas import Filter, Order, TaskOut
 
 TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
@@ -101,8 +100,8 @@ def _optional(shape: Shape) -> Iterable[tuple[bool, ColumnElement[bool]]]:
     task = TASKS.c
     ranks = bindparam("priorities", type_=list_of(SmallInteger()))
     yield shape.priorities, any_of(task.priority, ranks)
-    yield shape.categories, any_of(task.category, bindparam("categories", type_=list_of(String())))
-    yield shape.tags, has_all(task.tags, bindparam("tags", type_=list_of(String(TAG_MAX))))
+    yield shape.categories, any_of(task.category, bindparam("categories", type_=list_of(Text())))
+    yield shape.tags, has_all(task.tags, bindparam("tags", type_=list_of(Text())))
     yield shape.due_date_from, task.due_date >= bindparam("due_date_from", type_=Date())
     yield shape.due_date_to, task.due_date <= bindparam("due_date_to", type_=Date())
 
