@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
     Date,
     Integer,
@@ -25,6 +26,9 @@ from sqlalchemy import (
     tuple_,
     union_all,
 )
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 from arrays import any_of, has_all, list_of
 from models import BIG_ID, PRIORITY, Task
@@ -45,6 +49,29 @@ _TEXT = func.lower(
         func.coalesce(TASKS.c.description, literal_column("''"))
     )
 )
+
+
+class planned_with(FunctionElement[bool]):  # noqa: N801 - used like a function, as SQLAlchemy's are
+    """True, and a reason for PostgreSQL to plan anew for each value.
+
+    After five searches it would keep one plan for all words, by the trigrams that a short or frequent word
+    has not: 500 ms instead of 0.2 ms among 10,000 tasks. With the value this is nothing; without, it looks
+    like the dearest of plans.
+    """
+
+    type = Boolean()
+    inherit_cache = True
+
+
+@compiles(planned_with)
+def _planned_with(element: planned_with, compiler: SQLCompiler, **options: Any) -> str:
+    value = compiler.process(element.clauses, **options)
+    return f"({value} IS NOT NULL OR (SELECT count(*) FROM generate_series(1, 1000000000)) = 0)"  # noqa: S608 - SQL already
+
+
+@compiles(planned_with, "sqlite")
+def _planned_with_sqlite(_element: planned_with, _compiler: SQLCompiler, **_: Any) -> str:
+    return "1"
 
 
 class Shape(NamedTuple):
@@ -84,10 +111,10 @@ _ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "\\%_"})
 
 def conditions(shape: Shape) -> list[ColumnElement[bool]]:
     """Return what is true of the tasks in a list of *shape*, the owner first."""
-    words = [
-        _TEXT.like(func.lower(bindparam(f"word_{number}", type_=Text())), escape="\\")
-        for number in range(shape.words)
-    ]
+    patterns = [bindparam(f"word_{number}", type_=Text()) for number in range(shape.words)]
+    words: list[ColumnElement[bool]] = [
+        _TEXT.like(func.lower(pattern), escape="\\") for pattern in patterns
+    ] + [planned_with(pattern) for pattern in patterns[:1]]
     return [OWNED, *_states(shape), *words, *(condition for there, condition in _optional(shape) if there)]
 
 
