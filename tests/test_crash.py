@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -92,6 +93,6 @@ async def _rows(url: str) -> tuple[list[str], list[str]]:
     both = "SELECT title, true FROM task UNION ALL SELECT key, false FROM idempotency_key ORDER BY 1"
     engine = db.connect(url, pool_size=1).engine()
     async with engine.begin() as connection:
-        rows = list(await connection.exec_driver_sql(both))
+        rows: list[Any] = list(await connection.exec_driver_sql(both))
     await engine.dispose()
     return [name for name, is_task in rows if is_task], [name for name, is_task in rows if not is_task]
