@@ -147,11 +147,10 @@ def page(shape: Shape, order: Order, start: Start) -> Select[Any]:
     if start == "after null":
         return _part(shape, order, continued=True, known=False)
     # Two ranges of one index, one after the other; `OR … IS NULL` would read the index from its beginning.
-    parts = [
-        _part(shape, order, start == "after value", known=True),
-        _part(shape, order, continued=False, known=False),
-    ]
-    both = union_all(*(select(part.subquery()) for part in parts)).subquery("both")
+    known = _part(shape, order, start == "after value", known=True).cte("known")
+    is_short = select(func.count()).select_from(known).scalar_subquery() < _LIMIT
+    unknown = _part(shape, order, continued=False, known=False).where(is_short).subquery("unknown")
+    both = union_all(select(known), select(unknown)).subquery("both")
     return select(*both.c).order_by(*_ordering(order, both.c)).limit(_LIMIT)
 
 
