@@ -85,7 +85,7 @@ TIMESTAMP: TypeEngine[datetime] = DateTime(timezone=True).with_variant(UTCDateTi
 
 
 # An array where there are arrays, JSON on SQLite.
-TEXTS: TypeEngine[Any] = ARRAY(String(TAG_MAX)).with_variant(JSON(), "sqlite")
+TEXTS: TypeEngine[Any] = ARRAY(Text()).with_variant(JSON(), "sqlite")
 
 
 class Ranked(TypeDecorator[str]):
