@@ -3,8 +3,8 @@
 import asyncio
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import cycle
@@ -174,33 +174,35 @@ class Postgres(Database):
         self, connection: "Pool | PooledConnection", statement: Executable, values: Row
     ) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
-        with _translated():
+        with _translated:
             records = await connection.fetch(compiled.sql, compiled.arguments(values))
         return compiled.converted([dict(record.items()) for record in records])
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Runner]:
         failure: Exception | None = None
-        with _translated():
+        with _translated:
             async with self.pool.connection() as connection:
                 await connection.raw.execute("BEGIN")
                 try:
                     yield _PostgresTransaction(self, connection)
-                    await connection.raw.execute("COMMIT")
                 except Unavailable:
                     raise  # the connection is done for, and the transaction with it
                 except Exception as error:
                     await connection.raw.execute("ROLLBACK")
                     failure = error
-        if failure:
+                else:
+                    await connection.raw.execute("COMMIT")
+        if failure:  # the block's own, and not the database's to translate
             raise failure
 
     def engine(self) -> AsyncEngine:
         # A migration may take its time, and may have to wait for another process that migrates.
-        connect = partial(self._connect, command_timeout=None)
+        connect = partial(self._connect, patient=True)
         return create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
 
-    async def _connect(self, *, command_timeout: float | None = STATEMENT_TIMEOUT_S) -> Any:
+    async def _connect(self, *, patient: bool = False) -> Any:
+        command_timeout = None if patient else STATEMENT_TIMEOUT_S
         try:
             return await asyncpg.connect(**self.target.arguments, command_timeout=command_timeout)
         except asyncpg.PostgresError as error:  # whatever it says: without a connection we cannot serve
@@ -257,34 +259,35 @@ class SQLite(Database):
     async def all(self, statement: Executable, **values: Any) -> list[Row]:
         if statement.is_select:
             return await self.fetch(next(self._turns), statement, values)
-        with _translated():
-            async with self._turn_to_write():
-                return await self.fetch(self.writer, statement, values)
+        async with self._turn_to_write():
+            return await self.fetch(self.writer, statement, values)
 
     async def fetch(self, connection: aiosqlite.Connection, statement: Executable, values: Row) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
-        with _translated():
+        with _translated:
             found = await connection.execute_fetchall(compiled.sql, compiled.arguments(values))
         names = [name for name, _ in compiled.columns]
         return compiled.converted([dict(zip(names, row, strict=True)) for row in found])
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Runner]:
-        with _translated():
-            async with self._turn_to_write():
-                try:
+        async with self._turn_to_write():
+            try:
+                with _translated:
                     await self.writer.execute("BEGIN IMMEDIATE")
-                    yield _SQLiteTransaction(self)
+                yield _SQLiteTransaction(self)
+                with _translated:
                     await self.writer.commit()
-                except BaseException:
-                    # Its thread takes calls in order: whoever writes next comes after this one.
-                    await asyncio.shield(asyncio.create_task(self.writer.rollback()))
-                    raise
+            except BaseException:
+                # Its thread takes calls in order: whoever writes next comes after this one.
+                await asyncio.shield(asyncio.create_task(self.writer.rollback()))
+                raise
 
     @asynccontextmanager
     async def _turn_to_write(self) -> AsyncIterator[None]:
-        async with asyncio.timeout(WAIT_S):
-            await self._writing.acquire()
+        with _translated:
+            async with asyncio.timeout(WAIT_S):
+                await self._writing.acquire()
         try:
             yield
         finally:
@@ -349,19 +352,22 @@ def _lower(value: str | None) -> str | None:
     return value.translate(_SIMPLE_LOWER).lower() if value is not None else None
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Raise what a driver raises as what a route understands."""
-    try:
-        yield
-    except asyncpg.IntegrityConstraintViolationError as error:
-        raise ConstraintViolated(error.constraint_name or "") from error
-    except sqlite3.IntegrityError as error:
-        raise ConstraintViolated(str(error).rpartition(": ")[2]) from error
-    except Exception as error:
-        if _is_transient(error):
+class _Translated:
+    """Raises what a driver raises as what a route understands."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, asyncpg.IntegrityConstraintViolationError):
+            raise ConstraintViolated(error.constraint_name or "") from error
+        if isinstance(error, sqlite3.IntegrityError):
+            raise ConstraintViolated(str(error).rpartition(": ")[2]) from error
+        if isinstance(error, Exception) and _is_transient(error):
             raise _unavailable(error) from error
-        raise
+
+
+_translated = _Translated()  # one for all: it keeps nothing, and a generator for each statement would cost
 
 
 def _unavailable(error: Exception) -> Unavailable:

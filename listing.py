@@ -8,12 +8,11 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
-    Date,
     Integer,
     Select,
     SmallInteger,
-    String,
     Table,
     Text,
     bindparam,
@@ -26,9 +25,12 @@ from sqlalchemy import (
     tuple_,
     union_all,
 )
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 from arrays import any_of, has_all, list_of
-from models import BIG_ID, PRIORITY, TAG_MAX, Task
+from models import BIG_ID, DAY, PRIORITY, Task
 from schemas import Filter, Order, TaskOut
 
 TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
@@ -46,6 +48,29 @@ _TEXT = func.lower(
         func.coalesce(TASKS.c.description, literal_column("''"))
     )
 )
+
+
+class planned_with(FunctionElement[bool]):  # noqa: N801 - used like a function, as SQLAlchemy's are
+    """True, and a reason for PostgreSQL to plan anew for each value.
+
+    After five searches it would keep one plan for all words, by the trigrams that a short or frequent word
+    has not: 500 ms instead of 0.2 ms among 10,000 tasks. With the value this is nothing; without, it looks
+    like the dearest of plans.
+    """
+
+    type = Boolean()
+    inherit_cache = True
+
+
+@compiles(planned_with)
+def _planned_with(element: planned_with, compiler: SQLCompiler, **options: Any) -> str:
+    value = compiler.process(element.clauses, **options)
+    return f"({value} IS NOT NULL OR (SELECT count(*) FROM generate_series(1, 1000000000)) = 0)"  # noqa: S608 - SQL already
+
+
+@compiles(planned_with, "sqlite")
+def _planned_with_sqlite(_element: planned_with, _compiler: SQLCompiler, **_: Any) -> str:
+    return "1"
 
 
 class Shape(NamedTuple):
@@ -85,10 +110,10 @@ _ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "\\%_"})
 
 def conditions(shape: Shape) -> list[ColumnElement[bool]]:
     """Return what is true of the tasks in a list of *shape*, the owner first."""
-    words = [
-        _TEXT.like(func.lower(bindparam(f"word_{number}", type_=Text())), escape="\\")
-        for number in range(shape.words)
-    ]
+    patterns = [bindparam(f"word_{number}", type_=Text()) for number in range(shape.words)]
+    words: list[ColumnElement[bool]] = [
+        _TEXT.like(func.lower(pattern), escape="\\") for pattern in patterns
+    ] + [planned_with(pattern) for pattern in patterns[:1]]
     return [OWNED, *_states(shape), *words, *(condition for there, condition in _optional(shape) if there)]
 
 
@@ -101,10 +126,10 @@ def _optional(shape: Shape) -> Iterable[tuple[bool, ColumnElement[bool]]]:
     task = TASKS.c
     ranks = bindparam("priorities", type_=list_of(SmallInteger()))
     yield shape.priorities, any_of(task.priority, ranks)
-    yield shape.categories, any_of(task.category, bindparam("categories", type_=list_of(String())))
-    yield shape.tags, has_all(task.tags, bindparam("tags", type_=list_of(String(TAG_MAX))))
-    yield shape.due_date_from, task.due_date >= bindparam("due_date_from", type_=Date())
-    yield shape.due_date_to, task.due_date <= bindparam("due_date_to", type_=Date())
+    yield shape.categories, any_of(task.category, bindparam("categories", type_=list_of(Text())))
+    yield shape.tags, has_all(task.tags, bindparam("tags", type_=list_of(Text())))
+    yield shape.due_date_from, task.due_date >= bindparam("due_date_from", type_=DAY)
+    yield shape.due_date_to, task.due_date <= bindparam("due_date_to", type_=DAY)
 
 
 def start_of(after: tuple[Any, int] | None) -> Start:
@@ -121,11 +146,10 @@ def page(shape: Shape, order: Order, start: Start) -> Select[Any]:
     if start == "after null":
         return _part(shape, order, continued=True, known=False)
     # Two ranges of one index, one after the other; `OR … IS NULL` would read the index from its beginning.
-    parts = [
-        _part(shape, order, start == "after value", known=True),
-        _part(shape, order, continued=False, known=False),
-    ]
-    both = union_all(*(select(part.subquery()) for part in parts)).subquery("both")
+    known = _part(shape, order, start == "after value", known=True).cte("known")
+    is_short = select(func.count()).select_from(known).scalar_subquery() < _LIMIT
+    unknown = _part(shape, order, continued=False, known=False).where(is_short).subquery("unknown")
+    both = union_all(select(known), select(unknown)).subquery("both")
     return select(*both.c).order_by(*_ordering(order, both.c)).limit(_LIMIT)
 
 

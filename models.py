@@ -20,7 +20,9 @@ from sqlalchemy import (
     ARRAY,
     JSON,
     BigInteger,
+    BindParameter,
     CheckConstraint,
+    ColumnElement,
     Date,
     DateTime,
     Dialect,
@@ -32,9 +34,11 @@ from sqlalchemy import (
     String,
     Text,
     TypeDecorator,
+    cast,
     false,
     not_,
     text,
+    type_coerce,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -81,7 +85,7 @@ TIMESTAMP: TypeEngine[datetime] = DateTime(timezone=True).with_variant(UTCDateTi
 
 
 # An array where there are arrays, JSON on SQLite.
-TEXTS: TypeEngine[Any] = ARRAY(String(TAG_MAX)).with_variant(JSON(), "sqlite")
+TEXTS: TypeEngine[Any] = ARRAY(Text()).with_variant(JSON(), "sqlite")
 
 
 class Ranked(TypeDecorator[str]):
@@ -105,6 +109,27 @@ class Ranked(TypeDecorator[str]):
 
 
 PRIORITY = Ranked(*get_args(Priority))
+
+
+class _DayText(TypeDecorator[date]):
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: date | None, _: Dialect) -> str | None:
+        return None if value is None else value.isoformat()
+
+
+class _PostgresDay(TypeDecorator[date]):
+    """Sends days as text: the driver would make `-infinity` and `infinity` of Python's first and last."""
+
+    impl = Date
+    cache_ok = True
+
+    def bind_expression(self, bindparam: BindParameter[date]) -> ColumnElement[date]:
+        return cast(type_coerce(bindparam, _DayText()), Date())
+
+
+DAY: TypeEngine[date] = Date().with_variant(_PostgresDay(), "postgresql")
 
 
 class Now(FunctionElement[datetime]):
@@ -237,7 +262,7 @@ class TaskFields(SQLModel):
         sa_column_kwargs={"server_default": NoTexts(), "nullable": False},
         description=f"Up to {TAGS_MAX}, stripped, each once.",
     )
-    due_date: Day | None = Field(default=None, sa_type=Date, description="A day, in no time zone.")
+    due_date: Day | None = Field(default=None, sa_type=DAY, description="A day, in no time zone.")
     due_time: WallClock | None = Field(
         default=None, sa_type=String(5), description="On the day of `due_date`, without which it cannot be."
     )

@@ -9,7 +9,6 @@ from typing import Any, get_args
 from sqlalchemy import (
     Boolean,
     ColumnElement,
-    Date,
     Integer,
     String,
     and_,
@@ -36,7 +35,7 @@ from arrays import Elements, any_of, list_of
 from db import Database, Row, Runner
 from errors import Unavailable
 from listing import COLUMNS, OWNED, TASKS
-from models import BIG_ID, TAG_MAX, TIMESTAMP, Priority, TaskFields
+from models import BIG_ID, DAY, TAG_MAX, TIMESTAMP, Priority, TaskFields
 from recurring import next_due_date
 from schemas import STATS_TAGS_MAX, Filter, Order
 from task_limit import TaskLimit
@@ -342,7 +341,7 @@ NEXT_IS_OPEN = and_(
 
 def _count_statement() -> Executable:
     task = TASKS.c
-    today = bindparam("today", type_=Date())
+    today = bindparam("today", type_=DAY)
     overdue = func.coalesce(and_(not_(task.completed), task.due_date < today), false())
     kinds = (
         select(

@@ -70,6 +70,7 @@ BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, PreconditionFailed)
 UNTIMED = "needs a due_date"
 
+# Each request tries the routes in their order: what is asked for most first, and /stats before /{task_id}.
 router = APIRouter(
     prefix="/{user_id}/tasks",
     tags=["tasks"],
@@ -116,44 +117,10 @@ async def create_task(
     return _task(row, 201, headers | {"Location": f"{quote(request.scope['path'])}/{row['id']}"})
 
 
-@router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS))
-async def complete_tasks(
-    owner: OwnerDep, query: Annotated[TaskFilter, Query()], body: AllCompleted
-) -> Response:
-    """Set `completed` for all tasks that a filter names."""
-    count = await bulk.complete_tasks(owner, _some(query), completed=body.completed)
-    return _json({"count": count})
-
-
-@router.delete("", response_model=Counted)
-async def delete_tasks(owner: OwnerDep, query: Annotated[TaskFilter, Query()]) -> Response:
-    """Delete all tasks that a filter names, for good."""
-    return _json({"count": await bulk.delete_tasks(owner, _some(query))})
-
-
 @router.get("/stats", response_model=Stats)
 async def get_stats(owner: OwnerDep, query: Annotated[StatsQuery, Query()]) -> Response:
     """Count your tasks."""
     return _json(await queries.count_tasks(owner, query.today))
-
-
-@router.post(
-    "/bulk",
-    response_model=BulkDone,
-    responses=responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
-    | {207: {"model": BulkDone, "description": "With `atomic=false`: each has a status of its own."}},
-)
-async def change_tasks(
-    owner: OwnerDep, request: Request, query: Annotated[BulkQuery, Query()], body: Bulk
-) -> Response:
-    """Do up to 100 operations in their order: all of them or, with the index of the one that failed, none."""
-    limit: TaskLimit = request.app.state.task_limit
-    try:
-        outcomes = await bulk.run(owner, body.operations, limit, atomic=query.atomic)
-    except bulk.Failed as error:
-        raise _problem(error.outcome, limit, error.index) from error
-    results = [_result(outcome, limit, index) for index, outcome in enumerate(outcomes)]
-    return _json({"results": results}, 200 if query.atomic else 207)
 
 
 @router.get("/{task_id}", response_model=TaskOut, responses=responses(NotFound))
@@ -163,6 +130,18 @@ async def get_task(owner: OwnerDep, task_id: TaskId, if_none_match: IfNoneMatch 
     if row is not None and etags.is_known(row["version"], if_none_match):
         return Response(status_code=304, headers={"ETag": etags.write(row["version"])})
     return _task(row)
+
+
+@router.patch("/{task_id}/complete", response_model=TaskOut, responses=CHANGE_PROBLEMS)
+async def complete_task(
+    owner: OwnerDep, task_id: TaskId, body: Completion | None = None, if_match: IfMatch = None
+) -> Response:
+    """Set `completed`, which is safe to retry, or toggle it when there is no body."""
+    versions = etags.expected_versions(if_match)
+    with _refusals():
+        if body and (changes := body.changes()):
+            return _task(await queries.update_task(owner, task_id, changes, versions))
+        return _task(await queries.toggle_task(owner, task_id, versions))
 
 
 @router.put("/{task_id}", response_model=TaskOut, responses=CHANGE_PROBLEMS)
@@ -197,16 +176,38 @@ async def delete_task(owner: OwnerDep, task_id: TaskId, if_match: IfMatch = None
     return Response(status_code=204)
 
 
-@router.patch("/{task_id}/complete", response_model=TaskOut, responses=CHANGE_PROBLEMS)
-async def complete_task(
-    owner: OwnerDep, task_id: TaskId, body: Completion | None = None, if_match: IfMatch = None
+@router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS))
+async def complete_tasks(
+    owner: OwnerDep, query: Annotated[TaskFilter, Query()], body: AllCompleted
 ) -> Response:
-    """Set `completed`, which is safe to retry, or toggle it when there is no body."""
-    versions = etags.expected_versions(if_match)
-    with _refusals():
-        if body and (changes := body.changes()):
-            return _task(await queries.update_task(owner, task_id, changes, versions))
-        return _task(await queries.toggle_task(owner, task_id, versions))
+    """Set `completed` for all tasks that a filter names."""
+    count = await bulk.complete_tasks(owner, _some(query), completed=body.completed)
+    return _json({"count": count})
+
+
+@router.delete("", response_model=Counted)
+async def delete_tasks(owner: OwnerDep, query: Annotated[TaskFilter, Query()]) -> Response:
+    """Delete all tasks that a filter names, for good."""
+    return _json({"count": await bulk.delete_tasks(owner, _some(query))})
+
+
+@router.post(
+    "/bulk",
+    response_model=BulkDone,
+    responses=responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
+    | {207: {"model": BulkDone, "description": "With `atomic=false`: each has a status of its own."}},
+)
+async def change_tasks(
+    owner: OwnerDep, request: Request, query: Annotated[BulkQuery, Query()], body: Bulk
+) -> Response:
+    """Do up to 100 operations in their order: all of them or, with the index of the one that failed, none."""
+    limit: TaskLimit = request.app.state.task_limit
+    try:
+        outcomes = await bulk.run(owner, body.operations, limit, atomic=query.atomic)
+    except bulk.Failed as error:
+        raise _problem(error.outcome, limit, error.index) from error
+    results = [_result(outcome, limit, index) for index, outcome in enumerate(outcomes)]
+    return _json({"results": results}, 200 if query.atomic else 207)
 
 
 def _task(row: Row | None, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -1,5 +1,10 @@
 import asyncio
+import random
 import sqlite3
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
@@ -8,8 +13,11 @@ import pytest
 import db
 import listing
 import queries
-from main import create_app
-from schemas import Filter, Order
+from errors import NotFound, Unavailable
+from main import create_app, migrate
+from queries import Owner
+from schemas import Filter, Order, TaskCreate
+from task_limit import TaskLimit
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 
@@ -276,3 +284,252 @@ async def test_a_sqlite_statement_that_is_wrong_is_no_outage(tmp_path: Path) -> 
     with pytest.raises(sqlite3.OperationalError, match="no such table"):
         await database.all(queries._SELECT_ONE, owner="alice", task_id=1)
     await database.close()
+
+
+NO_LIMIT = TaskLimit(0)
+POOL_SIZE = 3
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def owner(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Owner]:
+    """Somebody with an empty database of their own."""
+    if request.param == "sqlite":
+        async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}") as database:
+            yield Owner("alice", database)
+        return
+    server: Server = request.getfixturevalue("postgres")
+    name = await server.create_database()
+    async with _opened(server.url_of(name)) as database:
+        yield Owner("alice", database)
+    await server.drop_database(name)
+
+
+@asynccontextmanager
+async def _opened(url: str) -> AsyncIterator[db.Database]:
+    database = db.connect(url, pool_size=POOL_SIZE)
+    await asyncio.to_thread(migrate, database)
+    await database.open()
+    yield database
+    await database.close()
+
+
+async def _add(owner: Owner, title: str = "Buy milk", **fields: object) -> None:
+    await queries.create_task(owner, dict(TaskCreate(title=title)) | fields, NO_LIMIT)
+
+
+async def _titles(owner: Owner) -> list[str]:
+    return [row["title"] for row in await queries.list_tasks(owner, Filter(), Order(), 10_000)]
+
+
+async def _write_at_once(owner: Owner) -> None:
+    """Fail unless every connection can be used and nothing holds a lock."""
+    async with asyncio.timeout(2):
+        await asyncio.gather(*(_add(owner, "afterwards") for _ in range(POOL_SIZE)))
+        async with owner.transaction() as within:
+            await _add(within, "afterwards")
+    assert (await _titles(owner)).count("afterwards") == POOL_SIZE + 1
+
+
+async def test_a_transactions_statements_are_seen_together(owner: Owner) -> None:
+    async with owner.transaction() as within:
+        await _add(within)
+        await _add(within)
+        assert len(await _titles(within)) == 2
+        assert await _titles(owner) == []
+
+    assert len(await _titles(owner)) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [NotFound(), Unavailable(), ValueError(), OSError(), TimeoutError(), db.ConstraintViolated("x")]
+)
+async def test_a_block_that_raises_leaves_nothing_and_raises_the_same(owner: Owner, error: Exception) -> None:
+    async def write() -> None:
+        async with owner.transaction() as within:
+            await _add(within)
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        await write()
+
+    assert raised.value is error
+    assert await _titles(owner) == []
+    await _write_at_once(owner)
+
+
+async def test_a_refused_statement_takes_the_transaction_with_it(owner: Owner) -> None:
+    async def write() -> None:
+        async with owner.transaction() as within:
+            await _add(within)
+            await _add(within, due_time="09:30")
+
+    with pytest.raises(db.ConstraintViolated, match="ck_task_due_time_has_due_date"):
+        await write()
+
+    assert await _titles(owner) == []
+    await _write_at_once(owner)
+
+
+async def test_a_problem_costs_no_connection(postgres: Server) -> None:
+    name = await postgres.create_database()
+    async with _opened(postgres.url_of(name)) as database:
+        assert isinstance(database, db.Postgres)
+        before = await database.pool.fetch("SELECT pg_backend_pid()", [])
+        with pytest.raises(NotFound):
+            async with database.transaction():
+                raise NotFound
+
+        assert await database.pool.fetch("SELECT pg_backend_pid()", []) == before
+    await postgres.drop_database(name)
+
+
+async def test_a_cancelled_block_leaves_nothing(owner: Owner) -> None:
+    written = asyncio.Event()
+
+    async def write() -> None:
+        async with owner.transaction() as within:
+            await _add(within)
+            written.set()
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(write())
+    await written.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert await _titles(owner) == []
+    await _write_at_once(owner)
+
+
+async def test_a_block_cancelled_twice_leaves_nothing(owner: Owner) -> None:
+    written = asyncio.Event()
+
+    async def write() -> None:
+        async with owner.transaction() as within:
+            await _add(within)
+            written.set()
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(write())
+    await written.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    await _write_at_once(owner)
+    assert "Buy milk" not in await _titles(owner)
+
+
+async def test_transactions_cancelled_at_any_moment_are_whole_or_nothing(owner: Owner) -> None:
+    """While others write; who was not cancelled has written."""
+    dice = random.Random(7)
+
+    async def write(title: str) -> None:
+        async with owner.transaction() as within:
+            for _ in range(3):
+                await _add(within, title)
+
+    async def write_and_cancel(title: str) -> None:
+        task = asyncio.create_task(write(title))
+        await asyncio.sleep(dice.uniform(0, 0.02))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def cancel_many(number: int) -> None:
+        for attempt in range(25):
+            await write_and_cancel(f"cancelled {number} {attempt}")
+
+    async def write_many(number: int) -> None:
+        for attempt in range(25):
+            await write(f"kept {number} {attempt}")
+
+    await asyncio.gather(*map(cancel_many, range(4)), *map(write_many, range(2)))
+
+    counts = Counter(await _titles(owner))
+    assert set(counts.values()) == {3}
+    assert sum(title.startswith("kept") for title in counts) == 50
+    assert sum(title.startswith("cancelled") for title in counts) < 100
+    await _write_at_once(owner)
+
+
+async def test_transactions_at_the_same_time_all_count(owner: Owner) -> None:
+    await _add(owner, description="0")
+    ((task_id,),) = [(row["id"],) for row in await queries.list_tasks(owner, Filter(), Order(), 1)]
+
+    async def change(number: int) -> None:
+        async with owner.transaction() as within:
+            await queries.update_task(within, task_id, {"description": f"first {number}"})
+            await asyncio.sleep(0)
+            await queries.update_task(within, task_id, {"description": f"second {number}"})
+
+    await asyncio.gather(*map(change, range(20)))
+
+    task = await queries.get_task(owner, task_id)
+    assert task is not None
+    assert task["version"] == 1 + 2 * 20
+
+
+async def test_postgres_runs_transactions_side_by_side(postgres: Server) -> None:
+    name = await postgres.create_database()
+    async with _opened(postgres.url_of(name)) as database:
+        owner = Owner("alice", database)
+        async with asyncio.timeout(2), owner.transaction() as one, owner.transaction() as two:
+            await _add(one)
+            await _add(two)
+            assert len(await _titles(one)) == len(await _titles(two)) == 1
+        assert len(await _titles(owner)) == 2
+    await postgres.drop_database(name)
+
+
+async def test_who_waits_too_long_to_write_is_told_to_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "WAIT_S", 0.05)
+    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}") as database:
+        owner = Owner("alice", database)
+        async with owner.transaction():
+            with pytest.raises(Unavailable):
+                await _add(owner)
+            with pytest.raises(Unavailable):
+                async with owner.transaction():
+                    pass
+        await _write_at_once(owner)
+
+
+ON_COMMIT = """
+CREATE FUNCTION on_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {}; RETURN NULL; END $$;
+CREATE CONSTRAINT TRIGGER on_commit AFTER INSERT ON task DEFERRABLE INITIALLY DEFERRED
+FOR EACH ROW WHEN (NEW.title = 'refuse') EXECUTE FUNCTION on_commit();
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("RAISE SQLSTATE '40001'", Unavailable),
+        ("PERFORM pg_sleep(60)", Unavailable),
+        ("RAISE check_violation USING CONSTRAINT = 'rule'", db.ConstraintViolated),
+        ("PERFORM pg_terminate_backend(pg_backend_pid())", Unavailable),
+    ],
+)
+async def test_a_commit_that_fails_is_told_as_a_statement_that_fails(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch, what: str, expected: type[Exception]
+) -> None:
+    monkeypatch.setattr(db, "STATEMENT_TIMEOUT_S", 0.3)
+    name = await postgres.create_database()
+    async with _opened(postgres.url_of(name)) as database:
+        owner = Owner("alice", database)
+        await Server(postgres.url_of(name)).execute(ON_COMMIT.format(what))
+
+        start = time.monotonic()
+        with pytest.raises(expected):
+            async with owner.transaction() as within:
+                await _add(within, "refuse")
+
+        assert time.monotonic() - start < 2
+        assert await _titles(owner) == []
+        await _write_at_once(owner)
+    await postgres.drop_database(name)

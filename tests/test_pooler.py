@@ -67,6 +67,56 @@ async def test_nothing_is_left_on_the_servers_connections(pooled: Pooled) -> Non
     assert names == []
 
 
+async def _transactions(someone: Person) -> None:
+    """Send what takes several statements, each kind with an answer that tells whether all were done."""
+    first, again = [
+        await someone.post(json={"title": "Buy milk"}, headers={"Idempotency-Key": "once"}) for _ in range(2)
+    ]
+    assert first.json() == again.json()
+    assert again.headers["Idempotent-Replayed"] == "true"
+
+    task = await someone.create("Water the plants", recurring="weekly", due_date="2026-06-01", tags=["home"])
+    assert (await someone.patch(f"/{task['id']}/complete")).is_success
+    due = [task["due_date"] for task in (await someone.get("?sort=due_date&tags=home")).json()]
+    assert due == ["2026-06-01", "2026-06-08"]
+
+    operations = [
+        {"op": "update", "id": task["id"], "changes": {"tags": ["home", "plants"]}},
+        {"op": "create", "task": {"title": "Bake bread", "tags": ["home"]}},
+        {"op": "delete", "id": first.json()["id"]},
+    ]
+    results = (await someone.post("/bulk", json={"operations": operations})).json()["results"]
+    assert [result["status"] for result in results] == [200, 201, 204]
+    refused = await someone.post("/bulk", json={"operations": operations})  # the last is not there any more
+    assert refused.status_code == 404
+    assert (await someone.patch("?status=pending", json={"completed": True})).json() == {"count": 2}
+    assert len((await someone.get()).json()) == 4
+
+
+async def test_transactions_leave_nothing_on_the_servers_connections(pooled: Pooled) -> None:
+    pooled.proxy.clear()
+
+    await asyncio.gather(*(_transactions(person("alice", pooled.client)) for _ in range(CLIENTS)))
+
+    direct = await asyncpg.connect(pooled.direct_url)
+    states = await direct.fetch(
+        "SELECT DISTINCT state FROM pg_stat_activity WHERE datname = current_database() "
+        "AND pid <> pg_backend_pid()"
+    )
+    locks = await direct.fetch(
+        "SELECT * FROM pg_locks JOIN pg_database ON database = pg_database.oid "
+        "WHERE locktype = 'advisory' AND datname = current_database()"
+    )
+    await direct.close()
+    through_pooler = await asyncpg.connect(pooled.proxy.url, statement_cache_size=0)
+    names = await through_pooler.fetch("SELECT name FROM pg_prepared_statements WHERE name <> ''")
+    await through_pooler.close()
+
+    assert [tuple(row) for row in states] == [("idle",)]
+    assert locks == names == []
+    assert [statement for statement in pooled.proxy.statements if "set_config" in statement] == []
+
+
 async def test_a_request_is_one_round_trip(pooled: Pooled) -> None:
     alice = person("alice", pooled.client)
     for _ in range(12):  # every connection of the pool learns the statements once

@@ -1,5 +1,5 @@
-import contextlib
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -11,20 +11,27 @@ from tests.postgres import Server
 from tests.postgres_proxy import running_proxy
 
 
-@pytest.fixture(scope="module")
-async def observed(database_url: str) -> AsyncIterator[tuple[Person, list[str]]]:
-    """Somebody whose app is watched, and the list of statements that really reach the database."""
-    async with contextlib.AsyncExitStack() as stack:
+@asynccontextmanager
+async def observing(database_url: str, **settings: Any) -> AsyncIterator[tuple[Person, list[str]]]:
+    """Lend somebody whose app is watched, and the list of statements that really reach the database."""
+    async with AsyncExitStack() as stack:
         sent: list[str] = []
         if database_url.startswith("postgresql"):
             proxy = await stack.enter_async_context(running_proxy(database_url))
             database_url, sent = proxy.url, proxy.statements
-        app = create_app(settings_for(database_url, database_pool_size=1))
+        app = create_app(settings_for(database_url, database_pool_size=1, **settings))
         anna = person("anna", await stack.enter_async_context(running(app)))
         if isinstance(app.state.database, db.SQLite):
             for connection in (app.state.database.writer, *app.state.database.readers):
                 await connection.set_trace_callback(sent.append)
+        sent.clear()
         yield anna, sent
+
+
+@pytest.fixture(scope="module")
+async def observed(database_url: str) -> AsyncIterator[tuple[Person, list[str]]]:
+    async with observing(database_url) as found:
+        yield found
 
 
 @pytest.fixture
@@ -40,15 +47,41 @@ def sent(observed: tuple[Person, list[str]]) -> list[str]:
 OPERATIONS: list[tuple[str, str, Any, str]] = [
     ("GET", "", None, "SELECT"),
     ("GET", "?status=pending&sort=title", None, "SELECT"),
+    ("GET", "?sort=-created_at&completed=true", None, "SELECT"),
+    ("GET", "?sort=updated_at&search=milk+oat+buy", None, "SELECT"),
+    ("GET", "?sort=-priority&priority=high&priority=low", None, "WITH"),
+    ("GET", "?sort=due_date&due_date_from=2026-01-01&due_date_to=2026-12-31", None, "WITH"),
+    ("GET", "?sort=-due_date&category=home&category=work", None, "WITH"),
+    ("GET", "?tags=home&tags=urgent", None, "SELECT"),
     ("GET", "?count=true&limit=1", None, "SELECT"),
+    ("GET", "?count=true&sort=due_date&status=pending&q=milk&priority=high&tags=home", None, "WITH"),
+    ("GET", "/stats?today=2026-06-01", None, "SELECT"),
     ("POST", "", {"title": "Buy milk"}, "INSERT"),
     ("GET", "/{}", None, "SELECT"),
     ("PUT", "/{}", {"title": "Buy oat milk", "completed": True}, "UPDATE"),
     ("PUT", "/{}", {}, "SELECT"),
+    ("PATCH", "/{}", {"tags": ["home"], "due_date": "2026-06-01", "due_time": "09:30"}, "UPDATE"),
+    ("PATCH", "/{}", {}, "SELECT"),
     ("PATCH", "/{}/complete", None, "UPDATE"),
     ("PATCH", "/{}/complete", {"completed": True}, "UPDATE"),
     ("DELETE", "/{}", None, "DELETE"),
+    ("PATCH", "?search=milk", {"completed": False}, "UPDATE"),
+    ("DELETE", "?search=milk", None, "DELETE"),
 ]
+CONDITIONAL: list[tuple[str, str, Any, str]] = [
+    ("PUT", "/{}", {"title": "Buy oat milk"}, "UPDATE"),
+    ("PATCH", "/{}", {"completed": True}, "UPDATE"),
+    ("PATCH", "/{}/complete", None, "UPDATE"),
+    ("DELETE", "/{}", None, "DELETE"),
+]
+
+
+def _with_body(body: Any) -> dict[str, Any]:
+    return {"json": body} if body is not None else {}
+
+
+def _verbs(sent: list[str]) -> list[str]:
+    return [statement.split()[0] for statement in sent]
 
 
 @pytest.mark.parametrize(("method", "path", "body", "verb"), OPERATIONS)
@@ -59,10 +92,10 @@ async def test_each_operation_is_one_statement(
     (await anna.get(f"/{task['id']}")).raise_for_status()
     sent.clear()
 
-    answer = await anna.send(method, path.format(task["id"]), **({"json": body} if body is not None else {}))
+    answer = await anna.send(method, path.format(task["id"]), **_with_body(body))
 
     assert answer.is_success
-    assert [statement.split()[0] for statement in sent] == [verb]
+    assert _verbs(sent) == [verb]
     assert "user_id" in sent[0]
 
 
@@ -75,7 +108,7 @@ async def test_a_wrong_caller_reaches_no_statement(
     mallory = person("mallory", anna.client)
     sent.clear()
 
-    answer = await mallory.send(method, url, **({"json": body} if body is not None else {}))
+    answer = await mallory.send(method, url, **_with_body(body))
 
     assert answer.status_code == 403
     assert sent == []
@@ -96,9 +129,177 @@ async def test_each_operation_is_one_round_trip_to_a_database_ten_milliseconds_a
             for method, path, body, _verb in OPERATIONS:
                 task = await anna.create()
                 proxy.clear()
-                options = {"json": body} if body is not None else {}
-                assert (await anna.send(method, path.format(task["id"]), **options)).is_success
+                assert (await anna.send(method, path.format(task["id"]), **_with_body(body))).is_success
                 counted.append(proxy.round_trips)
     await postgres.drop_database(name)
 
     assert counted == [1] * len(OPERATIONS)
+
+
+@pytest.mark.parametrize(("method", "path", "body", "verb"), CONDITIONAL)
+async def test_a_condition_that_holds_costs_no_statement(
+    anna: Person, sent: list[str], method: str, path: str, body: Any, verb: str
+) -> None:
+    task = await anna.create()
+    sent.clear()
+
+    answer = await anna.send(
+        method, path.format(task["id"]), headers={"If-Match": f'"{task["version"]}"'}, **_with_body(body)
+    )
+
+    assert answer.is_success
+    assert _verbs(sent) == [verb]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "verb"), CONDITIONAL)
+async def test_a_condition_that_fails_is_explained_by_a_second_statement(
+    anna: Person, sent: list[str], method: str, path: str, body: Any, verb: str
+) -> None:
+    task = await anna.create()
+    sent.clear()
+
+    answer = await anna.send(
+        method, path.format(task["id"]), headers={"If-Match": '"77"'}, **_with_body(body)
+    )
+
+    assert answer.status_code == 412
+    assert _verbs(sent) == [verb, "SELECT"]
+
+
+async def test_what_the_client_has_already_is_one_statement(anna: Person, sent: list[str]) -> None:
+    task = await anna.create()
+    sent.clear()
+
+    answer = await anna.get(f"/{task['id']}", headers={"If-None-Match": f'"{task["version"]}"'})
+
+    assert answer.status_code == 304
+    assert _verbs(sent) == ["SELECT"]
+
+
+@pytest.mark.parametrize("limit", [3, 1000])
+async def test_a_limit_of_tasks_costs_no_statement(database_url: str, limit: int) -> None:
+    async with observing(database_url, max_tasks_per_user=limit) as (anna, sent):
+        answers = [await anna.post(json={"title": "Buy milk"}) for _ in range(4)]
+
+    assert [answer.status_code for answer in answers] == [201] * 3 + [409 if limit == 3 else 201]
+    assert _verbs(sent) == ["INSERT"] * 4
+
+
+async def test_a_post_with_a_key_keeps_its_answer_in_two_more_statements(
+    anna: Person, sent: list[str]
+) -> None:
+    for number, verbs in ((0, ["SELECT", "INSERT", "INSERT"]), (1, ["SELECT"])):
+        sent.clear()
+
+        answer = await anna.post(json={"title": "Buy milk"}, headers={"Idempotency-Key": "once"})
+
+        assert answer.status_code == 201
+        assert ("Idempotent-Replayed" in answer.headers) is (number == 1)
+        assert _verbs(sent) == ["BEGIN", *verbs, "COMMIT"]
+
+
+@pytest.mark.parametrize("body", [None, {"completed": True}])
+async def test_completing_in_a_series_is_six_statements_once(
+    anna: Person, sent: list[str], body: Any
+) -> None:
+    task = await anna.create(recurring="weekly", due_date="2026-06-01")
+    sent.clear()
+
+    assert (await anna.patch(f"/{task['id']}/complete", **_with_body(body))).is_success
+    assert _verbs(sent) == ["UPDATE", "SELECT", "BEGIN", "UPDATE", "INSERT", "COMMIT"]
+
+    sent.clear()
+    assert (await anna.patch(f"/{task['id']}/complete", **_with_body(body))).is_success
+    assert _verbs(sent) == ["UPDATE"]
+
+
+@pytest.mark.parametrize("count", [1, 60])
+async def test_completing_many_is_as_many_statements_as_completing_two(database_url: str, count: int) -> None:
+    async with observing(database_url) as (anna, sent):
+        for _ in range(count):
+            await anna.create()
+            await anna.create(recurring="weekly", due_date="2026-06-01")
+        sent.clear()
+
+        answer = await anna.patch("?status=pending", json={"completed": True})
+
+    assert answer.json() == {"count": 2 * count}
+    assert _verbs(sent) == ["BEGIN", "UPDATE", "UPDATE", "INSERT", "COMMIT"]
+
+
+@pytest.mark.parametrize("count", [1, 50])
+async def test_a_hundred_operations_are_as_many_statements_as_two(
+    anna: Person, sent: list[str], count: int
+) -> None:
+    tasks = [await anna.create() for _ in range(count)]
+    operations = [
+        operation
+        for task in tasks
+        for operation in (
+            {"op": "update", "id": task["id"], "changes": {"title": "Buy oat milk"}},
+            {"op": "create", "task": {"title": "Bake bread"}},
+        )
+    ]
+    sent.clear()
+
+    answer = await anna.post("/bulk", json={"operations": operations})
+
+    assert [result["status"] for result in answer.json()["results"]] == [200, 201] * count
+    assert _verbs(sent) == ["BEGIN", "SELECT", "SELECT", "UPDATE", "INSERT", "COMMIT"]
+
+
+async def test_operations_of_every_kind_within_a_limit_are_five_statements(database_url: str) -> None:
+    async with observing(database_url, max_tasks_per_user=1000) as (anna, sent):
+        answer = await _every_kind(anna, sent)
+
+    assert [result["status"] for result in answer] == [200, 201, 200, 204] * 25
+    assert _verbs(sent) == ["BEGIN", "SELECT", "SELECT", "DELETE", "UPDATE", "INSERT", "COMMIT"]
+
+
+async def _every_kind(someone: Person, sent: list[str]) -> list[dict[str, Any]]:
+    tasks = [await someone.create() for _ in range(75)]
+    operations: list[dict[str, Any]] = []
+    for one, two, three in zip(*[iter(tasks)] * 3, strict=True):
+        operations += (
+            {"op": "update", "id": one["id"], "changes": {"tags": ["home"], "priority": "high"}},
+            {"op": "create", "task": {"title": "Bake bread", "tags": ["home"]}},
+            {"op": "complete", "id": two["id"]},
+            {"op": "delete", "id": three["id"]},
+        )
+    sent.clear()
+    answer = await someone.post("/bulk", json={"operations": operations})
+    results: list[dict[str, Any]] = answer.json()["results"]
+    return results
+
+
+async def test_a_new_connection_asks_for_nothing_but_tasks(postgres: Server) -> None:
+    name = await postgres.create_database()
+    async with observing(postgres.url_of(name)) as (anna, sent):
+        await _every_kind(anna, [])
+        for method, path, body, _verb in OPERATIONS:
+            task = await anna.create()
+            assert (await anna.send(method, path.format(task["id"]), **_with_body(body))).is_success
+        await anna.post(json={"title": "Buy milk"}, headers={"Idempotency-Key": "once"})
+    await postgres.drop_database(name)
+
+    assert len(sent) > 100
+    assert [statement for statement in sent if "pg_type" in statement or "set_config" in statement] == []
+
+
+async def test_a_transaction_is_a_round_trip_for_each_statement(postgres: Server) -> None:
+    name = await postgres.create_database()
+    async with (
+        running_proxy(postgres.url_of(name), delay_s=0.01) as proxy,
+        running(create_app(settings_for(proxy.url, database_pool_size=1))) as client,
+    ):
+        anna = person("anna", client)
+        for number in range(2):  # the first time, the connection learns the statements
+            task = await anna.create(recurring="daily", due_date="2026-06-01")
+            proxy.clear()
+            await anna.post(json={"title": "Buy milk"}, headers={"Idempotency-Key": str(number)})
+            await anna.patch(f"/{task['id']}/complete")
+            await anna.patch("?status=pending", json={"completed": True})
+            await anna.post("/bulk", json={"operations": [{"op": "create", "task": {"title": "Rest"}}]})
+    await postgres.drop_database(name)
+
+    assert proxy.round_trips == len(proxy.statements) == 5 + 6 + 5 + 4

@@ -16,7 +16,7 @@ TIMED_DAY = "due_time IS NULL OR due_date IS NOT NULL"
 
 def upgrade() -> None:
     sqlite = op.get_bind().dialect.name == "sqlite"
-    texts = sa.ARRAY(sa.String(30)).with_variant(sa.JSON(), "sqlite")
+    texts = sa.ARRAY(sa.Text()).with_variant(sa.JSON(), "sqlite")
     for column in (
         sa.Column("priority", sa.SmallInteger(), nullable=True),
         sa.Column("category", sa.String(50), nullable=True),

@@ -1,0 +1,137 @@
+from collections.abc import AsyncIterator
+from datetime import date
+from typing import Any
+
+import asyncpg
+import pytest
+
+import db
+import queries
+from main import create_app
+from schemas import Filter, Order
+from tests.conftest import person, running, settings_for
+from tests.plans import LIMIT, LISTS, OWNER, RARE, TASKS, List, filled, nodes, plan
+from tests.postgres import Server
+
+USERS = 21
+
+NOTES = (
+    ("Water the HELIOTROPE", None),
+    ("Call Zoë", "about the Heliotropes"),
+    ("100% sure", "under_score"),
+    ("back\\slash", "ÉCOLE"),
+)
+SEARCHES = {
+    "heliotrope": ["Call Zoë", "Water the HELIOTROPE"],
+    "zoë heliotropes": ["Call Zoë"],
+    "the": ["Call Zoë", "Water the HELIOTROPE"],
+    "l": ["back\\slash", "Call Zoë", "Water the HELIOTROPE"],
+    "école": ["back\\slash"],
+    "%": ["100% sure"],
+    "_": ["100% sure"],
+    "\\": ["back\\slash"],
+    "zoëabout": [],
+    "nothing": [],
+}
+
+
+@pytest.fixture(scope="module")
+async def url(postgres: Server) -> AsyncIterator[str]:
+    """A database in which 21 users have 10,000 tasks each."""
+    url = await filled(postgres, USERS)
+    yield url
+    await postgres.drop_database(url.rpartition("/")[2])
+
+
+@pytest.fixture(scope="module")
+async def connection(url: str) -> AsyncIterator[Any]:
+    connection = await asyncpg.connect(url)
+    assert await connection.fetchval("SELECT count(*) FROM task") == USERS * TASKS
+    yield connection
+    await connection.close()
+
+
+@pytest.mark.parametrize("generic", [False, True], ids=["for these values", "for any values"])
+@pytest.mark.parametrize("wanted", LISTS, ids=[each.name for each in LISTS])
+async def test_a_page_reads_no_more_than_a_page(connection: Any, wanted: List, generic: bool) -> None:
+    found = await plan(connection, *wanted.compiled(), generic=generic)
+
+    scans = [node for _, node in nodes(found["Plan"]) if "Relation Name" in node]
+    assert scans
+    assert [node["Node Type"] for node in scans if node["Node Type"] == "Seq Scan"] == []
+    assert found["Plan"]["Actual Rows"] >= 1
+    assert sum(map(_rows_read, scans)) <= LIMIT
+
+
+def _rows_read(scan: dict[str, Any]) -> float:
+    rejected = scan.get("Rows Removed by Filter", 0) + scan.get("Rows Removed by Index Recheck", 0)
+    return float((scan["Actual Rows"] + rejected) * scan["Actual Loops"])
+
+
+@pytest.mark.parametrize("descending", [False, True])
+async def test_pages_by_due_date_go_through_every_task_once(url: str, descending: bool) -> None:
+    order = Order("due_date", descending)
+    database = db.connect(url, pool_size=1)
+    rows: list[db.Row] = []
+    after = None
+    while page := await queries.list_tasks(queries.Owner(OWNER, database), Filter(), order, 777, after):
+        rows += page
+        after = queries.position(page[-1], order)
+    await database.close()
+
+    by_key = sorted(rows, key=lambda row: (row["due_date"] or date.min, row["id"]), reverse=descending)
+    assert len({row["id"] for row in rows}) == len(rows) == TASKS
+    assert rows == sorted(by_key, key=lambda row: row["due_date"] is None)
+
+
+@pytest.mark.parametrize("word", ["number", "om", RARE])
+async def test_a_search_is_planned_for_its_words_however_often_it_is_sent(url: str, word: str) -> None:
+    wanted = List("search", Filter(words=(word,)))
+    database = db.Postgres(url, 1)
+    owner = queries.Owner(OWNER, database)
+    for _ in range(20):
+        assert await queries.list_tasks(owner, wanted.wanted, wanted.order, LIMIT)
+
+    counted = "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement = $1"
+    counts = await database.pool.fetch(counted, [wanted.compiled()[0]])
+    connection = database.pool._idle[0].raw
+    found = await plan(connection, *wanted.compiled(), generic=False)
+    await database.close()
+
+    assert counts == [(0, 20)]
+    scans = [node for _, node in nodes(found["Plan"]) if "Relation Name" in node]
+    assert sum(map(_rows_read, scans)) <= LIMIT + 10
+
+
+@pytest.mark.parametrize("extensions", ["there", "dropped", "refused"])
+async def test_search_finds_the_same_with_and_without_extensions(postgres: Server, extensions: str) -> None:
+    name = await postgres.create_database()
+    own = Server(postgres.url_of(name))
+    url = own.url
+    if extensions == "refused":
+        # An owner of tables who may not change the database, as a careful administrator gives it out.
+        await own.execute("CREATE ROLE careful LOGIN; GRANT CREATE ON SCHEMA public TO careful")
+        url = url.replace("postgres@", "careful@")
+    async with running(create_app(settings_for(url))) as client:
+        if extensions == "dropped":
+            await own.execute("DROP EXTENSION pg_trgm CASCADE")
+        alice = person("alice", client)
+        for title, description in NOTES:
+            await alice.create(title, description=description)
+
+        answers = {word: await alice.get("", params={"search": word}) for word in SEARCHES}
+    indexes = await _indexes(own.url)
+    await postgres.drop_database(name)
+    if extensions == "refused":
+        await postgres.execute("DROP ROLE careful")
+
+    assert ("ix_task_search" in indexes) is (extensions == "there")
+    assert {"ix_task_pending", "ix_task_user_id_due_date_id"} <= indexes
+    assert {word: [task["title"] for task in answer.json()] for word, answer in answers.items()} == SEARCHES
+
+
+async def _indexes(url: str) -> set[str]:
+    connection = await asyncpg.connect(url)
+    rows = await connection.fetch("SELECT indexname FROM pg_indexes WHERE tablename = 'task'")
+    await connection.close()
+    return {row["indexname"] for row in rows}
