@@ -122,6 +122,13 @@ class Settings(BaseModel):
     database_pool_size: int = Field(
         10, ge=1, le=1000, description="connections of one process, without overflow"
     )
+    database_connect_timeout_s: float = Field(
+        6, gt=0, le=60, description="a sleeping database (Neon) takes up to 5 s to answer"
+    )
+    database_statement_timeout_s: float = Field(
+        4, gt=0, le=300, description="for one statement, also set on the server"
+    )
+    database_wait_s: float = Field(6, gt=0, le=60, description="for a free connection")
     migrate_on_start: bool | None = Field(
         None, description="bring the schema to head before serving; true for SQLite"
     )

@@ -18,7 +18,6 @@ _CHOICES = {
 }
 _TLS_PARAMETERS = {"sslmode", "sslrootcert", "sslcert", "sslkey", "sslnegotiation", "channel_binding"}
 _OTHER_PARAMETERS = {"application_name", "connect_timeout", "options", "pgbouncer", "target_session_attrs"}
-CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -116,16 +115,16 @@ def _readable(name: str) -> Iterator[None]:
         raise ValueError(f"has an {name} that cannot be read") from error
 
 
-def _seconds(value: str | None) -> float:
+def _seconds(value: str | None) -> float | None:
     if not value:
-        return CONNECT_TIMEOUT_S
+        return None
     try:
         seconds = float(value)
     except ValueError:
         seconds = math.nan
     if not math.isfinite(seconds):
         raise ValueError("has a connect_timeout that is not a number of seconds")
-    return seconds if seconds > 0 else CONNECT_TIMEOUT_S
+    return seconds if seconds > 0 else None
 
 
 def _flag(parameters: dict[str, str], name: str) -> bool:

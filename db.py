@@ -25,16 +25,16 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TypeEngine
 
 import database_url
-from errors import Unavailable
+from errors import Overloaded, Unavailable
 from logs import BoundedLog
-from pool import WAIT_S, Pool
 from pool import Connection as PooledConnection
+from pool import Pool, PoolBusy
 
 Row = dict[str, Any]
 
 _log = BoundedLog("database")
 
-STATEMENT_TIMEOUT_S = 4.0
+CANCEL_S = 0.5
 SQLITE_READERS = 4
 SQLITE_BUSY_TIMEOUT_MS = 5_000  # other processes may be writing to the file
 
@@ -101,6 +101,15 @@ def _result_processor(kind: TypeEngine[Any], dialect: Dialect) -> Callable[[Any]
     return kind.dialect_impl(dialect).result_processor(dialect, None)
 
 
+@dataclass(frozen=True)
+class TimeLimits:
+    """How long a database may take, in seconds: to connect, to run a statement, to have a connection free."""
+
+    connect_s: float = 6.0
+    statement_s: float = 4.0
+    wait_s: float = 6.0
+
+
 class ConstraintViolated(Exception):
     """A row would break the rule *name*; for a unique key SQLite names the columns instead."""
 
@@ -149,14 +158,17 @@ class Database(Runner):
 
 
 class Postgres(Database):
-    def __init__(self, url: str, pool_size: int) -> None:
+    def __init__(self, url: str, pool_size: int, limits: TimeLimits = TimeLimits()) -> None:
         self.dialect = PGDialect_asyncpg()  # type: ignore[no-untyped-call] # not in its stubs
         self.target = database_url.parse(url)
         self._pool_size = pool_size
+        self._limits = limits
+        # A pooler refuses settings at the start, and a role's own setting is its owner's choice.
+        self._limits_server = not self.target.pooled
 
     @cached_property
     def pool(self) -> Pool:
-        return Pool(self._connect, self._pool_size)
+        return Pool(self._connect, self._pool_size, wait_s=self._limits.wait_s)
 
     async def open(self) -> None:
         for error in await self.pool.warm():
@@ -168,7 +180,12 @@ class Postgres(Database):
         await self.pool.close()
 
     async def all(self, statement: Executable, **values: Any) -> list[Row]:
-        return await self.fetch(self.pool, statement, values)
+        try:
+            return await self.fetch(self.pool, statement, values)
+        except Unavailable as error:
+            if not error.lost or not _is_repeatable(statement):
+                raise
+            return await self.fetch(self.pool, statement, values)
 
     async def fetch(
         self, connection: "Pool | PooledConnection", statement: Executable, values: Row
@@ -202,9 +219,21 @@ class Postgres(Database):
         return create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
 
     async def _connect(self, *, patient: bool = False) -> Any:
-        command_timeout = None if patient else STATEMENT_TIMEOUT_S
+        arguments = {**self.target.arguments}
+        arguments["timeout"] = arguments["timeout"] or self._limits.connect_s
+        if not patient:
+            # The server should be the first to give up: then the connection is in order.
+            arguments["command_timeout"] = self._limits.statement_s + CANCEL_S
+            if self._limits_server:
+                timeout = {"statement_timeout": str(round(self._limits.statement_s * 1000))}
+                arguments["server_settings"] = timeout | arguments["server_settings"]
         try:
-            return await asyncpg.connect(**self.target.arguments, command_timeout=command_timeout)
+            return await asyncpg.connect(**arguments)
+        except asyncpg.ProtocolViolationError as error:
+            if not self._limits_server or patient:
+                raise ConnectionError(str(error)) from error
+            self._limits_server = False  # a pooler that nobody told us of
+            return await self._connect()
         except asyncpg.PostgresError as error:  # whatever it says: without a connection we cannot serve
             raise ConnectionError(str(error)) from error
 
@@ -225,7 +254,8 @@ class SQLite(Database):
     queue up in order, none fails and none is half done.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, limits: TimeLimits = TimeLimits()) -> None:
+        self._wait_s = limits.wait_s
         # As compact as SQLite writes JSON itself, so that equal lists are equal texts.
         self.dialect = SQLiteDialect_aiosqlite(json_serializer=lambda value: orjson.dumps(value).decode())
         path = make_url(url).database
@@ -286,7 +316,7 @@ class SQLite(Database):
     @asynccontextmanager
     async def _turn_to_write(self) -> AsyncIterator[None]:
         with _translated:
-            async with asyncio.timeout(WAIT_S):
+            async with asyncio.timeout(self._wait_s):
                 await self._writing.acquire()
         try:
             yield
@@ -322,7 +352,7 @@ class _SQLiteTransaction(Runner):
         return await self._database.fetch(self._database.writer, statement, values)
 
 
-def connect(url: str, *, pool_size: int) -> Database:
+def connect(url: str, *, pool_size: int, limits: TimeLimits = TimeLimits()) -> Database:
     """Return the database at *url*, not opened yet.
 
     Raises:
@@ -331,11 +361,11 @@ def connect(url: str, *, pool_size: int) -> Database:
     scheme = url.partition(":")[0].lower()
     if scheme in ("sqlite", "sqlite+aiosqlite"):
         try:
-            return SQLite(url)
+            return SQLite(url, limits)
         except ArgumentError as error:
             raise ValueError("is not a valid URL") from error
     if scheme in ("postgres", "postgresql", "postgres+asyncpg", "postgresql+asyncpg"):
-        return Postgres(url, pool_size)
+        return Postgres(url, pool_size, limits)
     raise ValueError("must begin with postgresql:// or sqlite:///")
 
 
@@ -370,9 +400,26 @@ class _Translated:
 _translated = _Translated()  # one for all: it keeps nothing, and a generator for each statement would cost
 
 
+def _is_repeatable(statement: Executable) -> bool:
+    """Whether to run *statement* twice is the same as once."""
+    return statement.is_select or bool(statement.get_execution_options().get("repeatable"))
+
+
 def _unavailable(error: Exception) -> Unavailable:
     _log.warning("database unavailable", reason=type(error).__name__, error=str(error))
-    return Unavailable()
+    if isinstance(error, PoolBusy):
+        return Overloaded()
+    unavailable = Unavailable()
+    unavailable.lost = _is_lost(error)
+    return unavailable
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether the connection broke, rather than that something took too long."""
+    if isinstance(error, asyncpg.PostgresError):
+        code = error.sqlstate or ""
+        return code[:2] == "08" or code in ("57P01", "57P02", "57P03")
+    return isinstance(error, asyncpg.InterfaceError | OSError) and not isinstance(error, TimeoutError)
 
 
 def _is_transient(error: Exception) -> bool:
@@ -384,4 +431,4 @@ def _is_transient(error: Exception) -> bool:
         return not isinstance(error, ValueError)  # a value that does not fit its type
     if isinstance(error, sqlite3.OperationalError):
         return error.sqlite_errorcode & 0xFF in _TRANSIENT_SQLITE
-    return isinstance(error, OSError | TimeoutError)
+    return isinstance(error, OSError | TimeoutError | PoolBusy)

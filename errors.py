@@ -122,13 +122,23 @@ class TooManyRequests(Problem):
 
 
 class Unavailable(Problem):
-    """The database or the issuer cannot be reached; the request may succeed in *retry_after_s* seconds."""
+    """The database or the issuer cannot be reached; the request may succeed in *retry_after_s* seconds.
+
+    `lost` tells that a connection broke in the middle of a statement: nobody knows whether it was done.
+    """
 
     status = 503
     sentence = "The service is temporarily unavailable. Please try again."
+    lost = False
 
     def __init__(self, detail: str | None = None, *, retry_after_s: int = 1) -> None:
         super().__init__(detail, headers={"Retry-After": str(retry_after_s)})
+
+
+class Overloaded(Unavailable):
+    """More is asked for than can be done in time."""
+
+    sentence = "The service is busy. Please try again."
 
 
 def request_id(scope: Scope) -> str:
@@ -152,6 +162,8 @@ def render(scope: Scope, error: HTTPException) -> Response:
     if errors := getattr(error, "errors", None):
         problem["errors"] = errors
     problem |= getattr(error, "extensions", {})
+    if isinstance(error, Overloaded):
+        scope["state"]["overloaded"] = True  # protocol.py lets such a connection rest
     return Response(orjson.dumps(problem), error.status_code, dict(error.headers or {}), MEDIA_TYPE)
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 import queries
 from db import ConstraintViolated, Row
+from errors import Unavailable
 from models import TIMESTAMP, IdempotencyKey
 from queries import NOW, Owner
 from task_limit import TaskLimit
@@ -50,6 +51,9 @@ async def create_task_once(
         except ConstraintViolated as error:
             if error.name not in _TAKEN or attempt + 1 == ATTEMPTS:
                 raise
+        except Unavailable as error:
+            if not error.lost or attempt + 1 == ATTEMPTS:
+                raise  # otherwise the key tells whether it was done
     raise KeyInUse
 
 

@@ -40,7 +40,15 @@ def create_app(settings: Settings) -> FastAPI:
     Raises:
         ValueError: `DATABASE_URL` is not one that can be used.
     """
-    database = db.connect(settings.resolved_database_url, pool_size=settings.database_pool_size)
+    database = db.connect(
+        settings.resolved_database_url,
+        pool_size=settings.database_pool_size,
+        limits=db.TimeLimits(
+            settings.database_connect_timeout_s,
+            settings.database_statement_timeout_s,
+            settings.database_wait_s,
+        ),
+    )
     keys = _keys(settings)
     keeper = _account_keeper(settings)
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import asyncpg
 
-WAITING_MAX_PER_CONNECTION = 20  # more would wait longer than they are worth; they are told at once
+# More would wait longer than they are worth, and are told so at once.
+WAITING_MAX_PER_CONNECTION = 20
+WAITING_MAX_AT_LEAST = 100
 END_TIMEOUT_S = 1.0
 IDLE_MAX_S = 280.0  # Neon suspends after 300 s without a query, and its connections die with it
 UNCHECKED_S = 30.0  # a connection that has been idle for longer may be cut off without a word
@@ -75,7 +77,7 @@ class Pool:
     task that tries to connect; when it has been away for `PATIENCE_S` they are refused at once.
     """
 
-    def __init__(self, connect: Callable[[], Awaitable[Any]], size: int, *, wait_s: float) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[Any]], size: int, *, wait_s: float = 6.0) -> None:
         self._connect = connect
         self._size = size
         self._wait_s = wait_s
@@ -128,6 +130,9 @@ class Pool:
         connections than we would like is no reason to have none.
         """
         results = await asyncio.gather(*(self._open() for _ in range(self._size)), return_exceptions=True)
+        for result in results:
+            if isinstance(result, Connection):
+                self._add_idle(result)
         return [result for result in results if isinstance(result, Exception)][:1]
 
     async def close(self) -> None:
@@ -153,7 +158,7 @@ class Pool:
             raise
 
     async def _wait_for_turn(self) -> None:
-        if self._waiting >= self._size * WAITING_MAX_PER_CONNECTION:
+        if self._waiting >= max(WAITING_MAX_AT_LEAST, self._size * WAITING_MAX_PER_CONNECTION):
             raise PoolBusy(f"{self._waiting} requests are waiting for {self._size} connections")
         self._waiting += 1
         try:
@@ -168,7 +173,7 @@ class Pool:
                 return connection
             if self._outage is None:
                 try:
-                    await self._open()
+                    return await self._open()
                 except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
                     self._begin_outage(error)
             else:
@@ -187,15 +192,10 @@ class Pool:
                 self._idle.clear()
         return None
 
-    async def _open(self) -> None:
-        """Add a connection to the idle ones."""
+    async def _open(self) -> Connection:
+        connection = Connection(await self._connect())
         self._alive += 1
-        try:
-            connection = Connection(await self._connect())
-        except BaseException:
-            self._alive -= 1
-            raise
-        self._add_idle(connection)
+        return connection
 
     def _add_idle(self, connection: Connection) -> None:
         self._idle.append(connection)
@@ -228,12 +228,13 @@ class Pool:
         while True:
             await asyncio.sleep(RECONNECT_S)
             try:
-                await self._open()
-                break
+                connection = await self._open()
             except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
                 outage.error = error
-        self._outage = None
-        outage.over.set()
+            else:
+                self._add_idle(connection)
+                self._outage = None
+                return
 
     def _release(self, connection: Connection) -> None:
         if connection.raw.is_closed():

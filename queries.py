@@ -372,7 +372,7 @@ _COUNT = _count_statement()
 _INSERT = insert(TASKS).values(**_NEW_ROW).returning(*COLUMNS)
 _INSERT_WITHIN_LIMIT = _insert_within_limit()
 _SELECT_ONE = select(*COLUMNS).where(OWNED, _THIS)
-_UPDATE = _update_statement(in_series=False)
+_UPDATE = _update_statement(in_series=False).execution_options(repeatable=True)  # what is so already stays
 _COMPLETE_IN_SERIES = _update_statement(in_series=True)
 _TOGGLE = _toggle_statement()
 _DELETE = delete(TASKS).where(OWNED, _THIS, _EXPECTED).returning(TASKS.c.id)

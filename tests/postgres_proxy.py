@@ -19,6 +19,7 @@ class Proxy:
         self._parts = parts
         self._delay_s = delay_s
         self._tasks: set[asyncio.Task[None]] = set()
+        self._swallowed: set[asyncio.Task[None] | None] = set()
         self.port = 0
         self.statements: list[str] = []
         self.round_trips = 0
@@ -28,6 +29,10 @@ class Proxy:
         """The database's URL by way of the proxy."""
         user = f"{self._parts.username}@" if self._parts.username else ""
         return self._parts._replace(netloc=f"{user}127.0.0.1:{self.port}").geturl()
+
+    def swallow(self) -> None:
+        """Lose what comes over the connections of now, as a router does that has forgotten them."""
+        self._swallowed |= self._tasks
 
     def clear(self) -> None:
         self.statements.clear()
@@ -61,6 +66,8 @@ class Proxy:
                     self._note(kind, body, names)
                 elif struct.unpack("!i", body[:4])[0] != _SSL_REQUEST:
                     started = True
+                if asyncio.current_task() in self._swallowed:
+                    continue
                 server.write(kind + head + body)
                 await server.drain()
 
@@ -68,6 +75,8 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := await server.read(65536):
                 await asyncio.sleep(self._delay_s)
+                if asyncio.current_task() in self._swallowed:
+                    continue
                 writer.write(data)
                 await writer.drain()
 

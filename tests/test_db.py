@@ -241,12 +241,10 @@ def test_so_are_the_drivers_own_errors(error: Exception, transient: bool) -> Non
     assert db._is_transient(error) is transient
 
 
-async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(
-    postgres: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(db, "STATEMENT_TIMEOUT_S", 0.3)
+async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(postgres: Server) -> None:
     name = await postgres.create_database()
-    async with running(create_app(settings_for(postgres.url_of(name)))) as client:
+    settings = settings_for(postgres.url_of(name), database_statement_timeout_s=0.3)
+    async with running(create_app(settings)) as client:
         alice = person("alice", client)
         task = await alice.create()
         other, watcher = [await asyncpg.connect(postgres.url_of(name)) for _ in range(2)]
@@ -266,11 +264,8 @@ async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(
     await postgres.drop_database(name)
 
 
-async def test_a_migration_may_wait_longer_than_a_request(
-    postgres: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(db, "STATEMENT_TIMEOUT_S", 0.1)
-    engine = db.connect(postgres.url, pool_size=1).engine()
+async def test_a_migration_may_wait_longer_than_a_request(postgres: Server) -> None:
+    engine = db.connect(postgres.url, pool_size=1, limits=db.TimeLimits(statement_s=0.1)).engine()
 
     async with engine.connect() as connection:
         await connection.exec_driver_sql("SELECT pg_sleep(0.5)")
@@ -305,8 +300,8 @@ async def owner(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 @asynccontextmanager
-async def _opened(url: str) -> AsyncIterator[db.Database]:
-    database = db.connect(url, pool_size=POOL_SIZE)
+async def _opened(url: str, limits: db.TimeLimits | None = None) -> AsyncIterator[db.Database]:
+    database = db.connect(url, pool_size=POOL_SIZE, limits=limits or db.TimeLimits())
     await asyncio.to_thread(migrate, database)
     await database.open()
     yield database
@@ -484,11 +479,8 @@ async def test_postgres_runs_transactions_side_by_side(postgres: Server) -> None
     await postgres.drop_database(name)
 
 
-async def test_who_waits_too_long_to_write_is_told_to_come_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(db, "WAIT_S", 0.05)
-    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}") as database:
+async def test_who_waits_too_long_to_write_is_told_to_come_back(tmp_path: Path) -> None:
+    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.TimeLimits(wait_s=0.05)) as database:
         owner = Owner("alice", database)
         async with owner.transaction():
             with pytest.raises(Unavailable):
@@ -516,11 +508,10 @@ FOR EACH ROW WHEN (NEW.title = 'refuse') EXECUTE FUNCTION on_commit();
     ],
 )
 async def test_a_commit_that_fails_is_told_as_a_statement_that_fails(
-    postgres: Server, monkeypatch: pytest.MonkeyPatch, what: str, expected: type[Exception]
+    postgres: Server, what: str, expected: type[Exception]
 ) -> None:
-    monkeypatch.setattr(db, "STATEMENT_TIMEOUT_S", 0.3)
     name = await postgres.create_database()
-    async with _opened(postgres.url_of(name)) as database:
+    async with _opened(postgres.url_of(name), db.TimeLimits(statement_s=0.3)) as database:
         owner = Owner("alice", database)
         await Server(postgres.url_of(name)).execute(ON_COMMIT.format(what))
 

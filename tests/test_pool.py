@@ -1,12 +1,15 @@
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
 import pytest
 
 import pool as pool_module
-from pool import Pool
+from pool import Pool, PoolBusy
 from tests.postgres import Server
+from tests.postgres_proxy import running_proxy
 
 PID = "SELECT pg_backend_pid()"
 
@@ -49,8 +52,8 @@ async def test_a_statement_is_prepared_once(pool: Pool) -> None:
     assert await pool.fetch(names, []) == [(1,)]
 
 
-async def test_who_waits_too_long_is_told_so(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "WAIT_S", 0.05)
+async def test_who_waits_too_long_is_told_so(postgres: Server) -> None:
+    pool = Pool(lambda: asyncpg.connect(postgres.url), 2, wait_s=0.05)
     holders = await occupied(pool)
 
     with pytest.raises(TimeoutError):
@@ -60,6 +63,7 @@ async def test_who_waits_too_long_is_told_so(pool: Pool, monkeypatch: pytest.Mon
         holder.cancel()
     await asyncio.gather(*holders, return_exceptions=True)
     assert await pid(pool)
+    await pool.close()
 
 
 async def test_waiters_are_served_in_order(pool: Pool) -> None:
@@ -96,12 +100,80 @@ async def test_an_interrupted_statement_costs_its_connection(pool: Pool) -> None
     assert await pid(pool) != before
 
 
-async def test_a_failed_connect_gives_the_turn_back() -> None:
-    pool = Pool(lambda: asyncpg.connect("postgresql://nobody@127.0.0.1:1/nowhere"), 1)
+async def test_a_server_that_is_away_is_awaited_and_then_given_up_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool_module, "PATIENCE_S", 0.5)
+    pool = Pool(lambda: asyncpg.connect("postgresql://nobody@127.0.0.1:1/nowhere"), 2)
+    times = []
 
     for _ in range(3):
+        started = time.monotonic()
         with pytest.raises(OSError, match=r"127\.0\.0\.1"):
-            await pid(pool)
+            await asyncio.gather(*(pid(pool) for _ in range(5)))
+        times.append(time.monotonic() - started)
+    await pool.close()
+
+    assert 0.4 < times[0] < 1.5
+    assert max(times[1:]) < 0.1
+
+
+async def test_who_asks_while_a_server_wakes_is_served(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awake = False
+
+    async def connect() -> Any:
+        if not awake:
+            raise ConnectionRefusedError
+        return await asyncpg.connect(postgres.url)
+
+    pool = Pool(connect, 2)
+    asking = [asyncio.create_task(pid(pool)) for _ in range(20)]
+    await asyncio.sleep(0.5)
+
+    awake = True
+    pids = await asyncio.wait_for(asyncio.gather(*asking), 2)
+
+    assert 1 <= len(set(pids)) <= 2
+    await pool.close()
+
+
+async def test_too_many_who_wait_are_told_at_once(postgres: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "WAITING_MAX_AT_LEAST", 3)
+    monkeypatch.setattr(pool_module, "WAITING_MAX_PER_CONNECTION", 1)
+    pool = Pool(lambda: asyncpg.connect(postgres.url), 2)
+    holders = await occupied(pool)
+    waiting = [asyncio.create_task(pid(pool)) for _ in range(3)]
+    await asyncio.sleep(0)
+
+    with pytest.raises(PoolBusy):
+        await pid(pool)
+
+    for holder in holders:
+        holder.cancel()
+    await asyncio.gather(*holders, return_exceptions=True)
+    assert all(await asyncio.gather(*waiting))
+    await pool.close()
+
+
+async def test_a_connection_that_was_cut_off_while_idle_is_noticed_and_so_are_the_others(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "CHECK_TIMEOUT_S", 0.2)
+    async with running_proxy(postgres.url) as proxy:
+        pool = Pool(lambda: asyncpg.connect(proxy.url), 3)
+        await pool.warm()
+        before = set(await asyncio.gather(*(pid(pool) for _ in range(20))))
+        proxy.swallow()  # whatever is sent by the connections of now
+        monkeypatch.setattr(pool_module, "UNCHECKED_S", 0.0)
+
+        started = time.monotonic()
+        after = await pid(pool)
+
+        assert after not in before
+        assert time.monotonic() - started < 1
+        await pool.close()
 
 
 async def test_a_cancelled_wait_gives_no_turn_away(pool: Pool) -> None:
@@ -121,6 +193,7 @@ async def test_an_idle_connection_is_replaced_before_the_server_drops_it(
 ) -> None:
     before = await pid(pool)
     monkeypatch.setattr(pool_module, "IDLE_MAX_S", 0.0)
+    monkeypatch.setattr(pool_module, "UNCHECKED_S", 0.0)
 
     assert await pid(pool) != before
 
