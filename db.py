@@ -419,7 +419,9 @@ def _is_lost(error: Exception) -> bool:
     if isinstance(error, asyncpg.PostgresError):
         code = error.sqlstate or ""
         return code[:2] == "08" or code in ("57P01", "57P02", "57P03")
-    return isinstance(error, asyncpg.InterfaceError | OSError) and not isinstance(error, TimeoutError)
+    if isinstance(error, TimeoutError):
+        return False
+    return isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError | OSError)
 
 
 def _is_transient(error: Exception) -> bool:
@@ -431,4 +433,5 @@ def _is_transient(error: Exception) -> bool:
         return not isinstance(error, ValueError)  # a value that does not fit its type
     if isinstance(error, sqlite3.OperationalError):
         return error.sqlite_errorcode & 0xFF in _TRANSIENT_SQLITE
-    return isinstance(error, OSError | TimeoutError | PoolBusy)
+    # The driver says InternalClientError when a connection ends while it is between two states.
+    return isinstance(error, OSError | TimeoutError | PoolBusy | asyncpg.InternalClientError)

@@ -54,16 +54,74 @@ def running_server() -> Iterator[Server]:
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield Server(url)
         return
+    with running_process() as process:
+        yield Server(process.url)
+
+
+class Process:
+    """A server of our own: it can be stopped, frozen and started again."""
+
+    def __init__(self, command: list[object], owner: dict[str, object], port: int, log: Path) -> None:
+        self.url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        self._command, self._owner, self._port, self._log = command, owner, port, log
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        if self._running is not None:
+            return
+        self._log.write_text("")
+        with self._log.open("a") as log:
+            self._running = subprocess.Popen(  # type: ignore[call-overload] # owner is dynamic
+                self._command, stdout=log, stderr=log, preexec_fn=_die_with_parent, **self._owner
+            )
+        _wait_until_listening(self._running, self._port, self._log)
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """End the server; by default as `pg_ctl` does: connections are closed, not waited for."""
+        if self._running is not None:
+            self.thaw()
+            self._running.send_signal(how)
+            self._running.wait(timeout=30)
+            self._running = None
+
+    def freeze(self) -> None:
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        if self._running is not None:
+            listed = subprocess.check_output(["ps", "-A", "-o", "pid=,ppid="], text=True)  # of any Unix
+            family = [
+                int(pid) for pid, parent in map(str.split, listed.splitlines()) if int(parent) == self.pid
+            ]
+            for pid in (self.pid, *family):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    @property
+    def pid(self) -> int:
+        assert self._running is not None
+        return self._running.pid
+
+
+@contextlib.contextmanager
+def running_process(*, durable: bool = False) -> Iterator[Process]:
+    """Start a server that ends with this process; a *durable* one keeps what it has committed when killed."""
     folder = Path(tempfile.mkdtemp(prefix="task-postgres-"))
     try:
-        with _started(folder) as port:
-            yield Server(f"postgresql://postgres@127.0.0.1:{port}/postgres")
+        process = _prepared(folder, durable=durable)
+        try:
+            process.start()
+            yield process
+        finally:
+            process.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _started(folder: Path) -> Iterator[int]:
+def _prepared(folder: Path, *, durable: bool) -> Process:
     programs = _programs()
     owner: dict[str, object] = {}
     if is_root():
@@ -74,24 +132,17 @@ def _started(folder: Path) -> Iterator[int]:
         shutil.chown(folder, "nobody", "nogroup")
     data, port = folder / "data", free_port()
     _initialise(programs, data, owner)
-    command = [programs / "postgres", "-D", data, "-p", str(port)]
+    command: list[object] = [programs / "postgres", "-D", data, "-p", str(port)]
     for setting in (
         "listen_addresses=127.0.0.1",
         "unix_socket_directories=",
         "fsync=off",
         "full_page_writes=off",
-        "synchronous_commit=off",
+        f"synchronous_commit={'on' if durable else 'off'}",
         "max_connections=200",
     ):
         command += ["-c", setting]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=_die_with_parent, **owner)  # type: ignore[call-overload] # owner is dynamic
-        try:
-            _wait_until_listening(server, port, folder / "log")
-            yield port
-        finally:
-            server.send_signal(signal.SIGINT)  # "fast" shutdown: connections are closed, not waited for
-            server.wait(timeout=30)
+    return Process(command, owner, port, folder / "log")
 
 
 def _programs() -> Path:

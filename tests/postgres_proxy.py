@@ -19,6 +19,8 @@ class Proxy:
         self._parts = parts
         self._delay_s = delay_s
         self._tasks: set[asyncio.Task[None]] = set()
+        self._passing = asyncio.Event()
+        self._passing.set()
         self._swallowed: set[asyncio.Task[None] | None] = set()
         self.port = 0
         self.statements: list[str] = []
@@ -30,16 +32,30 @@ class Proxy:
         user = f"{self._parts.username}@" if self._parts.username else ""
         return self._parts._replace(netloc=f"{user}127.0.0.1:{self.port}").geturl()
 
-    def swallow(self) -> None:
+    def swallow(self, *, new_ones_too: bool = False) -> None:
         """Lose what comes over the connections of now, as a router does that has forgotten them."""
         self._swallowed |= self._tasks
+        if new_ones_too:
+            self.hold()
+
+    def hold(self) -> None:
+        """Accept connections and let nothing pass until `release`."""
+        self._passing.clear()
+
+    def release(self) -> None:
+        self._passing.set()
 
     def clear(self) -> None:
         self.statements.clear()
         self.round_trips = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        server_reader, server_writer = await asyncio.open_connection(*self._target)
+        await self._passing.wait()
+        try:
+            server_reader, server_writer = await asyncio.open_connection(*self._target)
+        except OSError:  # it is away: so are we
+            writer.transport.abort()
+            return
         upstream = asyncio.create_task(self._upstream(reader, server_writer))
         downstream = asyncio.create_task(self._downstream(server_reader, writer))
         self._tasks |= {upstream, downstream}

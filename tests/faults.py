@@ -1,0 +1,237 @@
+"""A load that keeps account of every answer, and what can happen to a database meanwhile."""
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import asyncpg
+import httpx
+
+from main import create_app
+from tests.conftest import Person, person, running, settings_for
+from tests.postgres import Process, Server
+from tests.postgres_proxy import Proxy, running_proxy
+
+CLIENTS = 32
+ROLE = "service"
+CALM_S = 0.5  # of undisturbed load before and after
+
+
+@dataclass
+class Account:
+    """What was asked and what was answered."""
+
+    requests: int = 0
+    failures: list[float] = field(default_factory=list)  # when
+    longest_s: float = 0.0
+    longest_failure_s: float = 0.0
+    odd: list[str] = field(default_factory=list)
+    acknowledged: set[str] = field(default_factory=set)
+    sent_once: set[str] = field(default_factory=set)
+
+    def note(self, answer: httpx.Response, started: float) -> None:
+        took_s = time.monotonic() - started
+        self.requests += 1
+        self.longest_s = max(self.longest_s, took_s)
+        if answer.is_success:
+            return
+        self.failures.append(time.monotonic())
+        self.longest_failure_s = max(self.longest_failure_s, took_s)
+        is_problem = answer.headers.get("content-type") == "application/problem+json"
+        if answer.status_code != 503 or not is_problem or "retry-after" not in answer.headers:
+            self.odd.append(f"{answer.status_code} {answer.text}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    account: Account
+    recovery_s: float  # from the end of the fault to the last failure
+    lost: int
+    doubled: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where a fault happens: the server, the proxy before it, and the database that the load is on."""
+
+    process: Process
+    proxy: Proxy
+    database: str
+
+    async def alter(self, change: str) -> None:
+        """Alter the database, for connections that are made from now on: those of now are ended."""
+        await Server(self.process.url).execute(f'ALTER DATABASE "{self.database}" {change}')
+        await self.terminate()
+
+    async def terminate(self) -> None:
+        await Server(self.process.url).execute(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self.database}'"
+        )
+
+
+Fault = Callable[[Scene], Awaitable[None]]
+
+
+async def suffer(process: Process, fault: Fault, **settings: object) -> Outcome:
+    """Run *fault* under the load of `CLIENTS`, and return when they have been served in peace again."""
+    server = Server(process.url)
+    name = await _database_of_an_ordinary_role(server)
+    account = Account()
+    async with running_proxy(server.url_of(name).replace("postgres@", f"{ROLE}@")) as proxy:
+        app = create_app(settings_for(proxy.url, **settings))
+        async with running(app) as client:
+            people = [person("alice", client) for _ in range(CLIENTS)]
+            async with _load(people, account):
+                await asyncio.sleep(CALM_S)
+                await fault(Scene(process, proxy, name))
+                ended = time.monotonic()
+                await asyncio.sleep(2.0)
+            titles = [task["title"] for each in people for task in await _all_tasks(each)]
+    await server.drop_database(name)
+    return Outcome(
+        account,
+        max(0.0, max(account.failures, default=ended) - ended),
+        len(account.acknowledged - set(titles)),
+        len(titles) - len(set(titles)),
+    )
+
+
+async def _database_of_an_ordinary_role(server: Server) -> str:
+    """Make a database for somebody whom limits hold, as they do not hold the superuser."""
+    with contextlib.suppress(asyncpg.DuplicateObjectError):
+        await server.execute(f"CREATE ROLE {ROLE} LOGIN")
+    name = await server.create_database()
+    await server.execute(f'ALTER DATABASE "{name}" OWNER TO {ROLE}')
+    return name
+
+
+@contextlib.asynccontextmanager
+async def _load(people: list[Person], account: Account) -> AsyncIterator[None]:
+    stopping = asyncio.Event()
+    clients = [asyncio.create_task(_use(someone, account, stopping)) for someone in people]
+    try:
+        yield
+    finally:
+        stopping.set()
+        await asyncio.gather(*clients)
+
+
+async def _use(someone: Person, account: Account, stopping: asyncio.Event) -> None:
+    """Read, write and write again what failed, as a front end does that has a key for each write."""
+    for number in itertools.count():
+        if stopping.is_set():
+            return
+        await _write(someone, account, f"{someone.user_id} {number}")
+        await _write_until_done(someone, account, f"{someone.user_id} {number} with a key", stopping)
+        started = time.monotonic()
+        account.note(await someone.get("?limit=5"), started)
+        await asyncio.sleep(0.01)
+
+
+async def _write(someone: Person, account: Account, title: str) -> None:
+    started = time.monotonic()
+    answer = await someone.post(json={"title": title})
+    account.note(answer, started)
+    if answer.status_code == 201:
+        account.acknowledged.add(title)
+
+
+async def _write_until_done(someone: Person, account: Account, title: str, stopping: asyncio.Event) -> None:
+    while not stopping.is_set():
+        started = time.monotonic()
+        answer = await someone.post(json={"title": title}, headers={"Idempotency-Key": title})
+        if answer.status_code == 409:  # the first one is still running
+            await asyncio.sleep(0.1)
+            continue
+        account.note(answer, started)
+        if answer.status_code == 201:
+            account.acknowledged.add(title)
+            return
+        await asyncio.sleep(0.1)
+
+
+async def _all_tasks(someone: Person) -> list[dict[str, str]]:
+    found, path = [], "?limit=1000"
+    while path:
+        answer = await someone.get(path)
+        found += answer.json()
+        path = answer.links.get("next", {}).get("url", "")
+    return found
+
+
+async def terminated(scene: Scene) -> None:
+    for _ in range(5):
+        await scene.terminate()
+        await asyncio.sleep(0.2)
+
+
+async def restarted(scene: Scene) -> None:
+    await asyncio.to_thread(scene.process.stop)
+    await asyncio.to_thread(scene.process.start)
+
+
+async def crashed(scene: Scene) -> None:
+    await asyncio.to_thread(scene.process.stop, signal.SIGQUIT)
+    await asyncio.to_thread(scene.process.start)
+
+
+async def asleep(scene: Scene) -> None:
+    """Away for less time than a sleeping database may take to wake."""
+    await asyncio.to_thread(scene.process.stop)
+    await asyncio.sleep(4)
+    await asyncio.to_thread(scene.process.start)
+
+
+async def away(scene: Scene) -> None:
+    await asyncio.to_thread(scene.process.stop)
+    await asyncio.sleep(8)
+    await asyncio.to_thread(scene.process.start)
+
+
+async def read_only(scene: Scene) -> None:
+    await scene.alter("SET default_transaction_read_only = on")
+    await asyncio.sleep(1.5)
+    await scene.alter("RESET default_transaction_read_only")
+
+
+async def out_of_connections(scene: Scene) -> None:
+    await scene.alter("CONNECTION LIMIT 2")
+    await asyncio.sleep(2)
+    await scene.alter("CONNECTION LIMIT -1")
+
+
+async def without_connections(scene: Scene) -> None:
+    await scene.alter("CONNECTION LIMIT 0")
+    await asyncio.sleep(2)
+    await scene.alter("CONNECTION LIMIT -1")
+
+
+async def frozen(scene: Scene) -> None:
+    scene.process.freeze()
+    await asyncio.sleep(6)
+    scene.process.thaw()
+
+
+async def cut_off(scene: Scene) -> None:
+    """Packets vanish, of old connections and of new ones; then new ones pass again."""
+    scene.proxy.swallow(new_ones_too=True)
+    await asyncio.sleep(6)
+    scene.proxy.release()
+
+
+async def forgotten(scene: Scene) -> None:
+    """Connections that there are lead nowhere any more, new ones do."""
+    scene.proxy.swallow()
+    await asyncio.sleep(5)  # until the last statement on one of them has been given up
+
+
+async def slow_to_wake(scene: Scene) -> None:
+    """Every connection is gone, and new ones are accepted and not answered for a while."""
+    scene.proxy.hold()
+    await scene.terminate()
+    await asyncio.sleep(3.5)
+    scene.proxy.release()

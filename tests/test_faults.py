@@ -1,0 +1,45 @@
+from collections.abc import Iterator
+
+import pytest
+
+from tests import faults
+from tests.faults import Fault, suffer
+from tests.postgres import Process, running_process
+
+REQUEST_DEADLINE_S = 8.0
+SCHEDULING_S = 0.7  # the load and the service share a process here
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Process]:
+    """A server of our own: nobody else wants it killed."""
+    with running_process(durable=True) as process:
+        yield process
+
+
+FAULTS = [
+    faults.terminated,
+    faults.restarted,
+    faults.crashed,
+    faults.asleep,
+    faults.away,
+    faults.slow_to_wake,
+    faults.read_only,
+    faults.out_of_connections,
+    faults.without_connections,
+    faults.frozen,
+    faults.cut_off,
+    faults.forgotten,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+async def test_a_fault_loses_nothing_and_passes(process: Process, fault: Fault) -> None:
+    outcome = await suffer(process, fault)
+
+    account = outcome.account
+    assert account.requests > 500
+    assert account.odd == []
+    assert (outcome.lost, outcome.doubled) == (0, 0)
+    assert account.longest_s < REQUEST_DEADLINE_S + SCHEDULING_S
+    assert outcome.recovery_s < 2
