@@ -49,6 +49,7 @@ class Account:
 @dataclass(frozen=True)
 class Outcome:
     account: Account
+    began: float
     recovery_s: float  # from the end of the fault to the last failure
     lost: int
     doubled: int
@@ -87,6 +88,7 @@ async def suffer(process: Process, fault: Fault, **settings: object) -> Outcome:
             people = [person("alice", client) for _ in range(CLIENTS)]
             async with _load(people, account):
                 await asyncio.sleep(CALM_S)
+                began = time.monotonic()
                 await fault(Scene(process, proxy, name))
                 ended = time.monotonic()
                 await asyncio.sleep(2.0)
@@ -94,6 +96,7 @@ async def suffer(process: Process, fault: Fault, **settings: object) -> Outcome:
     await server.drop_database(name)
     return Outcome(
         account,
+        began,
         max(0.0, max(account.failures, default=ended) - ended),
         len(account.acknowledged - set(titles)),
         len(titles) - len(set(titles)),
