@@ -90,12 +90,16 @@ class Completion(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
-def _bounded_id() -> Any:
-    return Field(ge=1, le=ID_MAX, strict=True)
+def _without_fraction(value: object) -> object:
+    """JSON has one kind of number: 7.0 is 7."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _expected_version() -> Any:
-    return Field(None, strict=True, description="Only if the task has this version, as with `If-Match`.")
+BulkId = Annotated[int, Field(ge=1, le=ID_MAX, strict=True), BeforeValidator(_without_fraction)]
+BulkVersion = Annotated[
+    Annotated[int, Field(strict=True), BeforeValidator(_without_fraction)] | None,
+    Field(description="Only if the task has this version, as with `If-Match`."),
+]
 
 
 class Create(BaseModel):
@@ -109,26 +113,26 @@ class Update(BaseModel):
     """Set the fields in `changes`."""
 
     op: Literal["update"]
-    id: int = _bounded_id()
+    id: BulkId
     changes: TaskUpdate
-    version: int | None = _expected_version()
+    version: BulkVersion = None
 
 
 class Complete(BaseModel):
     """Set `completed`."""
 
     op: Literal["complete"]
-    id: int = _bounded_id()
+    id: BulkId
     completed: StrictBool = True
-    version: int | None = _expected_version()
+    version: BulkVersion = None
 
 
 class Delete(BaseModel):
     """Delete a task for good."""
 
     op: Literal["delete"]
-    id: int = _bounded_id()
-    version: int | None = _expected_version()
+    id: BulkId
+    version: BulkVersion = None
 
 
 def _tag(operation: object) -> str:

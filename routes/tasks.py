@@ -9,6 +9,7 @@ from urllib.parse import quote
 import orjson
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from pydantic import BeforeValidator
+from starlette.convertors import Convertor, register_url_convertor
 
 import bulk
 import etags
@@ -69,6 +70,21 @@ MergePatch = Annotated[TaskUpdate, Body(media_type="application/merge-patch+json
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, PreconditionFailed)
 UNTIMED = "needs a due_date"
+
+
+class _TaskConvertor(Convertor[str]):
+    """What stands where an id should, but for names of other things: those have methods of their own."""
+
+    regex = "(?!(?:stats|bulk)(?:/|$))[^/]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("task", _TaskConvertor())
 
 router = APIRouter(
     prefix="/{user_id}/tasks",
@@ -156,7 +172,7 @@ async def change_tasks(
     return _json({"results": results}, 200 if query.atomic else 207)
 
 
-@router.get("/{task_id}", response_model=TaskOut, responses=responses(NotFound))
+@router.get("/{task_id:task}", response_model=TaskOut, responses=responses(NotFound))
 async def get_task(owner: OwnerDep, task_id: TaskId, if_none_match: IfNoneMatch = None) -> Response:
     """Return one task."""
     row = await queries.get_task(owner, task_id)
@@ -165,7 +181,7 @@ async def get_task(owner: OwnerDep, task_id: TaskId, if_none_match: IfNoneMatch 
     return _task(row)
 
 
-@router.put("/{task_id}", response_model=TaskOut, responses=CHANGE_PROBLEMS)
+@router.put("/{task_id:task}", response_model=TaskOut, responses=CHANGE_PROBLEMS)
 async def update_task(
     owner: OwnerDep, task_id: TaskId, body: TaskUpdate, if_match: IfMatch = None
 ) -> Response:
@@ -176,7 +192,7 @@ async def update_task(
 
 
 @router.patch(
-    "/{task_id}",
+    "/{task_id:task}",
     response_model=TaskOut,
     responses=CHANGE_PROBLEMS,
 )
@@ -187,7 +203,7 @@ async def patch_task(
     return await update_task(owner, task_id, body, if_match)
 
 
-@router.delete("/{task_id}", status_code=204, responses=responses(NotFound, PreconditionFailed))
+@router.delete("/{task_id:task}", status_code=204, responses=responses(NotFound, PreconditionFailed))
 async def delete_task(owner: OwnerDep, task_id: TaskId, if_match: IfMatch = None) -> Response:
     """Delete a task for good."""
     versions = etags.expected_versions(if_match)
@@ -197,7 +213,7 @@ async def delete_task(owner: OwnerDep, task_id: TaskId, if_match: IfMatch = None
     return Response(status_code=204)
 
 
-@router.patch("/{task_id}/complete", response_model=TaskOut, responses=CHANGE_PROBLEMS)
+@router.patch("/{task_id:task}/complete", response_model=TaskOut, responses=CHANGE_PROBLEMS)
 async def complete_task(
     owner: OwnerDep, task_id: TaskId, body: Completion | None = None, if_match: IfMatch = None
 ) -> Response:
