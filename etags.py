@@ -6,6 +6,8 @@ from errors import Unprocessable
 
 _TAG = r'\s*(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*'
 _LIST = re.compile(f"{_TAG}(?:,{_TAG})*")  # a comma may stand in a tag, too
+# The same for the OpenAPI document, in characters that every client can send.
+LIST_PATTERN = r'^(\*|(W/)?"[!#-~]*"(, ?(W/)?"[!#-~]*")*)$'
 _VERSION = re.compile("[1-9][0-9]{0,8}")
 
 

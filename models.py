@@ -144,7 +144,10 @@ class Length:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return handler(schema) | {"minLength": self.shortest, "maxLength": self.longest}
+        # What must not be empty is stripped before it is counted.
+        pattern = r"^[^\u0000]*[^\s\u0000][^\u0000]*$" if self.shortest else r"^[^\u0000]*$"
+        limits = {"maxLength": self.longest, "pattern": pattern}
+        return handler(schema) | ({"minLength": self.shortest} if self.shortest else {}) | limits
 
     def check(self, value: str) -> str:
         if not self.shortest <= len(value) <= self.longest:

@@ -5,7 +5,7 @@ from datetime import date
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictBool
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, StrictBool
 from pydantic import Tag as Tagged
 from pydantic_core import PydanticCustomError
 
@@ -44,11 +44,19 @@ def digits(value: object) -> object:
 Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 
 
+# What a check of both fields says, in the words of JSON Schema.
+TIMED_OR_NOT: list[JsonValue] = [
+    {"properties": {"due_time": {"type": "null"}}},
+    {"properties": {"due_date": {"type": "string"}}, "required": ["due_date"]},
+]
+
+
 class TaskCreate(TaskFields):
     """A new task."""
 
     model_config = {
         "json_schema_extra": {
+            "anyOf": TIMED_OR_NOT,
             "examples": [
                 {
                     "title": "Buy milk",
@@ -57,7 +65,7 @@ class TaskCreate(TaskFields):
                     "tags": ["home"],
                     "due_date": "2026-12-24",
                 }
-            ]
+            ],
         }
     }
 
@@ -157,11 +165,34 @@ Operation = Annotated[
 class Bulk(BaseModel):
     """Operations, done in their order."""
 
+    model_config = {
+        "json_schema_extra": {
+            "examples": [
+                {
+                    "operations": [
+                        {"op": "create", "task": {"title": "Buy milk"}},
+                        {"op": "create", "task": {"title": "Bake a cake", "due_date": "2026-12-24"}},
+                    ]
+                }
+            ]
+        }
+    }
+
     operations: list[Operation] = Field(min_length=1, max_length=OPERATIONS_MAX)
+
+
+def _absent_rather_than_null(schema: dict[str, Any]) -> None:
+    for name, field in schema["properties"].items():
+        match field.pop("anyOf", None):
+            case [kind, {"type": "null"}]:
+                schema["properties"][name] = {**field, **kind}
+        field.pop("default", None)
 
 
 class Done(BaseModel):
     """What became of one operation, with the status that it would have had alone."""
+
+    model_config = {"json_schema_extra": _absent_rather_than_null}
 
     status: int
     task: "TaskOut | None" = None
@@ -214,6 +245,33 @@ class StatsQuery(BaseModel):
 
 class TaskOut(TaskState, TaskFields, TaskKey):
     """A task."""
+
+    model_config = {
+        "title": "Task",
+        "json_schema_serialization_defaults_required": True,  # every member is always there
+        "json_schema_extra": {
+            "examples": [
+                {
+                    "id": 7,
+                    "user_id": "alice",
+                    "title": "Buy milk",
+                    "description": "Two bottles",
+                    "completed": True,
+                    "priority": "high",
+                    "category": "shopping",
+                    "tags": ["home"],
+                    "due_date": "2026-12-24",
+                    "due_time": "18:00",
+                    "recurring": "weekly",
+                    "reminder": False,
+                    "completed_at": "2026-11-20T10:00:00.123456Z",
+                    "version": 2,
+                    "created_at": "2026-11-20T09:30:00.123456Z",
+                    "updated_at": "2026-11-20T10:00:00.123456Z",
+                }
+            ]
+        },
+    }
 
 
 class Health(BaseModel):

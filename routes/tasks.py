@@ -34,6 +34,7 @@ from errors import (
 from middleware.auth import OwnerDep
 from middleware.direct_route import DirectRoute
 from models import IDEMPOTENCY_KEY_MAX, Priority
+from openapi import MERGE_PATCH, header
 from queries import Owner
 from schemas import (
     ID_MAX,
@@ -56,16 +57,37 @@ from schemas import (
 )
 from task_limit import TaskLimit
 
-TaskId = Annotated[int, BeforeValidator(digits), Path(ge=1, le=ID_MAX)]
+# Bare or quoted; what is around the key does not count.
+IDEMPOTENCY_KEY_PATTERN = f'^("[ -~]{{1,{IDEMPOTENCY_KEY_MAX}}}"|[!#-~]{{1,{IDEMPOTENCY_KEY_MAX}}})$'
+TaskId = Annotated[int, Path(ge=1, le=ID_MAX), BeforeValidator(digits)]
 IfMatch = Annotated[
-    str | None, Header(description="Only if the task still has one of these `ETag`s; else 412.")
+    str | None,
+    Header(
+        alias="If-Match",
+        description="Only if the task still has one of these `ETag`s; else 412.",
+        examples=['"3"'],
+        json_schema_extra={"pattern": etags.LIST_PATTERN},
+    ),
 ]
-IfNoneMatch = Annotated[str | None, Header(description="304 if the task still has one of these `ETag`s.")]
+IfNoneMatch = Annotated[
+    str | None,
+    Header(
+        alias="If-None-Match",
+        description="304 if the task still has one of these `ETag`s.",
+        examples=['"3"'],
+        json_schema_extra={"pattern": etags.LIST_PATTERN},
+    ),
+]
 IdempotencyKey = Annotated[
     str | None,
-    Header(description="Sent again within a day with the same body, the request is answered as before."),
+    Header(
+        alias="Idempotency-Key",
+        description="Sent again within a day with the same body, the request is answered as before.",
+        examples=["4c0b5e0d-6d3f-4f0e-9a4a-3ce2b6c1a7d8"],
+        json_schema_extra={"pattern": IDEMPOTENCY_KEY_PATTERN},
+    ),
 ]
-MergePatch = Annotated[TaskUpdate, Body(media_type="application/merge-patch+json")]
+MergePatch = Annotated[TaskUpdate, Body(media_type=MERGE_PATCH)]
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, PreconditionFailed)
@@ -94,7 +116,11 @@ router = APIRouter(
 )
 
 
-@router.get("", response_model=list[TaskOut])
+@router.get(
+    "",
+    response_model=list[TaskOut],
+    responses={200: {"headers": header("Link") | header("X-Total-Count")}},
+)
 async def list_tasks(owner: OwnerDep, request: Request, query: Annotated[TaskListQuery, Query()]) -> Response:
     """List your tasks, newest first. The `Link` header leads to the next page, if there is one."""
     wanted, order = query.filter, query.ordering
@@ -113,7 +139,12 @@ async def list_tasks(owner: OwnerDep, request: Request, query: Annotated[TaskLis
     return _json(rows, headers=headers)
 
 
-@router.post("", response_model=TaskOut, status_code=201, responses=responses(*BODY_PROBLEMS, Conflict))
+@router.post(
+    "",
+    response_model=TaskOut,
+    status_code=201,
+    responses=responses(*BODY_PROBLEMS, Conflict) | {201: {"headers": header("Idempotent-Replayed")}},
+)
 async def create_task(
     owner: OwnerDep, request: Request, body: TaskCreate, idempotency_key: IdempotencyKey = None
 ) -> Response:
@@ -172,7 +203,11 @@ async def change_tasks(
     return _json({"results": results}, 200 if query.atomic else 207)
 
 
-@router.get("/{task_id:task}", response_model=TaskOut, responses=responses(NotFound))
+@router.get(
+    "/{task_id:task}",
+    response_model=TaskOut,
+    responses=responses(NotFound) | {304: {"description": "The client has it already"}},
+)
 async def get_task(owner: OwnerDep, task_id: TaskId, if_none_match: IfNoneMatch = None) -> Response:
     """Return one task."""
     row = await queries.get_task(owner, task_id)
