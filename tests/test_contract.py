@@ -1,10 +1,68 @@
-"""What running Schemathesis by the OpenAPI document has found."""
+"""The service answers as its OpenAPI document says, whatever is sent: Schemathesis tries it."""
 
+import asyncio
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
-from tests.conftest import Person
+from tests.conftest import SECRET, Person
+from tests.postgres import free_port
+from tests.service import PROJECT, run, running_service
+
+SCHEMATHESIS = str(Path(sys.executable).with_name("schemathesis"))
+CONFIG = str(PROJECT / "tests" / "contract.toml")
+
+
+async def test_every_answer_is_as_the_document_says(
+    app: FastAPI, alice: Person, database_url: str, tmp_path: Path
+) -> None:
+    port = str(free_port())
+    settings = {
+        "DATABASE_URL": database_url,
+        "BETTER_AUTH_SECRET": SECRET,
+        "ACCESS_LOG": "false",
+        "PORT": port,
+    }
+    with running_service(tmp_path, MIGRATE_ON_START="true", **settings) as service:
+        address = f"http://127.0.0.1:{port}"
+        await asyncio.to_thread(service.wait_for, address)
+        command = (SCHEMATHESIS, f"--config-file={CONFIG}", "run", f"{address}/openapi.json")
+        person = {"TOKEN": alice.token, "USER_ID": alice.user_id}
+
+        tried = await asyncio.to_thread(run, tmp_path, *command, **person)
+
+        if tried.returncode:
+            pytest.fail(f"{tried.stdout}\n{tried.stderr}\n{service.logged}", pytrace=False)
+    # A run that tries nothing is green, too.
+    assert f"Tested: {len(operations(app))}\n" in tried.stdout
+    links = re.search(r"API Links: +(\d+) covered / (\d+) selected", tried.stdout)
+    assert links
+    assert links[1] == links[2] != "0"
+
+
+def operations(app: FastAPI) -> list[tuple[str, str, bool]]:
+    """Return method, path and whether a token is needed."""
+    return [
+        (method.upper(), path, "security" in operation)
+        for path, operations in app.openapi()["paths"].items()
+        for method, operation in operations.items()
+    ]
+
+
+async def test_nothing_of_another_user_can_be_reached(app: FastAPI, alice: Person, bob: Person) -> None:
+    task = await alice.create()
+    guarded = [(method, path) for method, path, is_guarded in operations(app) if is_guarded]
+    assert len(guarded) > 10
+
+    for method, path in guarded:
+        address = path.format(user_id=alice.user_id, task_id=task["id"])
+        answer = await bob.send(method, address)
+        assert (answer.status_code, answer.json()["detail"]) == (403, "Access denied"), (method, path)
+    assert (await alice.get()).json() == [task]
 
 
 @pytest.mark.parametrize(
