@@ -130,13 +130,17 @@ def _parameters(operation: dict[str, Any]) -> set[str]:
     return {parameter["name"] for parameter in operation.get("parameters", ())}
 
 
+def _is_task(answer: dict[str, Any]) -> bool:
+    return bool(answer.get("content", {}).get(_JSON, {}).get("schema") == _TASK)
+
+
 def _headers(operation: dict[str, Any], status: str, answer: dict[str, Any]) -> Iterator[str]:
     yield "X-Request-ID"
-    is_task = answer.get("content", {}).get(_JSON, {}).get("schema") == _TASK
+    is_task = _is_task(answer)
     if is_task or status == "304" or (status == "412" and "If-Match" in _parameters(operation)):
         yield "ETag"
     match status:
-        case "201":
+        case "201" if is_task:
             yield "Location"
         case "401":
             yield "WWW-Authenticate"
@@ -144,7 +148,7 @@ def _headers(operation: dict[str, Any], status: str, answer: dict[str, Any]) -> 
             yield "Retry-After"
         case "415" if MERGE_PATCH in operation["requestBody"]["content"]:
             yield "Accept-Patch"
-        case "503":
+        case "429" | "503":
             yield "Retry-After"
 
 
@@ -153,7 +157,7 @@ def _link(document: dict[str, Any]) -> None:
     followers = [operation for operation in _operations(document) if "task_id" in _parameters(operation)]
     for operation in _operations(document):
         for status, answer in operation["responses"].items():
-            if status == "201":
+            if status == "201" and _is_task(answer):
                 answer["links"] = {
                     follower["operationId"]: {
                         "operationId": follower["operationId"],

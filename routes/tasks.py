@@ -57,8 +57,15 @@ from schemas import (
 )
 from task_limit import TaskLimit
 
-# Bare or quoted; what is around the key does not count.
-IDEMPOTENCY_KEY_PATTERN = f'^("[ -~]{{1,{IDEMPOTENCY_KEY_MAX}}}"|[!#-~]{{1,{IDEMPOTENCY_KEY_MAX}}})$'
+# What `_idempotency_key` takes: bare or quoted, of characters that are printable in Latin-1.
+_ANY = r"[ -~\u00a1-\u00ac\u00ae-\u00ff]"
+_NO_SPACE = r"[!-~\u00a1-\u00ac\u00ae-\u00ff]"
+_NO_QUOTE = r"[!#-~\u00a1-\u00ac\u00ae-\u00ff]"
+IDEMPOTENCY_KEY_PATTERN = (
+    f"^({_NO_QUOTE}({_ANY}{{0,{IDEMPOTENCY_KEY_MAX - 2}}}{_NO_SPACE})?"
+    f'|"({_ANY}{{0,{IDEMPOTENCY_KEY_MAX - 2}}}{_NO_QUOTE})?'
+    f'|"{_ANY}{{1,{IDEMPOTENCY_KEY_MAX}}}")$'
+)
 TaskId = Annotated[int, Path(ge=1, le=ID_MAX), BeforeValidator(digits)]
 IfMatch = Annotated[
     str | None,

@@ -1,4 +1,5 @@
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from fastapi import FastAPI
 
 import openapi
 from schemas import Bulk, TaskCreate
+from tests.conftest import Person
 
 EVERY_TASK = {"401", "403", "422", "503"}
 BODY = {"408", "413", "415"}
@@ -186,6 +188,25 @@ def test_ids_have_the_bounds_of_the_database(document: dict[str, Any]) -> None:
     for schema in (in_path, in_body):
         assert (schema["minimum"], schema["maximum"]) == (1, 2**63 - 1)
         assert isinstance(schema["maximum"], int)
+
+
+KEYS = [
+    "a", "a b", "é", '"', '"a', '"a"', '""', '"""', '" "', "\xa0", "\x7f", "a\tb", "x" * 255, "x" * 256,
+    f'"{"x" * 255}"', f'"{"x" * 256}"', f'"{"x" * 254}', f'"{"x" * 255}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+async def test_an_idempotency_key_is_taken_if_the_document_says_so(
+    document: dict[str, Any], alice: Person, key: str
+) -> None:
+    parameters = document["paths"][TASKS]["post"]["parameters"]
+    pattern = next(each["schema"]["pattern"] for each in parameters if each["name"] == "Idempotency-Key")
+
+    headers = {"Idempotency-Key": key.encode("latin-1")}
+    answer = await alice.post(json={"title": "x"}, headers=headers)
+
+    assert answer.status_code == (201 if re.search(pattern, key) else 422)
 
 
 def test_no_title_repeats_a_name(document: dict[str, Any]) -> None:
