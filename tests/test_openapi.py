@@ -31,6 +31,7 @@ ACCOUNT_OPERATIONS = {
     "sign_up": ("post", "/api/auth/sign-up/email", {"200", "400", "422"} | BODY_ERRORS),
     "sign_in": ("post", "/api/auth/sign-in/email", {"200", "400", "401", "422", "429"} | BODY_ERRORS),
     "get_token": ("get", "/api/auth/token", {"200", "401", "503"}),
+    "sign_out": ("post", "/api/auth/sign-out", {"200", "503"}),
     "get_session": ("get", "/api/auth/get-session", {"200", "503"}),
     "grant_token": ("post", "/api/auth/token", {"200", "400", "429"} | BODY_ERRORS),
 }
@@ -66,7 +67,7 @@ def _operations(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_every_operation_is_described(document_with_accounts: dict[str, Any]) -> None:
-    assert len(_operations(document_with_accounts)) == 12
+    assert len(_operations(document_with_accounts)) == 13
     for operation in _operations(document_with_accounts):
         assert operation["summary"]
         assert operation["description"]
@@ -116,6 +117,7 @@ def test_a_password_is_another_way_to_a_token(document_with_accounts: dict[str, 
         "sign_up",
         "sign_in",
         "grant_token",
+        "sign_out",
     }
     assert secured["get_session"] == [{}, *either]
     assert all(schemes == either for name, schemes in secured.items() if schemes and name != "get_session")
