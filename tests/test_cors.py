@@ -116,17 +116,20 @@ def test_a_page_that_includes_credentials_reads_the_answers(
     chromium: str,  # noqa: F811 - the fixture
     tmp_path: Path,
 ) -> None:
-    port, origin = free_port(), f"http://127.0.0.1:{free_port()}"
+    port, front = free_port(), free_port()
+    origin = f"http://127.0.0.1:{front}"
+    (tmp_path / "front").mkdir()
     token = run(tmp_path, str(PROJECT / "main.py"), "token", "alice").stdout.strip()
     with (
         running_service(tmp_path, PORT=str(port), ALLOWED_ORIGINS=origin) as service,
+        running_service(tmp_path / "front", PORT=str(front)) as page_server,  # any page of another origin
         sync_playwright() as playwright,
     ):
         service.wait_for(f"http://127.0.0.1:{port}")
+        page_server.wait_for(origin)
         browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_OPTIONS)
         page = browser.new_page()
-        page.route(f"{origin}/", lambda route: route.fulfill(content_type="text/html", body=""))
-        page.goto(f"{origin}/")
+        page.goto(f"{origin}/health")
         created, listed = (
             page.evaluate(
                 FETCH, {"url": f"http://127.0.0.1:{port}/api/alice/tasks", "token": token} | request
