@@ -157,7 +157,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
-        if self.started and self._settings.embedded:
+        if self.started and self._settings.unconfigured:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             with contextlib.suppress(OSError):  # nobody may be reading

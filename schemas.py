@@ -411,6 +411,10 @@ class SignedIn(SignedUp):
     redirect: Literal[False] = False
 
 
+class SignedOut(BaseModel):
+    success: Literal[True] = True
+
+
 class SessionOut(BaseModel):
     """What a token stands for, in the shape of Better Auth's sessions."""
 

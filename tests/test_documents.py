@@ -24,7 +24,7 @@ DEFAULTS_IN_WORDS = {
     "JWT_AUDIENCE": "from `BETTER_AUTH_URL`",
     "JWT_ALGORITHMS": "all that fit the keys",
     "CURSOR_SECRET": "the shared secrets",
-    "LOCAL_ACCOUNTS": "true when embedded",
+    "LOCAL_ACCOUNTS": "true when nothing says who signs",
     "LOG_FORMAT": "`console`",
 }
 

@@ -76,6 +76,7 @@ ACCOUNT_OPERATIONS = {
     "sign_up": ("post", "/api/auth/sign-up/email", {"200", "400", "422"} | BODY_ERRORS),
     "sign_in": ("post", "/api/auth/sign-in/email", {"200", "400", "401", "422", "429"} | BODY_ERRORS),
     "get_token": ("get", "/api/auth/token", {"200", "401", "503"}),
+    "sign_out": ("post", "/api/auth/sign-out", {"200", "503"}),
     "get_session": ("get", "/api/auth/get-session", {"200", "503"}),
     "grant_token": ("post", "/api/auth/token", {"200", "400", "429"} | BODY_ERRORS),
 }
@@ -257,6 +258,7 @@ def test_a_password_is_another_way_to_a_token(document_with_accounts: dict[str, 
         "sign_up",
         "sign_in",
         "grant_token",
+        "sign_out",
     }
     assert secured["get_session"] == [{}, *either]
     assert all(schemes == either for name, schemes in secured.items() if schemes and name != "get_session")
