@@ -15,7 +15,7 @@ from db import Row
 from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, PRIORITY
 from queries import NEXT_IS_OPEN, NOW, WRITABLE, Owner, new_task, successor
-from schemas import Complete, Create, Delete, Filter, Operation, Update
+from schemas import OPERATIONS_MAX, Complete, Create, Delete, Filter, Operation, Update
 from task_limit import TaskLimit
 
 Kind = Literal["created", "changed", "deleted", "missing", "stale", "untimed", "full"]
@@ -58,6 +58,8 @@ async def run(
                 raise Failed(index, outcome)
             outcomes.append(outcome)
         created = await _write(within, workbench)
+    if creates and limit.most:
+        limit.counted(owner.user_id, limit.most - workbench.room)
     return [
         outcome if outcome.new is None else Outcome("created", created[outcome.new]) for outcome in outcomes
     ]
@@ -86,12 +88,12 @@ async def complete_tasks(owner: Owner, wanted: Filter, *, completed: bool) -> in
 class _Workbench:
     """Rows as the operations leave them, by the same rules as the statements of `queries.py`."""
 
-    def __init__(self, rows: Sequence[Row], room: float) -> None:
+    def __init__(self, rows: Sequence[Row], room: int) -> None:
         self.rows = {row["id"]: row for row in rows}
         self.changed: set[int] = set()
         self.deleted: list[int] = []
         self.new: list[dict[str, Any]] = []
-        self._room = room
+        self.room = room  # for so many new tasks
         self._now = datetime.now(UTC)
 
     def apply(self, operation: Operation) -> Outcome:
@@ -113,11 +115,11 @@ class _Workbench:
                 return self._update(task, operation.changes.changes())
 
     def _create(self, fields: Mapping[str, Any]) -> Outcome:
-        if self._room <= 0:
+        if self.room <= 0:
             return Outcome("full")
         if _is_untimed(fields):
             return Outcome("untimed")
-        self._room -= 1
+        self.room -= 1
         self.new.append(new_task(fields, self._now))
         return Outcome("created", new=len(self.new) - 1)
 
@@ -149,9 +151,9 @@ def _shown(task: Row) -> Row:
     return {column.name: task[column.name] for column in COLUMNS}
 
 
-async def _room(owner: Owner, limit: TaskLimit) -> float:
+async def _room(owner: Owner, limit: TaskLimit) -> int:
     if not limit.most:
-        return float("inf")
+        return OPERATIONS_MAX
     count = await owner.one(_COUNT)
     assert count is not None  # noqa: S101 - an aggregate has one row
     return limit.most - int(count["count"])

@@ -162,7 +162,8 @@ class Settings(BaseModel):
         10_000, ge=0, description="how many tasks a user may have; 0 for any number"
     )
     local_accounts: bool | None = Field(
-        None, description="accounts with e-mail and password, kept here; true when everything is embedded"
+        None,
+        description="accounts with e-mail and password, kept here; true when nothing says who signs tokens",
     )
     allowed_origins: Annotated[str, AfterValidator(_origin_list)] = Field(
         "http://localhost:3000", description="origins of browsers (CORS), separated by commas"
@@ -232,10 +233,16 @@ class Settings(BaseModel):
 
     @property
     def keeps_accounts(self) -> bool:
-        """Whether people may sign up here; by default only where nothing has been set that forbids it."""
+        """Whether people may sign up here."""
         if self.local_accounts is None:
-            return self.embedded and "HS256" in self.algorithms
+            return self.unconfigured
         return self.local_accounts
+
+    @property
+    def unconfigured(self) -> bool:
+        """Whether everything is embedded and nobody has said who signs tokens."""
+        said = self.better_auth_secret or self.better_auth_secrets or self.has_keys
+        return self.embedded and not said and "HS256" in self.algorithms
 
     @cached_property
     def cursor_secrets(self) -> list[str]:

@@ -211,6 +211,8 @@ def _example(problem: type[Problem]) -> dict[str, Any]:
     if problem is Unprocessable:
         mistake = "must be 1 to 200 characters"
         example |= {"detail": f"title: {mistake}", "errors": [{"pointer": "/title", "detail": mistake}]}
+    if problem is PreconditionFailed:
+        example["etag"] = '"3"'
     return example
 
 
@@ -231,12 +233,19 @@ PROBLEM_SCHEMA: dict[str, Any] = {
             "items": {
                 "type": "object",
                 "required": ["detail"],
+                "oneOf": [{"required": ["pointer"]}, {"required": ["parameter"]}],
                 "properties": {
                     "pointer": {"type": "string"},
                     "parameter": {"type": "string"},
                     "detail": {"type": "string"},
                 },
             },
+        },
+        "etag": {"type": "string", "description": "With 412: the task's `ETag` now."},
+        "index": {
+            "type": "integer",
+            "minimum": 0,
+            "description": "Which of several operations could not be done, so that none was.",
         },
     },
 }

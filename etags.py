@@ -4,7 +4,10 @@ import re
 
 from errors import Unprocessable
 
-_TAG = re.compile(r'\s*(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*')
+_TAG = r'\s*(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*'
+_LIST = re.compile(f"{_TAG}(?:,{_TAG})*")  # a comma may stand in a tag, too
+# The same for the OpenAPI document, in characters that every client can send.
+LIST_PATTERN = r'^(\*|(W/)?"[!#-~]*"(, ?(W/)?"[!#-~]*")*)$'
 _VERSION = re.compile("[1-9][0-9]{0,8}")
 
 
@@ -38,7 +41,6 @@ def is_known(version: int, if_none_match: str | None) -> bool:
 
 
 def _tags(header: str, value: str) -> list[tuple[str, str]]:
-    found = [_TAG.fullmatch(part) for part in value.split(",")]
-    if not all(found):
+    if not _LIST.fullmatch(value):
         raise Unprocessable([{"parameter": header, "detail": 'must be entity tags like "3"'}])
-    return [(match[1] or "", match[2]) for match in found if match]
+    return re.findall(_TAG, value)

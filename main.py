@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -165,7 +166,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
-        if self.started and self._settings.embedded:
+        if self.started and self._settings.unconfigured:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             with contextlib.suppress(OSError):  # nobody may be reading
@@ -182,13 +183,23 @@ def _token(user_id: str, settings: Settings) -> str:
     return tokens.issue(user_id, settings.secrets[0], settings.jwt_expiration_s, **settings.own_claims)
 
 
+def _document() -> str:
+    """Return the OpenAPI document: the same with all settings, so none are read and no secret is kept."""
+    settings = Settings(database_url="sqlite:///never-opened.db", better_auth_secret=secrets.token_hex())
+    return openapi.write(create_app(settings).openapi())
+
+
 def main(arguments: list[str]) -> None:
-    """Serve, or with `token USER` print a token for that user."""
+    """Serve, or with `token USER` print a token for that user, or with `openapi` the OpenAPI document."""
     parser = argparse.ArgumentParser(prog="main.py", description="Serve the task back end.")
     commands = parser.add_subparsers(dest="command", metavar="")
     token = commands.add_parser("token", help="print a token for a user and exit")
     token.add_argument("user")
+    commands.add_parser("openapi", help="print the OpenAPI document and exit")
     parsed = parser.parse_args(arguments)
+    if parsed.command == "openapi":
+        print(_document(), end="")
+        return
     settings = load_settings()
     if parsed.command == "token":
         if not settings.secrets:

@@ -178,7 +178,10 @@ class Length:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return handler(schema) | {"minLength": self.shortest, "maxLength": self.longest}
+        # What must not be empty is stripped before it is counted.
+        pattern = r"^[^\u0000]*[^\s\u0000][^\u0000]*$" if self.shortest else r"^[^\u0000]*$"
+        limits = {"maxLength": self.longest, "pattern": pattern}
+        return handler(schema) | ({"minLength": self.shortest} if self.shortest else {}) | limits
 
     def check(self, value: str) -> str:
         if not self.shortest <= len(value) <= self.longest:
@@ -207,11 +210,21 @@ Category = Annotated[str, Length(0, CATEGORY_MAX)]
 Tag = Annotated[str, StringConstraints(strip_whitespace=True), Length(1, TAG_MAX)]
 
 
-def _each_once(tags: list[str]) -> list[str]:
-    once = list(dict.fromkeys(tags))
-    if len(once) > TAGS_MAX:
-        raise PydanticCustomError("tags", f"must be at most {TAGS_MAX} tags")
-    return once
+class _EachOnce:
+    """Marks tags: few, and each once."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return handler(schema) | {"maxItems": TAGS_MAX}
+
+    def check(self, tags: list[str]) -> list[str]:
+        if len(tags) > TAGS_MAX:
+            raise PydanticCustomError("tags", f"must be at most {TAGS_MAX} tags")
+        return list(dict.fromkeys(tags))
 
 
 def _day(value: object) -> object:
@@ -232,7 +245,7 @@ def _wall_clock(value: str) -> str:
 
 WALL_CLOCK = "([01][0-9]|2[0-3]):[0-5][0-9]"
 
-Tags = Annotated[list[Tag], AfterValidator(_each_once)]
+Tags = Annotated[list[Tag], _EachOnce()]
 Day = Annotated[date, BeforeValidator(_day)]
 WallClock = Annotated[
     str, AfterValidator(_wall_clock), WithJsonSchema({"type": "string", "pattern": f"^{WALL_CLOCK}$"})

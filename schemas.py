@@ -58,11 +58,19 @@ def digits(value: object) -> object:
 Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 
 
+# What a check of both fields says, in the words of JSON Schema.
+TIMED_OR_NOT: list[JsonValue] = [
+    {"properties": {"due_time": {"type": "null"}}},
+    {"properties": {"due_date": {"type": "string"}}, "required": ["due_date"]},
+]
+
+
 class TaskCreate(TaskFields):
     """A new task."""
 
     model_config = {
         "json_schema_extra": {
+            "anyOf": TIMED_OR_NOT,
             "examples": [
                 {
                     "title": "Buy milk",
@@ -71,7 +79,7 @@ class TaskCreate(TaskFields):
                     "tags": ["home"],
                     "due_date": "2026-12-24",
                 }
-            ]
+            ],
         }
     }
 
@@ -104,12 +112,16 @@ class Completion(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
-def _bounded_id() -> Any:
-    return Field(ge=1, le=ID_MAX, strict=True)
+def _without_fraction(value: object) -> object:
+    """JSON has one kind of number: 7.0 is 7."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _expected_version() -> Any:
-    return Field(None, strict=True, description="Only if the task has this version, as with `If-Match`.")
+BulkId = Annotated[int, Field(ge=1, le=ID_MAX, strict=True), BeforeValidator(_without_fraction)]
+BulkVersion = Annotated[
+    Annotated[int, Field(strict=True), BeforeValidator(_without_fraction)] | None,
+    Field(description="Only if the task has this version, as with `If-Match`."),
+]
 
 
 class Create(BaseModel):
@@ -123,26 +135,26 @@ class Update(BaseModel):
     """Set the fields in `changes`."""
 
     op: Literal["update"]
-    id: int = _bounded_id()
+    id: BulkId
     changes: TaskUpdate
-    version: int | None = _expected_version()
+    version: BulkVersion = None
 
 
 class Complete(BaseModel):
     """Set `completed`."""
 
     op: Literal["complete"]
-    id: int = _bounded_id()
+    id: BulkId
     completed: StrictBool = True
-    version: int | None = _expected_version()
+    version: BulkVersion = None
 
 
 class Delete(BaseModel):
     """Delete a task for good."""
 
     op: Literal["delete"]
-    id: int = _bounded_id()
-    version: int | None = _expected_version()
+    id: BulkId
+    version: BulkVersion = None
 
 
 def _tag(operation: object) -> str:
@@ -167,11 +179,34 @@ Operation = Annotated[
 class Bulk(BaseModel):
     """Operations, done in their order."""
 
+    model_config = {
+        "json_schema_extra": {
+            "examples": [
+                {
+                    "operations": [
+                        {"op": "create", "task": {"title": "Buy milk"}},
+                        {"op": "create", "task": {"title": "Bake a cake", "due_date": "2026-12-24"}},
+                    ]
+                }
+            ]
+        }
+    }
+
     operations: list[Operation] = Field(min_length=1, max_length=OPERATIONS_MAX)
+
+
+def _absent_rather_than_null(schema: dict[str, Any]) -> None:
+    for name, field in schema["properties"].items():
+        match field.pop("anyOf", None):
+            case [kind, {"type": "null"}]:
+                schema["properties"][name] = {**field, **kind}
+        field.pop("default", None)
 
 
 class Done(BaseModel):
     """What became of one operation, with the status that it would have had alone."""
+
+    model_config = {"json_schema_extra": _absent_rather_than_null}
 
     status: int
     task: "TaskOut | None" = None
@@ -224,6 +259,33 @@ class StatsQuery(BaseModel):
 
 class TaskOut(TaskState, TaskFields, TaskKey):
     """A task."""
+
+    model_config = {
+        "title": "Task",
+        "json_schema_serialization_defaults_required": True,  # every member is always there
+        "json_schema_extra": {
+            "examples": [
+                {
+                    "id": 7,
+                    "user_id": "alice",
+                    "title": "Buy milk",
+                    "description": "Two bottles",
+                    "completed": True,
+                    "priority": "high",
+                    "category": "shopping",
+                    "tags": ["home"],
+                    "due_date": "2026-12-24",
+                    "due_time": "18:00",
+                    "recurring": "weekly",
+                    "reminder": False,
+                    "completed_at": "2026-11-20T10:00:00.123456Z",
+                    "version": 2,
+                    "created_at": "2026-11-20T09:30:00.123456Z",
+                    "updated_at": "2026-11-20T10:00:00.123456Z",
+                }
+            ]
+        },
+    }
 
 
 class Health(BaseModel):
@@ -347,6 +409,10 @@ class SignedUp(Token):
 
 class SignedIn(SignedUp):
     redirect: Literal[False] = False
+
+
+class SignedOut(BaseModel):
+    success: Literal[True] = True
 
 
 class SessionOut(BaseModel):

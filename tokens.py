@@ -34,10 +34,14 @@ class TokenExpired(TokenInvalid):
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a verified token says: `sub`, the user's id, and `exp`, seconds since 1970."""
+    """What a verified token says: `sub`, the user's id, and `exp`, seconds since 1970.
+
+    `by_secret` tells that whoever signed it has a secret of ours, and is no issuer with keys of its own.
+    """
 
     sub: str
     exp: float
+    by_secret: bool = False
 
 
 class KeySource(Protocol):
@@ -139,7 +143,7 @@ class Verifier:
             raise TokenInvalid("Token is malformed")
         _check_header(header)
         signer = await self._check_signature(header, f"{header_part}.{payload_part}".encode(), signature)
-        claims = self._claims(payload)
+        claims = self._claims(payload, by_secret=signer.key is None)
         (self._of_keys if signer.key else self._of_secrets).check(payload)
         return claims, signer
 
@@ -164,7 +168,7 @@ class Verifier:
             raise TokenInvalid("Token signature is invalid")
         return _Signer(kid, key)
 
-    def _claims(self, payload: dict[str, Any]) -> Claims:
+    def _claims(self, payload: dict[str, Any], *, by_secret: bool) -> Claims:
         subject = payload.get("sub")
         if not isinstance(subject, str) or not 0 < len(subject) <= SUBJECT_MAX:
             raise TokenInvalid("Token names no user")
@@ -176,7 +180,7 @@ class Verifier:
         latest = time.time() + self._leeway_s
         if any((_numeric_date(payload, name) or 0) > latest for name in ("nbf", "iat")):
             raise TokenInvalid("Token is not valid yet")
-        return Claims(subject, expires)
+        return Claims(subject, expires, by_secret)
 
     def _remember(self, digest: bytes, claims: Claims, signer: _Signer) -> None:
         if len(self._remembered) >= self._remembered_max:

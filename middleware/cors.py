@@ -1,6 +1,6 @@
 """CORS for the configured origins: outermost, so that errors and crashes carry its headers too."""
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,6 +35,10 @@ EXPOSED_HEADERS = (
 )
 
 
+# Better Auth's client always includes credentials, and a browser then insists on this. We read no cookies.
+_CREDENTIALS = {"Access-Control-Allow-Credentials": "true"}
+
+
 class PreflightRefused(errors.Problem):
     status = 400
 
@@ -66,9 +70,16 @@ class ProblemCORSMiddleware(CORSMiddleware):
             return
         await self.simple_response(scope, receive, send, headers)
 
+    @staticmethod
+    def allow_explicit_origin(headers: MutableHeaders, origin: str) -> None:
+        CORSMiddleware.allow_explicit_origin(headers, origin)
+        headers.update(_CREDENTIALS)
+
     def _preflight(self, scope: Scope, headers: Headers) -> Response:
         answer = self.preflight_response(headers)
         if answer.status_code < 400:
+            if answer.headers["access-control-allow-origin"] != "*":
+                answer.headers.update(_CREDENTIALS)
             return answer
         refusal = errors.render(scope, PreflightRefused(bytes(answer.body).decode()))
         for name in ("vary", "access-control-allow-origin"):

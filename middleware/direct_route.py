@@ -67,12 +67,13 @@ class DirectRoute(APIRoute):
 def _readers(endpoint: Callable[..., Any]) -> list[tuple[str, tuple[str, ...], Reader]]:
     """Return how each parameter of *endpoint* is read: its name, where mistakes are, and the reader."""
     hints = get_type_hints(endpoint, include_extras=True)
+    dependencies: list[tuple[str, tuple[str, ...], Reader]] = []
     readers: list[tuple[str, tuple[str, ...], Reader]] = []
     for name, parameter in inspect.signature(endpoint).parameters.items():
         hint = hints[name]
         extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
         if dependency := _first(params.Depends, extras):
-            readers.insert(0, (name, (), _dependency_reader(dependency.dependency)))
+            dependencies.append((name, (), _dependency_reader(dependency.dependency)))
         elif _first(params.Path, extras):
             readers.append((name, ("path", name), _path_reader(name, hint)))
         elif _first(params.Query, extras):
@@ -85,7 +86,7 @@ def _readers(endpoint: Callable[..., Any]) -> list[tuple[str, tuple[str, ...], R
             body = _first(params.Body, extras)
             patch_type = body.media_type if body and body.media_type != JSON else None
             readers.append((name, ("body",), _body_reader(hint, parameter.default, patch_type)))
-    return readers
+    return dependencies + readers
 
 
 def _first(kind: type[Any], extras: tuple[Any, ...]) -> Any:

@@ -5,7 +5,8 @@ accounts move to a real one.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -57,6 +58,7 @@ from schemas import (
     CurrentSession,
     SessionOut,
     SignedIn,
+    SignedOut,
     SignedUp,
     SignIn,
     SignUp,
@@ -93,6 +95,19 @@ class AccountKeeper:
     def token(self, account: Row) -> str:
         return self.issue(account["id"], email=account["email"], name=account["name"])
 
+    @contextmanager
+    def place(self, request: Request) -> Iterator[None]:
+        """Hold a place for whoever sends *request* a password.
+
+        Raises:
+            Unavailable: too many are waiting.
+        """
+        try:
+            with self.passwords.place(_client_address(request)):
+                yield
+        except TooManyPasswords as error:
+            raise Unavailable from error
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -103,15 +118,22 @@ class Caller:
     claims: Claims
 
 
+async def _keeper(request: Request) -> AccountKeeper:
+    keeper: AccountKeeper = request.app.state.account_keeper
+    return keeper
+
+
 async def _caller(request: Request) -> Caller:
     """Return who is calling.
 
     Raises:
-        Unauthorized: there is no acceptable token, or it is of no account (any more).
+        Unauthorized: there is no acceptable token, or it is an issuer's, or of no account (any more).
         Unavailable: the issuer's keys or the database cannot be reached.
     """
     token = bearer_token(request)
     claims = await verify(request, token)
+    if not claims.by_secret:
+        raise Unauthorized  # an issuer's short-lived token is not to become a long one of ours
     account = await accounts.account_of_id(request.app.state.database, claims.sub)
     if account is None:
         raise Unauthorized
@@ -138,6 +160,8 @@ async def _form(request: Request) -> dict[str, str]:
         raise InvalidRequest
     return dict(parameters)
 
+
+KeeperDep = Annotated[AccountKeeper, Depends(_keeper)]
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 BY_TOKEN: dict[str, Any] = {"security": [{"bearer": []}]}
@@ -172,7 +196,7 @@ token_router = APIRouter(tags=["accounts"], route_class=OAuthRoute, responses=re
     response_model=SignedUp,
     responses=responses(PasswordTooShort, UserAlreadyExists, *BODY_PROBLEMS),
 )
-async def sign_up(request: Request, body: SignUp) -> Response:
+async def sign_up(keeper: KeeperDep, request: Request, body: SignUp) -> Response:
     """Make an account and answer with a token of it. The `id` is the `user_id` of your tasks."""
     if not is_email(body.email):
         raise MalformedEmail
@@ -180,12 +204,8 @@ async def sign_up(request: Request, body: SignUp) -> Response:
         raise PasswordTooShort
     if _length(body.password) > PASSWORD_MAX:
         raise PasswordTooLong
-    keeper: AccountKeeper = request.app.state.account_keeper
-    try:
-        with keeper.passwords.place():
-            password_hash = await keeper.passwords.hash(body.password)
-    except TooManyPasswords as error:
-        raise Unavailable from error
+    with keeper.place(request):
+        password_hash = await keeper.passwords.hash(body.password)
     account = await accounts.create_account(
         request.app.state.database,
         name=body.name,
@@ -203,30 +223,33 @@ async def sign_up(request: Request, body: SignUp) -> Response:
     response_model=SignedIn,
     responses=responses(InvalidEmail, InvalidEmailOrPassword, TooManyRequests, Unprocessable, *BODY_PROBLEMS),
 )
-async def sign_in(request: Request, body: SignIn) -> Response:
+async def sign_in(keeper: KeeperDep, request: Request, body: SignIn) -> Response:
     """Answer with a token of the account that has this e-mail and this password."""
-    account = await _sign_in(request, body.email, body.password)
-    keeper: AccountKeeper = request.app.state.account_keeper
+    account = await _sign_in(keeper, request, body.email, body.password)
     return _with_session(SignedIn(token=keeper.token(account), user=_user(account)))
 
 
 @router.get("/token", response_model=Token, responses=responses(Unauthorized), openapi_extra=BY_TOKEN)
-async def get_token(caller: Annotated[Caller, Depends(_caller)], request: Request) -> Response:
+async def get_token(keeper: KeeperDep, caller: Annotated[Caller, Depends(_caller)]) -> Response:
     """Exchange a token that is still good for a fresh one."""
-    keeper: AccountKeeper = request.app.state.account_keeper
     return _json(Token(token=keeper.token(caller.account)))
 
 
 @router.get("/get-session", response_model=CurrentSession | None, openapi_extra=BY_TOKEN_IF_ANY)
 async def get_session(
-    caller: Annotated[Caller | None, Depends(_caller_if_any)], request: Request
+    keeper: KeeperDep, caller: Annotated[Caller | None, Depends(_caller_if_any)], request: Request
 ) -> Response:
     """Say whose token this is; `null` without one that is still good."""
     if caller is None:
         return _json(None)
-    keeper: AccountKeeper = request.app.state.account_keeper
     session = CurrentSession(session=_session(request, caller, keeper.lifetime_s), user=_user(caller.account))
     return _json(session, {"set-auth-jwt": keeper.token(caller.account)})
+
+
+@router.post("/sign-out", response_model=SignedOut)
+async def sign_out() -> Response:
+    """Answer as Better Auth does. There is no session here to end: the client forgets its token."""
+    return _json(SignedOut())
 
 
 @token_router.post(
@@ -235,35 +258,34 @@ async def get_session(
     responses=responses(InvalidGrant, TooManyRequests, RequestTimeout, ContentTooLarge, NotAForm),
     openapi_extra=BY_FORM,
 )
-async def grant_token(form: Annotated[dict[str, str], Depends(_form)], request: Request) -> Response:
+async def grant_token(
+    keeper: KeeperDep, form: Annotated[dict[str, str], Depends(_form)], request: Request
+) -> Response:
     """Answer as OAuth's password grant does (RFC 6749, section 4.3): what the Authorize button asks for."""
+    if form.get("grant_type", "password") != "password":
+        raise UnsupportedGrantType
     if not {"grant_type", "username", "password"} <= form.keys():
         raise InvalidRequest
-    if form["grant_type"] != "password":
-        raise UnsupportedGrantType
     try:
-        account = await _sign_in(request, form["username"], form["password"])
+        account = await _sign_in(keeper, request, form["username"], form["password"])
     except BetterAuthProblem as error:
         raise InvalidGrant from error
-    keeper: AccountKeeper = request.app.state.account_keeper
-    return _json(AccessToken(access_token=keeper.token(account), expires_in=keeper.lifetime_s))
+    token = AccessToken(access_token=keeper.token(account), expires_in=keeper.lifetime_s)
+    return _json(token, {"Pragma": "no-cache"})  # RFC 6749, section 5.1
 
 
-async def _sign_in(request: Request, email: str, password: str) -> Row:
+async def _sign_in(keeper: AccountKeeper, request: Request, email: str, password: str) -> Row:
     if not is_email(email):
         raise InvalidEmail
     if _length(password) > PASSWORD_MAX:
         raise PasswordTooLong
-    keeper: AccountKeeper = request.app.state.account_keeper
     about = (email.lower(), _client_address(request))
     account = await accounts.account_of_email(request.app.state.database, email)
     try:
         # Nothing is counted that bcrypt does not slow down: so the counts, too, are bounded.
-        with keeper.passwords.place():
+        with keeper.place(request):
             await keeper.attempts.count(*about)
             is_right = await keeper.passwords.check(password, account["password_hash"] if account else None)
-    except TooManyPasswords as error:
-        raise Unavailable from error
     except TooManyAttempts as error:
         _log_failure(request, "too many attempts")
         raise TooManyRequests(retry_after_s=error.retry_after_s) from error

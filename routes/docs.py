@@ -23,7 +23,8 @@ async def docs(request: Request) -> HTMLResponse:
         swagger_js_url=f"{ASSETS}/swagger-ui-bundle.js",
         swagger_css_url=f"{ASSETS}/swagger-ui.css",
         swagger_favicon_url=f"{ASSETS}/favicon-32x32.png",
-        swagger_ui_parameters={"persistAuthorization": True, "tryItOutEnabled": True},
+        # No persistAuthorization: it would keep the password in the browser's storage, in plain text.
+        swagger_ui_parameters={"tryItOutEnabled": True},
     )
 
 

@@ -9,6 +9,7 @@ from urllib.parse import quote
 import orjson
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from pydantic import BeforeValidator
+from starlette.convertors import Convertor, register_url_convertor
 
 import bulk
 import etags
@@ -33,6 +34,7 @@ from errors import (
 from middleware.auth import OwnerDep
 from middleware.direct_route import DirectRoute
 from models import IDEMPOTENCY_KEY_MAX, Priority
+from openapi import MERGE_PATCH, header
 from queries import Owner
 from schemas import (
     ID_MAX,
@@ -55,22 +57,64 @@ from schemas import (
 )
 from task_limit import TaskLimit
 
-TaskId = Annotated[int, BeforeValidator(digits), Path(ge=1, le=ID_MAX)]
+# What `_idempotency_key` takes: bare or quoted, of characters that are printable in Latin-1.
+_ANY = r"[ -~\u00a1-\u00ac\u00ae-\u00ff]"
+_NO_SPACE = r"[!-~\u00a1-\u00ac\u00ae-\u00ff]"
+_NO_QUOTE = r"[!#-~\u00a1-\u00ac\u00ae-\u00ff]"
+IDEMPOTENCY_KEY_PATTERN = (
+    f"^({_NO_QUOTE}({_ANY}{{0,{IDEMPOTENCY_KEY_MAX - 2}}}{_NO_SPACE})?"
+    f'|"({_ANY}{{0,{IDEMPOTENCY_KEY_MAX - 2}}}{_NO_QUOTE})?'
+    f'|"{_ANY}{{1,{IDEMPOTENCY_KEY_MAX}}}")$'
+)
+TaskId = Annotated[int, Path(ge=1, le=ID_MAX), BeforeValidator(digits)]
 IfMatch = Annotated[
-    str | None, Header(description="Only if the task still has one of these `ETag`s; else 412.")
+    str | None,
+    Header(
+        alias="If-Match",
+        description="Only if the task still has one of these `ETag`s; else 412.",
+        examples=['"3"'],
+        json_schema_extra={"pattern": etags.LIST_PATTERN},
+    ),
 ]
-IfNoneMatch = Annotated[str | None, Header(description="304 if the task still has one of these `ETag`s.")]
+IfNoneMatch = Annotated[
+    str | None,
+    Header(
+        alias="If-None-Match",
+        description="304 if the task still has one of these `ETag`s.",
+        examples=['"3"'],
+        json_schema_extra={"pattern": etags.LIST_PATTERN},
+    ),
+]
 IdempotencyKey = Annotated[
     str | None,
-    Header(description="Sent again within a day with the same body, the request is answered as before."),
+    Header(
+        alias="Idempotency-Key",
+        description="Sent again within a day with the same body, the request is answered as before.",
+        examples=["4c0b5e0d-6d3f-4f0e-9a4a-3ce2b6c1a7d8"],
+        json_schema_extra={"pattern": IDEMPOTENCY_KEY_PATTERN},
+    ),
 ]
-MergePatch = Annotated[TaskUpdate, Body(media_type="application/merge-patch+json")]
+MergePatch = Annotated[TaskUpdate, Body(media_type=MERGE_PATCH)]
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, PreconditionFailed)
 UNTIMED = "needs a due_date"
 
-# Each request tries the routes in their order: what is asked for most first, and /stats before /{task_id}.
+
+class _TaskConvertor(Convertor[str]):
+    """What stands where an id should, but for names of other things: those have methods of their own."""
+
+    regex = "(?!(?:stats|bulk)(?:/|$))[^/]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("task", _TaskConvertor())
+
 router = APIRouter(
     prefix="/{user_id}/tasks",
     tags=["tasks"],
@@ -79,7 +123,11 @@ router = APIRouter(
 )
 
 
-@router.get("", response_model=list[TaskOut])
+@router.get(
+    "",
+    response_model=list[TaskOut],
+    responses={200: {"headers": header("Link") | header("X-Total-Count")}},
+)
 async def list_tasks(owner: OwnerDep, request: Request, query: Annotated[TaskListQuery, Query()]) -> Response:
     """List your tasks, newest first. The `Link` header leads to the next page, if there is one."""
     wanted, order = query.filter, query.ordering
@@ -98,7 +146,12 @@ async def list_tasks(owner: OwnerDep, request: Request, query: Annotated[TaskLis
     return _json(rows, headers=headers)
 
 
-@router.post("", response_model=TaskOut, status_code=201, responses=responses(*BODY_PROBLEMS, Conflict))
+@router.post(
+    "",
+    response_model=TaskOut,
+    status_code=201,
+    responses=responses(*BODY_PROBLEMS, Conflict) | {201: {"headers": header("Idempotent-Replayed")}},
+)
 async def create_task(
     owner: OwnerDep, request: Request, body: TaskCreate, idempotency_key: IdempotencyKey = None
 ) -> Response:
@@ -117,13 +170,11 @@ async def create_task(
     return _task(row, 201, headers | {"Location": f"{quote(request.scope['path'])}/{row['id']}"})
 
 
-@router.get("/stats", response_model=Stats)
-async def get_stats(owner: OwnerDep, query: Annotated[StatsQuery, Query()]) -> Response:
-    """Count your tasks."""
-    return _json(await queries.count_tasks(owner, query.today))
-
-
-@router.get("/{task_id}", response_model=TaskOut, responses=responses(NotFound))
+@router.get(
+    "/{task_id:task}",
+    response_model=TaskOut,
+    responses=responses(NotFound) | {304: {"description": "The client has it already"}},
+)
 async def get_task(owner: OwnerDep, task_id: TaskId, if_none_match: IfNoneMatch = None) -> Response:
     """Return one task."""
     row = await queries.get_task(owner, task_id)
@@ -132,7 +183,7 @@ async def get_task(owner: OwnerDep, task_id: TaskId, if_none_match: IfNoneMatch 
     return _task(row)
 
 
-@router.patch("/{task_id}/complete", response_model=TaskOut, responses=CHANGE_PROBLEMS)
+@router.patch("/{task_id:task}/complete", response_model=TaskOut, responses=CHANGE_PROBLEMS)
 async def complete_task(
     owner: OwnerDep, task_id: TaskId, body: Completion | None = None, if_match: IfMatch = None
 ) -> Response:
@@ -144,7 +195,7 @@ async def complete_task(
         return _task(await queries.toggle_task(owner, task_id, versions))
 
 
-@router.put("/{task_id}", response_model=TaskOut, responses=CHANGE_PROBLEMS)
+@router.put("/{task_id:task}", response_model=TaskOut, responses=CHANGE_PROBLEMS)
 async def update_task(
     owner: OwnerDep, task_id: TaskId, body: TaskUpdate, if_match: IfMatch = None
 ) -> Response:
@@ -155,7 +206,7 @@ async def update_task(
 
 
 @router.patch(
-    "/{task_id}",
+    "/{task_id:task}",
     response_model=TaskOut,
     responses=CHANGE_PROBLEMS,
 )
@@ -166,7 +217,7 @@ async def patch_task(
     return await update_task(owner, task_id, body, if_match)
 
 
-@router.delete("/{task_id}", status_code=204, responses=responses(NotFound, PreconditionFailed))
+@router.delete("/{task_id:task}", status_code=204, responses=responses(NotFound, PreconditionFailed))
 async def delete_task(owner: OwnerDep, task_id: TaskId, if_match: IfMatch = None) -> Response:
     """Delete a task for good."""
     versions = etags.expected_versions(if_match)
@@ -174,6 +225,12 @@ async def delete_task(owner: OwnerDep, task_id: TaskId, if_match: IfMatch = None
         if not await queries.delete_task(owner, task_id, versions):
             raise NotFound
     return Response(status_code=204)
+
+
+@router.get("/stats", response_model=Stats)
+async def get_stats(owner: OwnerDep, query: Annotated[StatsQuery, Query()]) -> Response:
+    """Count your tasks."""
+    return _json(await queries.count_tasks(owner, query.today))
 
 
 @router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS))
@@ -305,7 +362,7 @@ def _position(request: Request, cursor: str | None, binding: str, order: Order) 
         # Signed or not: what goes into a statement is checked.
         if not _is_key(key, order) or not isinstance(task_id, int) or not 1 <= task_id <= ID_MAX:
             raise CursorInvalid
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         mistake = "was not given for this list, its filters and its order"
         raise Unprocessable([{"parameter": "cursor", "detail": mistake}]) from error
     return key, task_id

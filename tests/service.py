@@ -13,6 +13,7 @@ import httpx
 
 PROJECT = Path(__file__).parent.parent
 START_TIMEOUT_S = 30
+RUN_TIMEOUT_S = 180  # Schemathesis takes a tenth of that, where nothing else runs
 STOP_TIMEOUT_S = 15
 
 
@@ -81,6 +82,6 @@ def run(folder: Path, *command: str, **settings: str) -> "subprocess.CompletedPr
         env=environment(folder, **settings),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=RUN_TIMEOUT_S,
         check=False,
     )

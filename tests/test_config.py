@@ -637,14 +637,22 @@ def test_the_accepted_algorithms_are_those_that_can_be_verified() -> None:
     [
         ({}, True),
         ({"local_accounts": False}, False),
-        ({"better_auth_secret": SECRET}, True),
+        ({"better_auth_secret": SECRET}, False),
+        ({"better_auth_secrets": f"1:{SECRET}"}, False),
+        ({"better_auth_url": "https://app.example.com"}, False),
+        ({"jwks_url": "https://app.example.com/jwks", "jwt_issuer": "a", "jwt_audience": "b"}, False),
+        ({"jwks": "keys.json", "jwt_issuer": "a", "jwt_audience": "b"}, False),
+        ({"better_auth_secret": SECRET, "local_accounts": True}, True),
+        ({"better_auth_url": "https://app.example.com", "local_accounts": True}, True),
         ({"jwt_algorithms": "EdDSA"}, False),
         ({"database_url": DATABASE_URL, "better_auth_secret": SECRET}, False),
         ({"database_url": DATABASE_URL, "better_auth_secret": SECRET, "local_accounts": True}, True),
         ({"environment": "production", "database_url": DATABASE_URL, "better_auth_secret": SECRET}, False),
     ],
 )
-def test_only_the_embedded_mode_keeps_accounts_unasked(given: dict[str, object], kept: bool) -> None:
+def test_accounts_are_kept_unasked_only_where_nobody_has_said_who_signs_tokens(
+    given: dict[str, object], kept: bool
+) -> None:
     assert Settings.model_validate(given).keeps_accounts is kept
 
 

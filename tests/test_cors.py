@@ -1,11 +1,24 @@
+import json
+from pathlib import Path
+
 import httpx
 import pytest
+from playwright.sync_api import sync_playwright
 
 from main import create_app
 from middleware.cors import EXPOSED_HEADERS, METHODS, REQUEST_HEADERS
 from tests.conftest import Person, running, settings_for
+from tests.postgres import free_port
+from tests.service import PROJECT, run, running_service
+from tests.test_docs import BROWSER_OPTIONS, chromium  # noqa: F401 - a fixture
 
 ORIGIN = "https://app.example.com"
+
+# What Better Auth's browser client sends unless told otherwise.
+FETCH = """async ({url, method, body, token}) => (await fetch(url, {
+    method, body, credentials: "include",
+    headers: {Authorization: `Bearer ${token}`, "Content-Type": "application/json"},
+})).json()"""
 
 
 def preflight(method: str = "PATCH", headers: str = "authorization", origin: str = ORIGIN) -> dict[str, str]:
@@ -27,7 +40,7 @@ async def test_a_preflight_allows_what_the_contract_lists(
     assert answer.headers["access-control-allow-origin"] == ORIGIN
     assert method in answer.headers["access-control-allow-methods"].split(", ")
     assert header in answer.headers["access-control-allow-headers"].split(", ")
-    assert "access-control-allow-credentials" not in answer.headers
+    assert answer.headers["access-control-allow-credentials"] == "true"
     assert answer.headers["x-request-id"]
 
 
@@ -50,6 +63,8 @@ async def test_another_preflight_is_refused_with_a_problem(
     assert answer.status_code == 400
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json()["instance"] == answer.headers["x-request-id"]
+    if headers["Origin"] != ORIGIN:
+        assert "access-control-allow-credentials" not in answer.headers
 
 
 async def test_answers_and_errors_carry_the_headers(client: httpx.AsyncClient, alice: Person) -> None:
@@ -57,7 +72,7 @@ async def test_answers_and_errors_carry_the_headers(client: httpx.AsyncClient, a
     answers = [
         await alice.post(json={"title": "Buy milk"}, headers=origin),
         await alice.post(json={}, headers=origin),
-        await alice.get("/1", headers=origin),
+        await alice.get(f"/{2**53}", headers=origin),
         await client.get(alice.tasks, headers=origin),
         await client.get("/nope", headers=origin),
         await client.delete("/health", headers=origin),
@@ -67,6 +82,7 @@ async def test_answers_and_errors_carry_the_headers(client: httpx.AsyncClient, a
     assert [answer.status_code for answer in answers] == [201, 422, 404, 401, 404, 405, 413]
     for answer in answers:
         assert answer.headers["access-control-allow-origin"] == ORIGIN
+        assert answer.headers["access-control-allow-credentials"] == "true"
         assert set(answer.headers["access-control-expose-headers"].split(", ")) == set(EXPOSED_HEADERS)
         assert "Origin" in answer.headers["vary"]
 
@@ -76,14 +92,54 @@ async def test_another_origin_gets_no_headers(client: httpx.AsyncClient) -> None
 
     assert answer.status_code == 200
     assert "access-control-allow-origin" not in answer.headers
-
-
-async def test_every_origin_may_be_allowed_because_there_are_no_credentials(database_url: str) -> None:
-    async with running(create_app(settings_for(database_url, allowed_origins="*"))) as client:
-        answer = await client.get("/health", headers={"Origin": "https://anywhere.example"})
-
-    assert answer.headers["access-control-allow-origin"] == "*"
     assert "access-control-allow-credentials" not in answer.headers
+
+
+@pytest.mark.parametrize("allowed", ["*", f"{ORIGIN},*"])
+@pytest.mark.parametrize("origin", ["https://anywhere.example", ORIGIN])
+async def test_where_every_origin_is_allowed_none_may_send_credentials(
+    database_url: str, allowed: str, origin: str
+) -> None:
+    async with running(create_app(settings_for(database_url, allowed_origins=allowed))) as client:
+        answers = [
+            await client.get("/health", headers={"Origin": origin}),
+            await client.options("/health", headers=preflight(origin=origin)),
+        ]
+
+    for answer in answers:
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert "access-control-allow-credentials" not in answer.headers
+
+
+def test_a_page_that_includes_credentials_reads_the_answers(
+    chromium: str,  # noqa: F811 - the fixture
+    tmp_path: Path,
+) -> None:
+    port, front = free_port(), free_port()
+    origin = f"http://127.0.0.1:{front}"
+    (tmp_path / "front").mkdir()
+    token = run(tmp_path, str(PROJECT / "main.py"), "token", "alice").stdout.strip()
+    with (
+        running_service(tmp_path, PORT=str(port), ALLOWED_ORIGINS=origin) as service,
+        running_service(tmp_path / "front", PORT=str(front)) as page_server,  # any page of another origin
+        sync_playwright() as playwright,
+    ):
+        service.wait_for(f"http://127.0.0.1:{port}")
+        page_server.wait_for(origin)
+        browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_OPTIONS)
+        page = browser.new_page()
+        page.goto(f"{origin}/health")
+        created, listed = (
+            page.evaluate(
+                FETCH, {"url": f"http://127.0.0.1:{port}/api/alice/tasks", "token": token} | request
+            )
+            for request in ({"method": "POST", "body": json.dumps({"title": "Buy milk"})}, {"method": "GET"})
+        )
+        browser.close()
+
+    assert created["title"] == "Buy milk"
+    assert listed == [created]
 
 
 async def test_options_without_a_preflight_is_just_not_a_method(client: httpx.AsyncClient) -> None:

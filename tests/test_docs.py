@@ -57,10 +57,12 @@ def test_a_task_is_created_from_the_docs_without_internet(
 
         page.goto(f"{address}/docs")
         authorize(page, token)
+        kept = kept_by_the_browser(page)
         status, body = create_task(page, "alice", '{"title": "Buy milk"}')
 
         page.screenshot(path=tmp_path / "docs.png", full_page=True)
         browser.close()
+    assert kept == [{}, {}]
     assert status == "201"
     assert json.loads(body)["title"] == "Buy milk"
     assert tasks_of("alice", address, token) == [json.loads(body)]
@@ -81,11 +83,13 @@ def test_a_newcomer_signs_up_and_creates_a_first_task_by_clicking(
         page.goto(f"{address}/docs")
         signed_up, account = sign_up(page, json.dumps(alice))
         authorize_by_password(page, alice["email"], alice["password"])
+        kept = kept_by_the_browser(page)
         user_id, token = json.loads(account)["user"]["id"], json.loads(account)["token"]
         created, task = create_task(page, user_id, '{"title": "Buy milk"}')
 
         page.screenshot(path=tmp_path / "docs.png", full_page=True)
         browser.close()
+    assert kept == [{}, {}]
     assert (signed_up, created) == ("200", "201")
     assert tasks_of(user_id, address, token) == [json.loads(task)]
     assert json.loads(task)["user_id"] == user_id
@@ -144,6 +148,12 @@ def authorize_by_password(page: Page, email: str, password: str) -> None:
     form.get_by_role("button", name="Apply given OAuth2 credentials").click()
     expect(form.get_by_role("button", name="Remove authorization")).to_be_visible()
     dialog.get_by_role("button", name="Close").first.click()
+
+
+def kept_by_the_browser(page: Page) -> list[dict[str, str]]:
+    """Return what outlives the page, where any script of this origin can read it."""
+    kept: list[dict[str, str]] = page.evaluate("[{...localStorage}, {...sessionStorage}]")
+    return kept
 
 
 def create_task(page: Page, user_id: str, body: str) -> tuple[str, str]:

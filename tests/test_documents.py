@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -5,7 +6,9 @@ from fastapi import FastAPI
 
 from config import Settings
 from main import create_app
+from schemas import TaskOut
 from tests.conftest import settings_for
+from tests.test_architecture import FLOORS
 
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text()
@@ -21,7 +24,7 @@ DEFAULTS_IN_WORDS = {
     "JWT_AUDIENCE": "from `BETTER_AUTH_URL`",
     "JWT_ALGORITHMS": "all that fit the keys",
     "CURSOR_SECRET": "the shared secrets",
-    "LOCAL_ACCOUNTS": "true when embedded",
+    "LOCAL_ACCOUNTS": "true when nothing says who signs",
     "LOG_FORMAT": "`console`",
 }
 
@@ -68,6 +71,28 @@ def _endpoints(app: FastAPI) -> set[tuple[str, str]]:
     return {
         (method.upper(), path) for path, operations in app.openapi()["paths"].items() for method in operations
     }
+
+
+def test_readme_names_every_parameter_of_the_list(app: FastAPI) -> None:
+    section = README.partition("The list is filtered by")[2].partition("`PATCH`")[0]
+    parameters = app.openapi()["paths"]["/api/{user_id}/tasks"]["get"]["parameters"]
+
+    named = set(re.findall(r"`([a-z_]+)`", section))
+    assert named == {each["name"] for each in parameters} - {"user_id"}
+
+
+def test_readmes_example_has_every_member_of_a_task() -> None:
+    line = next(line for line in README.splitlines() if line.startswith('{"id":1,'))
+
+    assert set(json.loads(line)) == set(TaskOut.model_fields)
+
+
+def test_contributors_read_the_floors_that_are_checked() -> None:
+    text = (PROJECT / "CLAUDE.md").read_text()
+    rows = re.findall(r"^\| \d \| (.*) \|$", text, re.MULTILINE)
+
+    rooms = [set(re.findall(r"`([a-z_]+)(?:/\*|/env\.py)?`", row)) for row in rows]
+    assert [found - {"config"} for found in rooms] == [floor - {"config"} for floor in FLOORS]
 
 
 def test_readme_maps_every_module() -> None:

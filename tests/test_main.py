@@ -139,6 +139,14 @@ def test_no_token_is_printed_that_would_be_refused(tmp_path: Path) -> None:
     )
 
 
+def test_the_openapi_document_is_printed_without_settings(tmp_path: Path) -> None:
+    done = run(tmp_path, MAIN, "openapi", BETTER_AUTH_SECRET="short")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (PROJECT / "openapi.json").read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", [(MAIN,), ("-m", "uvicorn", "main:app"), (MAIN, "token", "alice")])
 def test_a_mistake_in_the_settings_ends_the_start_with_a_sentence(
     tmp_path: Path, command: tuple[str, ...]

@@ -1,10 +1,11 @@
 import asyncio
 import threading
+from contextlib import ExitStack
 
 import pytest
 from pwdlib.hashers.bcrypt import BcryptHasher
 
-from passwords import ROUNDS, THREADS, Passwords, TooManyPasswords
+from passwords import PER_ADDRESS_MAX, ROUNDS, THREADS, Passwords, TooManyPasswords
 
 QUICK = 4  # the least that bcrypt can do
 
@@ -100,19 +101,34 @@ async def test_the_event_loop_hashes_nothing(passwords: Passwords, hasher: Watch
 def test_there_are_as_many_places_as_may_run_and_wait() -> None:
     passwords = Passwords(WatchedHasher(), waiting_max=1)
 
-    with passwords.place(), passwords.place():
-        with passwords.place(), pytest.raises(TooManyPasswords), passwords.place():
+    with passwords.place("1.2.3.4"), passwords.place("1.2.3.4"):
+        with passwords.place("1.2.3.4"), pytest.raises(TooManyPasswords), passwords.place("1.2.3.4"):
             pass
-        with passwords.place():  # given back
+        with passwords.place("1.2.3.4"):  # given back
             pass
+
+
+def test_one_address_leaves_places_for_others() -> None:
+    passwords = Passwords(WatchedHasher(), waiting_max=100)
+
+    with ExitStack() as held:
+        for _ in range(PER_ADDRESS_MAX):
+            held.enter_context(passwords.place("1.2.3.4"))
+        with pytest.raises(TooManyPasswords), passwords.place("1.2.3.4"):
+            pass
+        with passwords.place("5.6.7.8"):
+            pass
+    with passwords.place("1.2.3.4"):  # given back
+        pass
+    assert passwords._held == {}
 
 
 def test_a_place_is_given_back_after_a_mistake() -> None:
     passwords = Passwords(WatchedHasher(), waiting_max=1 - THREADS)
 
     for _ in range(2):
-        with pytest.raises(RuntimeError), passwords.place():
+        with pytest.raises(RuntimeError), passwords.place("1.2.3.4"):
             raise RuntimeError
 
-    with passwords.place():
+    with passwords.place("1.2.3.4"):
         pass

@@ -55,6 +55,18 @@ async def test_beyond_the_limit_is_409(database_url: str, most: int) -> None:
         assert len((await alice.get()).json()) == most
 
 
+async def test_what_bulk_creates_counts_for_single_tasks(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=30))) as client:
+        alice = person("alice", client)
+        await alice.create()  # and two more may go unchecked
+
+        create = {"op": "create", "task": {"title": "x"}}
+        filled = await alice.post("/bulk", json={"operations": [create] * 29})
+
+        assert filled.status_code == 200
+        assert (await alice.post(json={"title": "one too many"})).status_code == 409
+
+
 async def test_many_at_once_exceed_the_limit_by_no_more_than_run_at_once(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=10))) as client:
         alice = person("alice", client)

@@ -176,9 +176,9 @@ async def test_every_field_is_kept(alice: Person) -> None:
 
 
 async def test_tags_are_stripped_and_kept_once_in_their_order(alice: Person) -> None:
-    task = await alice.create(tags=["b", " a ", "b", "B", "a", "c"])
+    task = await alice.create(tags=["b", " a ", "b", "B", "a"])
 
-    assert task["tags"] == ["b", "a", "B", "c"]
+    assert task["tags"] == ["b", "a", "B"]
 
 
 @pytest.mark.parametrize("method", ["PUT", "PATCH"])
