@@ -4,8 +4,10 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,6 +35,8 @@ from passwords import Passwords
 from protocol import Protocol
 from routes import accounts, docs, health, tasks
 from task_limit import TaskLimit
+
+SD_LISTEN_FDS_START = 3
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -208,6 +212,11 @@ def main(arguments: list[str]) -> None:
             refuse(["JWT_ALGORITHMS: must have HS256 to make a token"])
         print(_token(parsed.user, settings))
         return
+    serve(settings)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal asks to stop; what has begun is finished first."""
     logs.configure(settings.resolved_log_level, settings.resolved_log_format)
     config = uvicorn.Config(
         load_app(settings),
@@ -223,9 +232,17 @@ def main(arguments: list[str]) -> None:
     # uvicorn shuts down in order and then raises the signal again; to stop when asked is a success.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    server.run()
+    server.run(_inherited_sockets())
     if not server.started:
         raise SystemExit(3)
+
+
+def _inherited_sockets() -> list[socket.socket] | None:
+    """Return what systemd listens on for us (sd_listen_fds(3)), so that processes may share one address."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    count = int(os.environ.get("LISTEN_FDS", 0))
+    return [socket.socket(fileno=SD_LISTEN_FDS_START + number) for number in range(count)] or None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,14 @@ class Service:
             time.sleep(0.05)
         raise RuntimeError(f"the service did not start: {self.logged}")
 
+    def wait_until_started(self) -> None:
+        """Return when the service has started, though others may answer at its address."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while "Application startup complete" not in self.logged:
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise RuntimeError(f"the service did not start: {self.logged}")
+            time.sleep(0.05)
+
     def stop(self) -> int:
         """Ask the service to stop, and return its exit code."""
         self.process.send_signal(signal.SIGTERM)
@@ -53,18 +62,44 @@ def environment(folder: Path, **settings: str) -> dict[str, str]:
     return kept | {"DATA_DIR": str(folder / "data"), "PYTHONPATH": str(PROJECT)} | settings
 
 
-@contextlib.contextmanager
-def running_service(folder: Path, *command: str, **settings: str) -> Iterator[Service]:
+# What systemd does for a service that it listens for: descriptor 3, and the number of the process.
+HAND_OVER = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def running_service(
+    folder: Path, *command: str, **settings: str
+) -> contextlib.AbstractContextManager[Service]:
     """Start `python` with *command*, by default `main.py`, in *folder*, which has no `.env`."""
+    program = [sys.executable, *(command or (str(PROJECT / "main.py"),))]
+    return _running(folder, program, settings)
+
+
+def running_service_on(
+    listening: socket.socket, folder: Path, **settings: str
+) -> contextlib.AbstractContextManager[Service]:
+    """Start `main.py` in *folder* on a socket that is open already and may have others."""
+    descriptor = listening.fileno()
+    program = [sys.executable, "-c", HAND_OVER, str(descriptor), str(PROJECT / "main.py")]
+    return _running(folder, program, settings, descriptor)
+
+
+@contextlib.contextmanager
+def _running(folder: Path, program: list[str], settings: dict[str, str], *passed: int) -> Iterator[Service]:
     output, errors = folder / "output.txt", folder / "errors.txt"
     with output.open("w") as out, errors.open("w") as err:
         process = subprocess.Popen(
-            [sys.executable, *(command or (str(PROJECT / "main.py"),))],
+            program,
             cwd=folder,
             env=environment(folder, **settings),
             stdout=out,
             stderr=err,
             text=True,
+            pass_fds=passed,
         )
     try:
         yield Service(process, output, errors)
