@@ -131,6 +131,10 @@ class Unavailable(Problem):
         super().__init__(detail, headers={"Retry-After": str(retry_after_s)})
 
 
+class NotMigrated(Unavailable):
+    """The database lacks tables or columns of ours, until somebody migrates it."""
+
+
 def request_id(scope: Scope) -> str:
     """Return the id of this request: the client's `X-Request-ID` if it is a plain one, else a new one."""
     state = scope.setdefault("state", {})

@@ -6,12 +6,13 @@ import contextlib
 import gc
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 
@@ -19,6 +20,7 @@ import db
 import errors
 import jwks
 import logs
+import metrics
 import openapi
 import tokens
 from attempts import Attempts
@@ -28,10 +30,15 @@ from middleware.access_log import AccessLogMiddleware
 from middleware.cors import ProblemCORSMiddleware
 from middleware.trailing_slash import TrailingSlashMiddleware
 from passwords import Passwords
+from readiness import Readiness
 from routes import accounts, docs, health, tasks
+from routes import metrics as metrics_route
 from task_limit import TaskLimit
 
+RETRY_MAX_S = 30.0  # between two attempts to migrate a database that is away
 SHUTDOWN_GRACE_S = 10  # what has begun may finish; a client that stalls holds nobody longer
+
+_log = structlog.get_logger("main")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -41,20 +48,28 @@ def create_app(settings: Settings) -> FastAPI:
         ValueError: `DATABASE_URL` is not one that can be used.
     """
     database = db.connect(settings.resolved_database_url, pool_size=settings.database_pool_size)
+    database.slow_statement_s = settings.slow_statement_ms / 1000
+    readiness = Readiness(database)
     keys = _keys(settings)
     keeper = _account_keeper(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if settings.migrates_on_start:
-            await asyncio.to_thread(migrate, database)
+        migration = await _begin_migration(database) if settings.migrates_on_start else None
         if keys:
             await keys.open()
+        end_metrics = _serve_metrics(settings)
         try:
             await database.open()
+            metrics.watch_connections(lambda: database.usage)
+            if hindrance := await readiness.hindrance():
+                _log.error("not ready", reason=hindrance)
             gc.freeze()  # what start-up has made stays; the collector need not look at it again and again
             yield
         finally:
+            if migration:
+                migration.cancel()
+            end_metrics()
             await database.close()
             if keys:
                 await keys.close()
@@ -73,6 +88,8 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.database = database
+    app.state.readiness = readiness
+    app.state.metrics_token = settings.metrics_token
     app.state.verifier = tokens.Verifier(
         settings.secrets,
         keys,
@@ -93,11 +110,13 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(accounts.router, prefix="/api")
         app.include_router(accounts.token_router, prefix="/api")
     app.include_router(health.router)
+    if settings.serves_metrics:
+        app.include_router(metrics_route.router)
     docs.install(app)
 
     # The last added is the outermost.
     app.add_middleware(TrailingSlashMiddleware)
-    app.add_middleware(AccessLogMiddleware, lines=settings.access_log)
+    app.add_middleware(AccessLogMiddleware, lines=settings.access_log, measures=settings.metrics)
     app.add_middleware(ProblemCORSMiddleware, origins=settings.origins)
     return app
 
@@ -115,6 +134,46 @@ def _account_keeper(settings: Settings) -> accounts.AccountKeeper | None:
     lifetime_s = settings.jwt_expiration_s
     issue = partial(tokens.issue, secret=settings.secrets[0], lifetime_s=lifetime_s, **settings.own_claims)
     return accounts.AccountKeeper(Passwords(), Attempts(), issue, lifetime_s)
+
+
+def _serve_metrics(settings: Settings) -> Callable[[], None]:
+    """Serve metrics at a port of their own, if there is to be one, and return what ends that."""
+    if settings.metrics and settings.metrics_port:
+        try:
+            return metrics.serve(settings.host, settings.metrics_port)
+        except OSError as error:  # another worker has it: no reason not to serve
+            _log.error("metrics are not served", port=settings.metrics_port, reason=error.strerror)
+    return lambda: None
+
+
+async def _begin_migration(database: db.Database) -> "asyncio.Task[None] | None":
+    """Migrate before serving; while the database is away, serve and return the task that goes on trying."""
+    if await _migrated(database):
+        return None
+    return asyncio.create_task(_keep_migrating(database))
+
+
+async def _keep_migrating(database: db.Database) -> None:
+    wait_s = 1.0
+    try:
+        while True:
+            await asyncio.sleep(wait_s)
+            if await _migrated(database):
+                return
+            wait_s = min(2 * wait_s, RETRY_MAX_S)
+    except Exception:
+        _log.exception("migration failed")
+
+
+async def _migrated(database: db.Database) -> bool:
+    try:
+        await asyncio.to_thread(migrate, database)
+    except Exception as error:
+        if not db.is_transient(error):
+            raise
+        _log.warning("database cannot be migrated yet", reason=type(error).__name__, error=str(error))
+        return False
+    return True
 
 
 def migrate(database: db.Database) -> None:

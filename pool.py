@@ -13,6 +13,9 @@ END_TIMEOUT_S = 1.0
 IDLE_MAX_S = 280.0  # Neon suspends after 300 s without a query, and its connections die with it
 
 
+Took = Callable[[float], None]
+
+
 class Connection:
     """One connection and the statements it has prepared, each parsed by the server once.
 
@@ -25,7 +28,16 @@ class Connection:
         self.used_at = time.monotonic()
         self._statements: dict[str, Any] = {}
 
-    async def fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
+    async def fetch(self, sql: str, arguments: list[Any], took: Took | None = None) -> list[Any]:
+        """Run one statement, return its rows and tell *took* how many seconds that took, or failing did."""
+        began = time.perf_counter()
+        try:
+            return await self._fetch(sql, arguments)
+        finally:
+            if took:
+                took(time.perf_counter() - began)
+
+    async def _fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
         statement = self._statements.get(sql)
         if statement is None:
             statement = self._statements[sql] = await self.raw.prepare(sql)
@@ -50,8 +62,14 @@ class Pool:
         self._turns = asyncio.Semaphore(size)
         self._idle: list[Connection] = []
         self._ending: set[asyncio.Task[None]] = set()
+        self._in_use = self._waiting = 0
 
-    async def fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
+    @property
+    def usage(self) -> dict[str, int]:
+        """How many connections are in use and idle, and how many requests wait for one."""
+        return {"in use": self._in_use, "idle": len(self._idle), "waiting": self._waiting}
+
+    async def fetch(self, sql: str, arguments: list[Any], took: Took | None = None) -> list[Any]:
         """Run one statement on whichever connection is free and return its rows.
 
         Raises:
@@ -59,7 +77,7 @@ class Pool:
         """
         connection = await self._acquire()
         try:
-            rows = await connection.fetch(sql, arguments)
+            rows = await connection.fetch(sql, arguments, took)
         except asyncpg.PostgresError:
             self._release(connection)  # the server answered: the connection is in order
             raise
@@ -104,19 +122,31 @@ class Pool:
         ending = asyncio.create_task(_end(connection.raw))
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
-        ending.add_done_callback(lambda _: self._turns.release())
+        ending.add_done_callback(lambda _: self._end_turn())
 
     async def _acquire(self) -> Connection:
-        if self._turns.locked():
-            async with asyncio.timeout(WAIT_S):
-                await self._turns.acquire()
-        else:
-            await self._turns.acquire()
+        await self._begin_turn()
         try:
             return self._take_idle() or Connection(await self._connect())
         except BaseException:
-            self._turns.release()
+            self._end_turn()
             raise
+
+    async def _begin_turn(self) -> None:
+        if self._turns.locked():
+            self._waiting += 1
+            try:
+                async with asyncio.timeout(WAIT_S):
+                    await self._turns.acquire()
+            finally:
+                self._waiting -= 1
+        else:
+            await self._turns.acquire()
+        self._in_use += 1
+
+    def _end_turn(self) -> None:
+        self._in_use -= 1
+        self._turns.release()
 
     def _take_idle(self) -> Connection | None:
         while self._idle:
@@ -130,7 +160,7 @@ class Pool:
         if not connection.raw.is_closed():
             connection.used_at = time.monotonic()
             self._idle.append(connection)
-        self._turns.release()
+        self._end_turn()
 
 
 async def _end(raw: Any) -> None:

@@ -54,6 +54,13 @@ def running_server() -> Iterator[Server]:
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield Server(url)
         return
+    with own_server() as server:
+        yield server
+
+
+@contextlib.contextmanager
+def own_server() -> Iterator[Server]:
+    """Start a server that ends with this process, and that may be ill-treated."""
     folder = Path(tempfile.mkdtemp(prefix="task-postgres-"))
     try:
         with _started(folder) as port:
