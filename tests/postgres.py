@@ -59,18 +59,18 @@ def running_server() -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def own_server() -> Iterator[Server]:
+def own_server(port: int | None = None) -> Iterator[Server]:
     """Start a server that ends with this process, and that may be ill-treated."""
     folder = Path(tempfile.mkdtemp(prefix="task-postgres-"))
     try:
-        with _started(folder) as port:
+        with _started(folder, port or free_port()) as port:
             yield Server(f"postgresql://postgres@127.0.0.1:{port}/postgres")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _started(folder: Path) -> Iterator[int]:
+def _started(folder: Path, port: int) -> Iterator[int]:
     programs = _programs()
     owner: dict[str, object] = {}
     if is_root():
@@ -79,7 +79,7 @@ def _started(folder: Path) -> Iterator[int]:
         owner = {"user": "nobody", "group": "nogroup", "extra_groups": []}
         folder.chmod(0o755)
         shutil.chown(folder, "nobody", "nogroup")
-    data, port = folder / "data", free_port()
+    data = folder / "data"
     _initialise(programs, data, owner)
     command = [programs / "postgres", "-D", data, "-p", str(port)]
     for setting in (
