@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -22,6 +23,7 @@ import jwks
 import logs
 import metrics
 import openapi
+import telemetry
 import tokens
 from attempts import Attempts
 from config import Settings, load_settings, refuse
@@ -41,7 +43,7 @@ SHUTDOWN_GRACE_S = 10  # what has begun may finish; a client that stalls holds n
 _log = structlog.get_logger("main")
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
     """Build the application.
 
     Raises:
@@ -85,7 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
-        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+        telemetry=telemetry.configuration(on=traces),
     )
     app.state.database = database
     app.state.readiness = readiness
@@ -188,13 +190,22 @@ def migrate(database: db.Database) -> None:
 def load_app(settings: Settings) -> FastAPI:
     """Build the application, or end the start with a sentence."""
     try:
-        return create_app(settings)
+        return create_app(settings, traces=_traces())
     except jwks.KeySetInvalid as error:
         refuse([f"JWKS: {error}"])
     except OSError as error:
         refuse([f"JWKS: {error.filename} cannot be read: {error.strerror}"])
     except ValueError as error:
         refuse([f"DATABASE_URL: {error}"])
+
+
+def _traces() -> bool:
+    """Return whether traces are to be sent, and say so if they cannot be."""
+    if not telemetry.is_wanted(os.environ):
+        return False
+    if hindrance := telemetry.hindrance(os.environ):
+        _log.warning("no traces are sent", reason=hindrance)
+    return hindrance is None
 
 
 def __getattr__(name: str) -> Any:
