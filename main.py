@@ -64,8 +64,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
         try:
             await database.open()
             metrics.watch_connections(lambda: database.usage)
-            if hindrance := await readiness.hindrance():
-                _log.error("not ready", reason=hindrance)
+            await _say_what_hinders(readiness)
             gc.freeze()  # what start-up has made stays; the collector need not look at it again and again
             yield
         finally:
@@ -136,6 +135,14 @@ def _account_keeper(settings: Settings) -> accounts.AccountKeeper | None:
     lifetime_s = settings.jwt_expiration_s
     issue = partial(tokens.issue, secret=settings.secrets[0], lifetime_s=lifetime_s, **settings.own_claims)
     return accounts.AccountKeeper(Passwords(), Attempts(), issue, lifetime_s)
+
+
+async def _say_what_hinders(readiness: Readiness) -> None:
+    try:
+        if hindrance := await readiness.hindrance():
+            _log.error("not ready", reason=hindrance)
+    except Exception:  # whoever asks later is told so too: no reason not to start
+        _log.exception("not ready")
 
 
 def _serve_metrics(settings: Settings) -> Callable[[], None]:

@@ -23,6 +23,8 @@ DEFAULTS_IN_WORDS = {
     "CURSOR_SECRET": "the shared secrets",
     "LOCAL_ACCOUNTS": "true when embedded",
     "LOG_FORMAT": "`console`",
+    "METRICS_PORT": "none",
+    "METRICS_TOKEN": "none",
 }
 
 
