@@ -402,7 +402,7 @@ def _check_file(path: Path) -> None:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
     except sqlite3.DatabaseError as error:
         if clause := _UNUSABLE_FILE.get(error.sqlite_errorcode & 0xFF):
-            raise ValueError(clause) from error
+            raise ValueError(f"{clause}: {path}") from error
 
 
 def _begin_immediately(connection: Connection) -> None:

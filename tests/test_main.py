@@ -1,7 +1,9 @@
 import asyncio
+import contextlib
 import json
 import shlex
 import socket
+import sqlite3
 import stat
 import subprocess
 import time
@@ -192,22 +194,22 @@ def test_a_port_that_is_taken_ends_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "clause"),
-    [
-        (b"nobody's database, but a text" * 100, "names a file that is not a SQLite database"),
-        (b"SQLite format 3\0" + b"\xff" * 8192, "names a SQLite database that is damaged"),
-    ],
+    ("kept", "clause"),
+    [(0, "names a file that is not a SQLite database"), (100, "names a SQLite database that is damaged")],
 )
-def test_a_damaged_file_ends_the_start_with_a_sentence(tmp_path: Path, content: bytes, clause: str) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "tasks.db").write_bytes(content)
+def test_a_damaged_file_ends_the_start_with_a_sentence(tmp_path: Path, kept: int, clause: str) -> None:
+    path = tmp_path / "data" / "tasks.db"
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE task (id INTEGER)")
+    content = path.read_bytes()[:kept] + b"\xff" * 8192  # the first 100 bytes say what it is
+    path.write_bytes(content)
 
     done = run(tmp_path, MAIN)
 
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("DATABASE_URL: names a ")
-    assert (tmp_path / "data" / "tasks.db").read_bytes() == content
+    assert done.stderr.splitlines() == [f"DATABASE_URL: {clause}: {path}"]
+    assert path.read_bytes() == content
 
 
 def test_a_database_that_is_away_is_migrated_when_it_comes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tests.conftest import settings_for
 
 OPERATIONS = {
     "health": ("get", "/health", {"200"}),
+    "ready": ("get", "/health/ready", {"200", "503"}),
     "list_tasks": ("get", "/api/{user_id}/tasks", {"200", "401", "403", "422", "503"}),
     "create_task": ("post", "/api/{user_id}/tasks", {"201", "401", "403", "408", "413", "415", "422", "503"}),
     "get_task": ("get", "/api/{user_id}/tasks/{task_id}", {"200", "401", "403", "404", "422", "503"}),
@@ -100,7 +101,7 @@ def test_every_error_has_the_problem_schema(document_with_accounts: dict[str, An
 
 def test_every_task_operation_asks_for_the_bearer_token(document: dict[str, Any]) -> None:
     for operation in _operations(document):
-        is_open = operation["operationId"] == "health"
+        is_open = operation["operationId"] in ("health", "ready")
         assert operation.get("security", []) == ([] if is_open else [{"bearer": []}])
     scheme = document["components"]["securitySchemes"]["bearer"]
     assert (scheme["type"], scheme["scheme"], scheme["bearerFormat"]) == ("http", "bearer", "JWT")
@@ -113,6 +114,7 @@ def test_a_password_is_another_way_to_a_token(document_with_accounts: dict[str, 
 
     assert {name for name, schemes in secured.items() if schemes is None} == {
         "health",
+        "ready",
         "sign_up",
         "sign_in",
         "grant_token",
