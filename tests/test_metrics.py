@@ -6,6 +6,7 @@ from pathlib import Path
 import asyncpg
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 import metrics
@@ -147,6 +148,7 @@ def test_the_values_of_a_label_are_few() -> None:
     for number in range(1000):
         counter.count(str(number))
 
+    REGISTRY.unregister(counter._counter)
     assert len(counter._children) == metrics.VALUES_MAX + 1
     assert counter._children[metrics.OTHER]._value.get() == 1000 - metrics.VALUES_MAX
 
