@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Table, bindparam, false, select
 from sqlalchemy.dialects.postgresql import insert  # SQLite has the same clause, and compiles this one
 from sqlalchemy.sql.base import Executable
 
-from db import Database, Row
+from db import Database, Row, named
 from models import ACCOUNT_ID_LENGTH, LocalAccount
 
 ACCOUNTS: Table = LocalAccount.__table__  # type: ignore[attr-defined] # SQLModel adds it
@@ -55,6 +55,6 @@ def _insert_statement() -> Executable:
     )
 
 
-_INSERT = _insert_statement()
-_SELECT_BY_EMAIL = select(*COLUMNS).where(ACCOUNTS.c.email == _new("email"))
-_SELECT_BY_ID = select(*COLUMNS).where(ACCOUNTS.c.id == _new("id"))
+_INSERT = named("create_account", _insert_statement())
+_SELECT_BY_EMAIL = named("account_of_email", select(*COLUMNS).where(ACCOUNTS.c.email == _new("email")))
+_SELECT_BY_ID = named("account_of_id", select(*COLUMNS).where(ACCOUNTS.c.id == _new("id")))

@@ -11,7 +11,7 @@ from sqlalchemy.sql.base import Executable
 
 import listing
 from arrays import Member, any_of, list_of, records
-from db import Row
+from db import Row, named
 from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, PRIORITY
 from queries import NEXT_IS_OPEN, NOW, WRITABLE, Owner, new_task, successor
@@ -208,13 +208,14 @@ def _completion(completed: bool) -> dict[str, Any]:
 
 @lru_cache(maxsize=128)
 def _delete_all(shape: listing.Shape) -> Executable:
-    return delete(TASKS).where(*listing.conditions(shape)).returning(TASKS.c.id)
+    statement = delete(TASKS).where(*listing.conditions(shape)).returning(TASKS.c.id)
+    return named("delete_tasks", statement)
 
 
 @lru_cache(maxsize=128)
 def _reopen_all(shape: listing.Shape) -> Executable:
     statement = update(TASKS).where(*listing.conditions(shape), TASKS.c.completed)
-    return statement.values(_completion(False)).returning(TASKS.c.id)
+    return named("reopen_tasks", statement.values(_completion(False)).returning(TASKS.c.id))
 
 
 @lru_cache(maxsize=128)
@@ -222,27 +223,30 @@ def _complete_all(shape: listing.Shape, *, in_series: bool) -> Executable:
     condition = NEXT_IS_OPEN if in_series else not_(NEXT_IS_OPEN)
     statement = update(TASKS).where(*listing.conditions(shape), not_(TASKS.c.completed), condition)
     if not in_series:
-        return statement.values(_completion(True)).returning(TASKS.c.id)
+        return named("complete_tasks", statement.values(_completion(True)).returning(TASKS.c.id))
     values = _completion(True) | {"succeeded": True}
-    return statement.values(values).returning(*COLUMNS, TASKS.c.series_day)
+    return named("complete_all_in_series", statement.values(values).returning(*COLUMNS, TASKS.c.series_day))
 
 
-_COUNT = select(func.count().label("count")).select_from(TASKS).where(OWNED)
-_SELECT_FOR_UPDATE = (
+_COUNT = named("count_all", select(func.count().label("count")).select_from(TASKS).where(OWNED))
+_SELECT_FOR_UPDATE = named(
+    "lock_tasks",
     select(*COLUMNS, TASKS.c.series_day, TASKS.c.succeeded)
     .where(OWNED, _IDS)
     .order_by(TASKS.c.id)  # always in the same order, so that no two wait for one another
-    .with_for_update()
+    .with_for_update(),
 )
-_DELETE_SOME = delete(TASKS).where(OWNED, _IDS).returning(TASKS.c.id)
-_UPDATE_SOME = (
+_DELETE_SOME = named("delete_some", delete(TASKS).where(OWNED, _IDS).returning(TASKS.c.id))
+_UPDATE_SOME = named(
+    "update_some",
     update(TASKS)
     .where(OWNED, TASKS.c.id == Member(_RECORDS.c.value, "id", BIG_ID))
     .values({name: value for name, value in _MEMBERS.items() if name != "created_at"})
-    .returning(TASKS.c.id)
+    .returning(TASKS.c.id),
 )
-_INSERT_ALL = (
+_INSERT_ALL = named(
+    "create_some",
     insert(TASKS)
     .from_select(["user_id", *_MEMBERS], select(OWNED.right, *_MEMBERS.values()).select_from(_RECORDS))
-    .returning(*COLUMNS)
+    .returning(*COLUMNS),
 )

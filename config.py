@@ -184,6 +184,16 @@ class Settings(BaseModel):
         None, description="`console` or `json`; json in production"
     )
     access_log: bool = Field(True, description="one line per request")
+    slow_statement_ms: float = Field(
+        500, gt=0, description="statements that take longer are named in the log"
+    )
+    metrics: bool = Field(True, description="count and time requests, for Prometheus")
+    metrics_port: int | None = Field(
+        None, ge=1, le=65535, description="a port of its own for `/metrics`, without a token"
+    )
+    metrics_token: Annotated[str, AfterValidator(_secret)] | None = Field(
+        None, repr=False, description="bearer token for `/metrics` on the main port, at least 32 characters"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> "Settings":
@@ -302,6 +312,12 @@ class Settings(BaseModel):
     @property
     def origins(self) -> list[str]:
         return _origins(self.allowed_origins)
+
+    @property
+    def serves_metrics(self) -> bool:
+        """Whether `/metrics` is on the main port: without a token in development, for this machine only."""
+        local = self.environment == "development" and not self.metrics_port
+        return self.metrics and bool(self.metrics_token or local)
 
     @property
     def resolved_log_level(self) -> str:

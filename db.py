@@ -1,7 +1,9 @@
 """From a database URL to one object that runs the statements of `queries.py`, a round trip each."""
 
 import asyncio
+import contextlib
 import sqlite3
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiosqlite
 import asyncpg
@@ -25,16 +27,20 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TypeEngine
 
 import database_url
-from errors import Overloaded, Unavailable
+import metrics
+from errors import NotMigrated, Overloaded, Unavailable
 from logs import BoundedLog
 from pool import Connection as PooledConnection
 from pool import Pool, PoolBusy
 
 Row = dict[str, Any]
+S = TypeVar("S", bound=Executable)
 
 _log = BoundedLog("database")
 
 CANCEL_S = 0.5
+SLOW_STATEMENT_S = 0.5
+UNNAMED = "unnamed"
 SQLITE_READERS = 4
 SQLITE_BUSY_TIMEOUT_MS = 5_000  # other processes may be writing to the file
 
@@ -52,6 +58,11 @@ _TRANSIENT_SQLITE = {
 }  # fmt: skip
 
 
+def named(name: str, statement: S) -> S:
+    """Return *statement* with the name that metrics and the log know it by."""
+    return statement.execution_options(name=name)
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A statement as one driver wants it: SQL, values in order, and conversions both ways."""
@@ -59,6 +70,7 @@ class Compiled:
     sql: str
     parameters: Sequence[tuple[str, Any, Callable[[Any], Any] | None]]
     columns: Sequence[tuple[str, Callable[[Any], Any] | None]]
+    name: str = UNNAMED
 
     def arguments(self, values: Row) -> list[Any]:
         return [
@@ -92,7 +104,8 @@ def compile_statement(statement: Executable, dialect: Dialect) -> Compiled:
         (str(column.name), _result_processor(column.type, dialect))
         for column in statement.exported_columns  # type: ignore[attr-defined] # not in its stubs
     ]
-    return Compiled(compiled.string, parameters, columns)
+    name = statement.get_execution_options().get("name", UNNAMED)
+    return Compiled(compiled.string, parameters, columns, name)
 
 
 def _result_processor(kind: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
@@ -140,6 +153,12 @@ class Database(Runner):
     """Runs statements, each in a transaction of its own, unless `transaction` holds some together."""
 
     dialect: Dialect
+    slow_statement_s = SLOW_STATEMENT_S
+
+    @property
+    @abstractmethod
+    def usage(self) -> dict[str, int]:
+        """How many connections are in which state."""
 
     @abstractmethod
     async def open(self) -> None:
@@ -156,6 +175,12 @@ class Database(Runner):
     def engine(self) -> AsyncEngine:
         """Return a SQLAlchemy engine on the same database, for migrations."""
 
+    def took(self, compiled: Compiled, seconds: float) -> None:
+        """Note how long a statement has taken; a slow one is named in the log, without its values."""
+        metrics.statement_ran(compiled.name, seconds)
+        if seconds > self.slow_statement_s:
+            _log.warning("slow statement", reason=compiled.name, duration_ms=round(seconds * 1000, 1))
+
 
 class Postgres(Database):
     def __init__(self, url: str, pool_size: int, limits: TimeLimits = TimeLimits()) -> None:
@@ -169,6 +194,10 @@ class Postgres(Database):
     @cached_property
     def pool(self) -> Pool:
         return Pool(self._connect, self._pool_size, wait_s=self._limits.wait_s)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return self.pool.usage
 
     async def open(self) -> None:
         for error in await self.pool.warm():
@@ -192,7 +221,9 @@ class Postgres(Database):
     ) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
         with _translated:
-            records = await connection.fetch(compiled.sql, compiled.arguments(values))
+            records = await connection.fetch(
+                compiled.sql, compiled.arguments(values), partial(self.took, compiled)
+            )
         return compiled.converted([dict(record.items()) for record in records])
 
     @asynccontextmanager
@@ -266,13 +297,20 @@ class SQLite(Database):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError("names a folder that cannot be made") from error
+        _check_file(self.path)
         self._connections: list[aiosqlite.Connection] = []
+        self._waiting = 0
 
     async def open(self) -> None:
         for _ in range(1 + SQLITE_READERS):
             self._connections.append(await self._connect())
         self._turns = cycle(self.readers)
         self._writing = asyncio.Lock()  # so that whoever waits, waits no longer than for a connection
+
+    @property
+    def usage(self) -> dict[str, int]:
+        in_use = int(self._writing.locked())
+        return {"in use": in_use, "idle": 1 - in_use, "waiting": self._waiting}
 
     @property
     def writer(self) -> aiosqlite.Connection:
@@ -295,7 +333,11 @@ class SQLite(Database):
     async def fetch(self, connection: aiosqlite.Connection, statement: Executable, values: Row) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
         with _translated:
-            found = await connection.execute_fetchall(compiled.sql, compiled.arguments(values))
+            began = time.perf_counter()
+            try:
+                found = await connection.execute_fetchall(compiled.sql, compiled.arguments(values))
+            finally:
+                self.took(compiled, time.perf_counter() - began)
         names = [name for name, _ in compiled.columns]
         return compiled.converted([dict(zip(names, row, strict=True)) for row in found])
 
@@ -315,9 +357,13 @@ class SQLite(Database):
 
     @asynccontextmanager
     async def _turn_to_write(self) -> AsyncIterator[None]:
-        with _translated:
-            async with asyncio.timeout(self._wait_s):
-                await self._writing.acquire()
+        self._waiting += 1
+        try:
+            with _translated:
+                async with asyncio.timeout(self._wait_s):
+                    await self._writing.acquire()
+        finally:
+            self._waiting -= 1
         try:
             yield
         finally:
@@ -369,6 +415,29 @@ def connect(url: str, *, pool_size: int, limits: TimeLimits = TimeLimits()) -> D
     raise ValueError("must begin with postgresql:// or sqlite:///")
 
 
+_UNUSABLE_FILE = {
+    sqlite3.SQLITE_NOTADB: "names a file that is not a SQLite database",
+    sqlite3.SQLITE_CORRUPT: "names a SQLite database that is damaged",
+    sqlite3.SQLITE_CANTOPEN: "names a file that cannot be opened",
+}
+
+
+def _check_file(path: Path) -> None:
+    """Read the schema of the database at *path*, if there is one.
+
+    Raises:
+        ValueError: that needs a person, and no time will help.
+    """
+    if not path.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=0)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    except sqlite3.DatabaseError as error:
+        if clause := _UNUSABLE_FILE.get(error.sqlite_errorcode & 0xFF):
+            raise ValueError(f"{clause}: {path}") from error
+
+
 def _begin_immediately(connection: Connection) -> None:
     # A transaction that reads first and locks later fails where another one wrote in between.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -395,6 +464,10 @@ class _Translated:
             raise ConstraintViolated(str(error).rpartition(": ")[2]) from error
         if isinstance(error, Exception) and _is_transient(error):
             raise _unavailable(error) from error
+        if isinstance(error, asyncpg.InsufficientPrivilegeError):  # somebody has yet to GRANT it
+            raise _unavailable(error) from error
+        if isinstance(error, Exception) and _is_not_migrated(error):
+            raise _unavailable(error, NotMigrated) from error
 
 
 _translated = _Translated()  # one for all: it keeps nothing, and a generator for each statement would cost
@@ -405,11 +478,12 @@ def _is_repeatable(statement: Executable) -> bool:
     return statement.is_select or bool(statement.get_execution_options().get("repeatable"))
 
 
-def _unavailable(error: Exception) -> Unavailable:
+def _unavailable(error: Exception, kind: type[Unavailable] = Unavailable) -> Unavailable:
+    metrics.database_unavailable(type(error).__name__)
     _log.warning("database unavailable", reason=type(error).__name__, error=str(error))
     if isinstance(error, PoolBusy):
         return Overloaded()
-    unavailable = Unavailable()
+    unavailable = kind()
     unavailable.lost = _is_lost(error)
     return unavailable
 
@@ -422,6 +496,21 @@ def _is_lost(error: Exception) -> bool:
     if isinstance(error, TimeoutError):
         return False
     return isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError | OSError)
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether *error*, or what it was raised from, may have gone when the same is tried later."""
+    while error is not None:
+        if isinstance(error, Exception) and _is_transient(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _is_not_migrated(error: Exception) -> bool:
+    if isinstance(error, sqlite3.OperationalError):
+        return str(error).startswith(("no such table", "no such column"))
+    return isinstance(error, asyncpg.UndefinedTableError | asyncpg.UndefinedColumnError)
 
 
 def _is_transient(error: Exception) -> bool:

@@ -141,6 +141,10 @@ class Overloaded(Unavailable):
     sentence = "The service is busy. Please try again."
 
 
+class NotMigrated(Unavailable):
+    """The database lacks tables or columns of ours, until somebody migrates it."""
+
+
 def request_id(scope: Scope) -> str:
     """Return the id of this request: the client's `X-Request-ID` if it is a plain one, else a new one."""
     state = scope.setdefault("state", {})

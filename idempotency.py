@@ -12,7 +12,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 import queries
-from db import ConstraintViolated, Row
+from db import ConstraintViolated, Row, named
 from errors import Unavailable
 from models import TIMESTAMP, IdempotencyKey
 from queries import NOW, Owner
@@ -116,12 +116,15 @@ def _lock_and_find() -> Any:
     ).select_from(lock.outerjoin(kept, true()))
 
 
-_LOCK_AND_FIND = _lock_and_find()
-_REMOVE_EXPIRED = delete(_KEYS).where(_OWNED, _EXPIRED)
-_KEEP = insert(_KEYS).values(
-    user_id=_OWNED.right,
-    key=_THIS.right,
-    fingerprint=bindparam("fingerprint", type_=_KEYS.c.fingerprint.type),
-    answer=bindparam("answer", type_=_KEYS.c.answer.type),
-    created_at=NOW,
+_LOCK_AND_FIND = named("find_answer", _lock_and_find())
+_REMOVE_EXPIRED = named("remove_expired_answers", delete(_KEYS).where(_OWNED, _EXPIRED))
+_KEEP = named(
+    "keep_answer",
+    insert(_KEYS).values(
+        user_id=_OWNED.right,
+        key=_THIS.right,
+        fingerprint=bindparam("fingerprint", type_=_KEYS.c.fingerprint.type),
+        answer=bindparam("answer", type_=_KEYS.c.answer.type),
+        created_at=NOW,
+    ),
 )

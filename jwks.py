@@ -14,6 +14,7 @@ import structlog
 from jwt.algorithms import Algorithm, ECAlgorithm, OKPAlgorithm, RSAAlgorithm, RSAPSSAlgorithm
 from jwt.exceptions import PyJWTError
 
+import metrics
 import strict_json
 
 FETCH_TIMEOUT_S = 3.0
@@ -215,11 +216,13 @@ class FetchedKeys:
                 keys = read_keys(await self._download())
         except (httpx.HTTPError, httpx.InvalidURL, KeySetInvalid, TimeoutError, OSError) as error:
             self._failed = True
+            metrics.keys_fetched(ok=False)
             log.warning("keys cannot be fetched", url=self._url, reason=str(error) or type(error).__name__)
             return
         if keys.keys() != self._keys.keys():
             log.info("keys fetched", url=self._url, kids=sorted(keys))
         self._keys, self._failed, self._fetched_at = keys, False, time.monotonic()
+        metrics.keys_fetched(ok=True)
 
     async def _download(self) -> bytes:
         assert self._client is not None, "open() comes first"  # noqa: S101 - for the type checker

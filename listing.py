@@ -30,6 +30,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 from arrays import any_of, has_all, list_of
+from db import named
 from models import BIG_ID, DAY, PRIORITY, Task
 from schemas import Filter, Order, TaskOut
 
@@ -141,6 +142,10 @@ def start_of(after: tuple[Any, int] | None) -> Start:
 @lru_cache(maxsize=512)
 def page(shape: Shape, order: Order, start: Start) -> Select[Any]:
     """Return the statement for a page. It takes `owner`, `limit`, `after_key`, `after_id` and the values."""
+    return named("list_tasks", _page(shape, order, start))
+
+
+def _page(shape: Shape, order: Order, start: Start) -> Select[Any]:
     if order.field not in _NULLABLE:
         return _part(shape, order, start != "first")
     if start == "after null":
@@ -160,10 +165,11 @@ def counted_page(shape: Shape, order: Order, start: Start) -> Select[Any]:
     total = (
         select(func.count().label("total")).select_from(TASKS).where(*conditions(shape)).subquery("counted")
     )
-    return (
+    return named(
+        "list_and_count_tasks",
         select(total.c.total, *tasks.c)
         .select_from(total.outerjoin(tasks, true()))
-        .order_by(*_ordering(order, tasks.c))
+        .order_by(*_ordering(order, tasks.c)),
     )
 
 

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 import orjson
@@ -70,11 +71,15 @@ class _Unfailing(io.StringIO):
         return self._stream.isatty()
 
 
+# Set once for each request, which costs 0.2 µs; structlog's own context costs 0.7 µs and must be cleared.
+request_id: ContextVar[str] = ContextVar("request_id")
+
+
 class BoundedLog:
     """A logger that an attack or an outage cannot make write without bound.
 
     Of events with the same name and reason, at most *per_second* are written in a second; the first of a
-    later second tells how many were not.
+    later second tells how many were not. A line that is written for a request carries its id.
     """
 
     def __init__(self, name: str, *, per_second: int = 5) -> None:
@@ -95,6 +100,8 @@ class BoundedLog:
             return
         if left_out := self._left_out.pop(kind, 0):
             values["left_out"] = left_out
+        if identifier := request_id.get(None):
+            values.setdefault("request_id", identifier)
         self._log.warning(event, reason=reason, **values)
 
 

@@ -9,12 +9,13 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 
@@ -22,7 +23,9 @@ import db
 import errors
 import jwks
 import logs
+import metrics
 import openapi
+import telemetry
 import tokens
 from attempts import Attempts
 from config import Settings, load_settings, refuse
@@ -33,13 +36,18 @@ from middleware.deadline import DeadlineMiddleware
 from middleware.trailing_slash import TrailingSlashMiddleware
 from passwords import Passwords
 from protocol import Protocol
+from readiness import Readiness
 from routes import accounts, docs, health, tasks
+from routes import metrics as metrics_route
 from task_limit import TaskLimit
 
 SD_LISTEN_FDS_START = 3
+RETRY_MAX_S = 30.0  # between two attempts to migrate a database that is away
+
+_log = structlog.get_logger("main")
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
     """Build the application.
 
     Raises:
@@ -54,20 +62,27 @@ def create_app(settings: Settings) -> FastAPI:
             settings.database_wait_s,
         ),
     )
+    database.slow_statement_s = settings.slow_statement_ms / 1000
+    readiness = Readiness(database)
     keys = _keys(settings)
     keeper = _account_keeper(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if settings.migrates_on_start:
-            await asyncio.to_thread(migrate, database)
+        migration = await _begin_migration(database) if settings.migrates_on_start else None
         if keys:
             await keys.open()
+        end_metrics = _serve_metrics(settings)
         try:
             await database.open()
+            metrics.watch_connections(lambda: database.usage)
+            await _say_what_hinders(readiness)
             gc.freeze()  # what start-up has made stays; the collector need not look at it again and again
             yield
         finally:
+            if migration:
+                migration.cancel()
+            end_metrics()
             await database.close()
             if keys:
                 await keys.close()
@@ -83,9 +98,11 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
-        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+        telemetry=telemetry.configuration(on=traces),
     )
     app.state.database = database
+    app.state.readiness = readiness
+    app.state.metrics_token = settings.metrics_token
     app.state.verifier = tokens.Verifier(
         settings.secrets,
         keys,
@@ -106,12 +123,14 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(accounts.router, prefix="/api")
         app.include_router(accounts.token_router, prefix="/api")
     app.include_router(health.router)
+    if settings.serves_metrics:
+        app.include_router(metrics_route.router)
     docs.install(app)
 
     # The last added is the outermost.
     app.add_middleware(TrailingSlashMiddleware)
     app.add_middleware(DeadlineMiddleware, deadline_s=settings.request_deadline_s)
-    app.add_middleware(AccessLogMiddleware, lines=settings.access_log)
+    app.add_middleware(AccessLogMiddleware, lines=settings.access_log, measures=settings.metrics)
     app.add_middleware(ProblemCORSMiddleware, origins=settings.origins)
     return app
 
@@ -131,6 +150,54 @@ def _account_keeper(settings: Settings) -> accounts.AccountKeeper | None:
     return accounts.AccountKeeper(Passwords(), Attempts(), issue, lifetime_s)
 
 
+async def _say_what_hinders(readiness: Readiness) -> None:
+    try:
+        if hindrance := await readiness.hindrance():
+            _log.error("not ready", reason=hindrance)
+    except Exception:  # whoever asks later is told so too: no reason not to start
+        _log.exception("not ready")
+
+
+def _serve_metrics(settings: Settings) -> Callable[[], None]:
+    """Serve metrics at a port of their own, if there is to be one, and return what ends that."""
+    if settings.metrics and settings.metrics_port:
+        try:
+            return metrics.serve(settings.host, settings.metrics_port)
+        except OSError as error:  # another worker has it: no reason not to serve
+            _log.error("metrics are not served", port=settings.metrics_port, reason=error.strerror)
+    return lambda: None
+
+
+async def _begin_migration(database: db.Database) -> "asyncio.Task[None] | None":
+    """Migrate before serving; while the database is away, serve and return the task that goes on trying."""
+    if await _migrated(database):
+        return None
+    return asyncio.create_task(_keep_migrating(database))
+
+
+async def _keep_migrating(database: db.Database) -> None:
+    wait_s = 1.0
+    try:
+        while True:
+            await asyncio.sleep(wait_s)
+            if await _migrated(database):
+                return
+            wait_s = min(2 * wait_s, RETRY_MAX_S)
+    except Exception:
+        _log.exception("migration failed")
+
+
+async def _migrated(database: db.Database) -> bool:
+    try:
+        await asyncio.to_thread(migrate, database)
+    except Exception as error:
+        if not db.is_transient(error):
+            raise
+        _log.warning("database cannot be migrated yet", reason=type(error).__name__, error=str(error))
+        return False
+    return True
+
+
 def migrate(database: db.Database) -> None:
     """Bring the schema of *database* to head; of several processes one does it and the others wait."""
     from alembic import command, config  # only a start that migrates pays for the import
@@ -143,13 +210,22 @@ def migrate(database: db.Database) -> None:
 def load_app(settings: Settings) -> FastAPI:
     """Build the application, or end the start with a sentence."""
     try:
-        return create_app(settings)
+        return create_app(settings, traces=_traces())
     except jwks.KeySetInvalid as error:
         refuse([f"JWKS: {error}"])
     except OSError as error:
         refuse([f"JWKS: {error.filename} cannot be read: {error.strerror}"])
     except ValueError as error:
         refuse([f"DATABASE_URL: {error}"])
+
+
+def _traces() -> bool:
+    """Return whether traces are to be sent, and say so if they cannot be."""
+    if not telemetry.is_wanted(os.environ):
+        return False
+    if hindrance := telemetry.hindrance(os.environ):
+        _log.warning("no traces are sent", reason=hindrance)
+    return hindrance is None
 
 
 def __getattr__(name: str) -> Any:

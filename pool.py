@@ -25,6 +25,9 @@ class PoolBusy(Exception):
     """More requests are waiting than will be served in time."""
 
 
+Took = Callable[[float], None]
+
+
 class Connection:
     """One connection and the statements it has prepared, each parsed by the server once.
 
@@ -37,7 +40,16 @@ class Connection:
         self.used_at = time.monotonic()
         self._statements: dict[str, Any] = {}
 
-    async def fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
+    async def fetch(self, sql: str, arguments: list[Any], took: Took | None = None) -> list[Any]:
+        """Run one statement, return its rows and tell *took* how many seconds that took, or failing did."""
+        began = time.perf_counter()
+        try:
+            return await self._fetch(sql, arguments)
+        finally:
+            if took:
+                took(time.perf_counter() - began)
+
+    async def _fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
         statement = self._statements.get(sql)
         if statement is None:
             statement = self._statements[sql] = await self.raw.prepare(sql)
@@ -87,8 +99,14 @@ class Pool:
         self._alive = 0  # idle or in use
         self._outage: _Outage | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._in_use = 0
 
-    async def fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
+    @property
+    def usage(self) -> dict[str, int]:
+        """How many connections are in use and idle, and how many requests wait for one."""
+        return {"in use": self._in_use, "idle": len(self._idle), "waiting": self._waiting}
+
+    async def fetch(self, sql: str, arguments: list[Any], took: Took | None = None) -> list[Any]:
         """Run one statement on whichever connection is free and return its rows.
 
         Raises:
@@ -97,7 +115,7 @@ class Pool:
         """
         connection = await self._acquire()
         try:
-            rows = await connection.fetch(sql, arguments)
+            rows = await connection.fetch(sql, arguments, took)
         except asyncpg.PostgresError:
             self._release(connection)  # the server answered: the connection is in order
             raise
@@ -146,16 +164,22 @@ class Pool:
     async def _acquire(self) -> Connection:
         if not self._turns.locked():
             await self._turns.acquire()
+            self._in_use += 1
             if self._idle and self._idle[-1].idle_s < UNCHECKED_S and not self._idle[-1].raw.is_closed():
                 return self._idle.pop()  # nearly always
         else:
             await self._wait_for_turn()
+            self._in_use += 1
         try:
             async with asyncio.timeout(self._wait_s):
                 return await self._connection_for_turn()
         except BaseException:
-            self._turns.release()
+            self._end_turn()
             raise
+
+    def _end_turn(self) -> None:
+        self._in_use -= 1
+        self._turns.release()
 
     async def _wait_for_turn(self) -> None:
         if self._waiting >= max(WAITING_MAX_AT_LEAST, self._size * WAITING_MAX_PER_CONNECTION):
@@ -242,7 +266,7 @@ class Pool:
         else:
             connection.used_at = time.monotonic()
             self._add_idle(connection)
-        self._turns.release()
+        self._end_turn()
 
     def _drop(self, connection: Connection) -> None:
         self._alive -= 1
@@ -252,7 +276,7 @@ class Pool:
         """End *connection*, and what the server still does for it, and then give its turn back."""
         self._alive -= 1
         ending = self._start(_end(connection.raw), "end")
-        ending.add_done_callback(lambda _: self._turns.release())
+        ending.add_done_callback(lambda _: self._end_turn())
 
     def _start(self, work: Any, name: str) -> "asyncio.Task[None]":
         task = asyncio.create_task(work, name=name)

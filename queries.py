@@ -32,7 +32,7 @@ from sqlalchemy.sql.base import Executable
 
 import listing
 from arrays import Elements, any_of, list_of
-from db import Database, Row, Runner
+from db import Database, Row, Runner, named
 from errors import Unavailable
 from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, DAY, TAG_MAX, TIMESTAMP, Priority, TaskFields
@@ -368,11 +368,14 @@ def _count_statement() -> Executable:
     return union_all(kinds, tags)
 
 
-_COUNT = _count_statement()
-_INSERT = insert(TASKS).values(**_NEW_ROW).returning(*COLUMNS)
-_INSERT_WITHIN_LIMIT = _insert_within_limit()
-_SELECT_ONE = select(*COLUMNS).where(OWNED, _THIS)
-_UPDATE = _update_statement(in_series=False).execution_options(repeatable=True)  # what is so already stays
-_COMPLETE_IN_SERIES = _update_statement(in_series=True)
-_TOGGLE = _toggle_statement()
-_DELETE = delete(TASKS).where(OWNED, _THIS, _EXPECTED).returning(TASKS.c.id)
+_COUNT = named("count_tasks", _count_statement())
+_INSERT = named("create_task", insert(TASKS).values(**_NEW_ROW).returning(*COLUMNS))
+_INSERT_WITHIN_LIMIT = named("create_task_within_limit", _insert_within_limit())
+_SELECT_ONE = named("get_task", select(*COLUMNS).where(OWNED, _THIS))
+_UPDATE = named(
+    "update_task",
+    _update_statement(in_series=False).execution_options(repeatable=True),  # what is so already stays
+)
+_COMPLETE_IN_SERIES = named("complete_in_series", _update_statement(in_series=True))
+_TOGGLE = named("toggle_task", _toggle_statement())
+_DELETE = named("delete_task", delete(TASKS).where(OWNED, _THIS, _EXPECTED).returning(TASKS.c.id))

@@ -1,6 +1,8 @@
-"""An id for every request, one line about it, and the last word when a handler crashes."""
+"""An id for every request, one line and one measurement of it, and the last word when a handler crashes."""
 
+import re
 import time
+from typing import Any
 from urllib.parse import quote
 
 import structlog
@@ -8,14 +10,21 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import errors
+import logs
+import metrics
 
 PATH_LOGGED_MAX = 500
+UNMATCHED = "unmatched"
+# Version, trace, parent and flags (W3C Trace Context, section 3.2); a later version may append more.
+_TRACEPARENT = re.compile(
+    rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
 
 
 class AccessLogMiddleware:
-    def __init__(self, app: ASGIApp, *, lines: bool = True) -> None:
+    def __init__(self, app: ASGIApp, *, lines: bool = True, measures: bool = True) -> None:
         self.app = app
-        self._lines = lines
+        self._lines, self._measures = lines, measures
         self._log = structlog.get_logger("access").bind()  # bound once: it costs more than the line
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -24,6 +33,10 @@ class AccessLogMiddleware:
             return
         started = time.perf_counter()
         request_id = errors.request_id(scope)
+        logs.request_id.set(request_id)
+        path = scope["path"]
+        if self._measures:
+            metrics.requests_in_flight.inc()
         status: int | None = None
         size_bytes = 0
 
@@ -41,28 +54,49 @@ class AccessLogMiddleware:
         except ClientDisconnect:
             status = 499  # as nginx says it: there is nobody left to answer
         except Exception:
-            self._log.exception(
-                "crash", request_id=request_id, method=scope["method"], path=_plain(scope["path"])
-            )
+            self._log.exception("crash", method=scope["method"], path=_plain(path), **_identity(scope))
             if status is not None:
                 raise  # half an answer has left: the server must cut it off
             await errors.render(scope, errors.InternalError())(scope, receive, send_and_watch)
         finally:
+            duration_s, route = time.perf_counter() - started, _route(scope)
+            if self._measures:
+                metrics.requests_in_flight.dec()
+                # Without a status the task was cancelled: the client has gone, as above.
+                metrics.request_answered(route or UNMATCHED, scope["method"], status or 499, duration_s)
             if self._lines:
-                self._write_line(scope, request_id, status, time.perf_counter() - started, size_bytes)
+                self._log.info(
+                    "request",
+                    method=scope["method"],
+                    path=_plain(path),
+                    route=route,
+                    status=status,
+                    duration_ms=round(duration_s * 1000, 2),
+                    bytes=size_bytes,
+                    **_identity(scope),
+                )
 
-    def _write_line(
-        self, scope: Scope, request_id: str, status: int | None, duration_s: float, size_bytes: int
-    ) -> None:
-        self._log.info(
-            "request",
-            request_id=request_id,
-            method=scope["method"],
-            path=_plain(scope["path"]),
-            status=status,
-            duration_ms=round(duration_s * 1000, 2),
-            bytes=size_bytes,
-        )
+
+def _route(scope: Scope) -> str | None:
+    """Return the template of the route that was chosen, its prefix included; None for static files too."""
+    context = scope.get("fastapi", {}).get("effective_route_context")
+    return context.path_format if context else None
+
+
+def _identity(scope: Scope) -> dict[str, Any]:
+    """Return the request's id, whose it is by a verified token, and the trace that it belongs to."""
+    identity = {name: scope["state"][name] for name in ("request_id", "user_id") if name in scope["state"]}
+    if trace_id := _trace_id(scope):
+        identity["trace_id"] = trace_id
+    return identity
+
+
+def _trace_id(scope: Scope) -> str | None:
+    sent = [value for name, value in scope["headers"] if name == b"traceparent"]
+    if len(sent) != 1 or not (found := _TRACEPARENT.fullmatch(sent[0])):
+        return None
+    # Only version 0 ends with the flags.
+    return None if sent[0].startswith(b"00") and found[2] else found[1].decode()
 
 
 def _plain(path: str) -> str:

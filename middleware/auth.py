@@ -6,6 +6,7 @@ from fastapi import Depends, Path, Request
 from fastapi.security import HTTPBearer
 
 import jwks
+import metrics
 from errors import Forbidden, Unauthorized, Unavailable, request_id
 from logs import BoundedLog
 from queries import Owner
@@ -32,6 +33,7 @@ class UserAccess(HTTPBearer):
         """
         claims = await verify(request, bearer_token(request))
         if claims.sub != user_id:
+            metrics.token_refused("Token is another user's")
             _log.warning(
                 "access denied",
                 reason="the token is another user's",
@@ -52,12 +54,15 @@ async def verify(request: Request, token: str) -> Claims:
     """
     verifier: Verifier = request.app.state.verifier
     try:
-        return await verifier.verify(token)
+        claims = await verifier.verify(token)
     except TokenInvalid as error:
+        metrics.token_refused(str(error))
         _log.warning("token refused", reason=str(error), request_id=request_id(request.scope))
         raise Unauthorized(str(error)) from error
     except jwks.KeysUnavailable as error:
         raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
+    request.scope.setdefault("state", {})["user_id"] = claims.sub  # for the line in the log
+    return claims
 
 
 def bearer_token(request: Request) -> str:

@@ -12,5 +12,5 @@ class TrailingSlashMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].endswith("/") and scope["path"] != "/":
-            scope = {**scope, "path": scope["path"][:-1]}
+            scope["path"] = scope["path"][:-1]  # in place: the log reads the route that the router adds
         await self.app(scope, receive, send)

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
 import accounts
+import metrics
 from attempts import Attempts, TooManyAttempts
 from db import Row
 from errors import (
@@ -306,6 +307,7 @@ def _client_address(request: Request) -> str:
 
 
 def _log_failure(request: Request, reason: str) -> None:
+    metrics.sign_in_failed(reason)
     _log.warning("failed sign-in", reason=reason, request_id=request_id(request.scope))
 
 

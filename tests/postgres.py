@@ -58,6 +58,13 @@ def running_server() -> Iterator[Server]:
         yield Server(process.url)
 
 
+@contextlib.contextmanager
+def own_server(port: int | None = None) -> Iterator[Server]:
+    """Start a server that ends with this process, and that may be ill-treated."""
+    with running_process(port=port) as process:
+        yield Server(process.url)
+
+
 class Process:
     """A server of our own: it can be stopped, frozen and started again."""
 
@@ -107,11 +114,11 @@ class Process:
 
 
 @contextlib.contextmanager
-def running_process(*, durable: bool = False) -> Iterator[Process]:
+def running_process(*, durable: bool = False, port: int | None = None) -> Iterator[Process]:
     """Start a server that ends with this process; a *durable* one keeps what it has committed when killed."""
     folder = Path(tempfile.mkdtemp(prefix="task-postgres-"))
     try:
-        process = _prepared(folder, durable=durable)
+        process = _prepared(folder, durable=durable, port=port or free_port())
         try:
             process.start()
             yield process
@@ -121,7 +128,7 @@ def running_process(*, durable: bool = False) -> Iterator[Process]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _prepared(folder: Path, *, durable: bool) -> Process:
+def _prepared(folder: Path, *, durable: bool, port: int) -> Process:
     programs = _programs()
     owner: dict[str, object] = {}
     if is_root():
@@ -130,7 +137,7 @@ def _prepared(folder: Path, *, durable: bool) -> Process:
         owner = {"user": "nobody", "group": "nogroup", "extra_groups": []}
         folder.chmod(0o755)
         shutil.chown(folder, "nobody", "nogroup")
-    data, port = folder / "data", free_port()
+    data = folder / "data"
     _initialise(programs, data, owner)
     command: list[object] = [programs / "postgres", "-D", data, "-p", str(port)]
     for setting in (

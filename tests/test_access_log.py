@@ -81,6 +81,60 @@ async def test_a_request_is_one_line(logged: httpx.AsyncClient, log: Log) -> Non
     assert alice.token not in json.dumps(line)
 
 
+async def test_a_line_says_whose_request_it_was_and_by_which_route(
+    logged: httpx.AsyncClient, log: Log
+) -> None:
+    alice, bob = person("alice", logged), person("bob", logged)
+    await alice.get("/1")
+    await bob.get(f"{alice.tasks}/1/")
+    await logged.get(alice.tasks, headers={"Authorization": f"Bearer {alice.token[:-8]}AAAAAAAA"})
+    await logged.get("/nope")
+
+    own, denied, refused, lost = log.events("request")
+    assert own["route"] == denied["route"] == "/api/{user_id}/tasks/{task_id}"
+    assert (own["user_id"], denied["user_id"]) == (alice.user_id, bob.user_id)
+    assert denied["path"] == f"{alice.tasks}/1/"
+    assert "user_id" not in refused
+    assert lost["route"] is None
+
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT = "00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize(
+    ("sent", "taken_up"),
+    [
+        (f"00-{TRACE}-{PARENT}-01", True),
+        (f"cc-{TRACE}-{PARENT}-01-what-the-future-will-be-like", True),
+        (f"00-{TRACE}-{PARENT}-01-more", False),
+        (f"00-{TRACE}-{PARENT}-01-", False),
+        (f"ff-{TRACE}-{PARENT}-01", False),
+        (f"00-{'0' * 32}-{PARENT}-01", False),
+        (f"00-{TRACE}-{'0' * 16}-01", False),
+        (f"00-{TRACE.upper()}-{PARENT}-01", False),
+        (f"00-{TRACE[1:]}-{PARENT}-01", False),
+        ("", False),
+        ("x" * 10_000, False),
+    ],
+)
+async def test_a_valid_trace_is_named_in_the_line(
+    logged: httpx.AsyncClient, log: Log, sent: str, taken_up: bool
+) -> None:
+    await logged.get("/health", headers={"traceparent": sent})
+
+    (line,) = log.events("request")
+    assert line.get("trace_id") == (TRACE if taken_up else None)
+
+
+async def test_two_traces_are_none(logged: httpx.AsyncClient, log: Log) -> None:
+    header = ("traceparent", f"00-{TRACE}-{PARENT}-01")
+    await logged.get("/health", headers=[header, header])
+
+    (line,) = log.events("request")
+    assert "trace_id" not in line
+
+
 async def test_a_line_cannot_be_forged(logged: httpx.AsyncClient, log: Log) -> None:
     await logged.get('/x%0a{"event":"request","status":200}%1b[2J')
 
@@ -108,10 +162,12 @@ async def test_a_crash_is_logged_with_its_cause_and_id(
     app = create_app(settings_for(database_url))
     monkeypatch.setattr(app.state.database, "one", one)
     async with running(app) as client:
-        answer = await person("alice", client).get("/1")
+        alice = person("alice", client)
+        answer = await alice.get("/1", headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
 
     (crash,) = log.events("crash")
     assert crash["request_id"] == answer.headers["x-request-id"]
+    assert (crash["trace_id"], crash["user_id"]) == (TRACE, alice.user_id)
     assert crash["level"] == "error"
     assert "the cause" in json.dumps(crash["exception"])
     assert "locals" not in json.dumps(crash["exception"])  # they would hold tokens and bodies

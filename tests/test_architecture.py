@@ -6,12 +6,12 @@ PROJECT = Path(__file__).parent.parent
 
 # As in CLAUDE.md: each floor imports only from floors below; `routes` may use `middleware`.
 FLOORS = [
-    {"strict_json"},
+    {"strict_json", "metrics"},
     {"config", "errors", "models", "jwks", "cursors", "logs", "database_url", "pool"}
-    | {"passwords", "attempts", "arrays", "recurring", "task_limit"},
+    | {"telemetry", "passwords", "attempts", "arrays", "recurring", "task_limit"},
     {"tokens", "schemas", "db", "openapi", "etags", "protocol"},
     {"listing"},
-    {"queries", "accounts"},
+    {"queries", "accounts", "readiness"},
     {"bulk", "idempotency"},
     {"middleware"},
     {"routes"},

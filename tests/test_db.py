@@ -9,6 +9,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from sqlalchemy import func, select
 
 import db
 import listing
@@ -276,8 +277,8 @@ async def test_a_sqlite_statement_that_is_wrong_is_no_outage(tmp_path: Path) -> 
     database = db.SQLite(f"sqlite:///{tmp_path / 'tasks.db'}")
     await database.open()
 
-    with pytest.raises(sqlite3.OperationalError, match="no such table"):
-        await database.all(queries._SELECT_ONE, owner="alice", task_id=1)
+    with pytest.raises(sqlite3.OperationalError, match="no such function"):
+        await database.all(select(func.nonsense()))
     await database.close()
 
 

@@ -26,6 +26,8 @@ DEFAULTS_IN_WORDS = {
     "CURSOR_SECRET": "the shared secrets",
     "LOCAL_ACCOUNTS": "true when nothing says who signs",
     "LOG_FORMAT": "`console`",
+    "METRICS_PORT": "none",
+    "METRICS_TOKEN": "none",
 }
 
 

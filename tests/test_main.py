@@ -1,9 +1,12 @@
 import asyncio
+import contextlib
 import json
 import shlex
 import socket
+import sqlite3
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -11,7 +14,7 @@ import jwt
 import pytest
 
 from tests.conftest import SECRET
-from tests.postgres import Server, free_port
+from tests.postgres import Server, free_port, own_server
 from tests.service import PROJECT, run, running_service
 
 MAIN = str(PROJECT / "main.py")
@@ -196,6 +199,59 @@ def test_a_port_that_is_taken_ends_the_start(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "address already in use" in done.stderr
     assert "curl" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kept", "clause"),
+    [(0, "names a file that is not a SQLite database"), (100, "names a SQLite database that is damaged")],
+)
+def test_a_damaged_file_ends_the_start_with_a_sentence(tmp_path: Path, kept: int, clause: str) -> None:
+    path = tmp_path / "data" / "tasks.db"
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE task (id INTEGER)")
+    content = path.read_bytes()[:kept] + b"\xff" * 8192  # the first 100 bytes say what it is
+    path.write_bytes(content)
+
+    done = run(tmp_path, MAIN)
+
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"DATABASE_URL: {clause}: {path}"]
+    assert path.read_bytes() == content
+
+
+def test_a_database_that_is_away_is_migrated_when_it_comes(tmp_path: Path) -> None:
+    port, database_port = free_port(), free_port()
+    settings = {
+        "DATABASE_URL": f"postgresql://postgres@127.0.0.1:{database_port}/postgres",
+        "BETTER_AUTH_SECRET": SECRET,
+        "MIGRATE_ON_START": "true",
+    }
+    address = f"http://127.0.0.1:{port}"
+    with running_service(tmp_path, PORT=str(port), **settings) as service:
+        service.wait_for(address)
+        assert httpx.get(f"{address}/health/ready").status_code == 503
+
+        with own_server(database_port):
+            for _ in range(300):
+                if httpx.get(f"{address}/health/ready").status_code == 200:
+                    break
+                time.sleep(0.1)
+            assert httpx.get(f"{address}/health/ready").status_code == 200
+
+        assert "Traceback" not in service.logged
+        assert 1 <= service.logged.count("cannot be migrated yet") <= 6
+        assert service.stop() == 0
+
+
+def test_waiting_for_the_database_keeps_nobody_from_stopping(tmp_path: Path) -> None:
+    port = free_port()
+    settings = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/nowhere", "BETTER_AUTH_SECRET": SECRET}
+    with running_service(tmp_path, PORT=str(port), MIGRATE_ON_START="true", **settings) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+
+        assert service.stop() == 0
+    assert "Traceback" not in service.logged
 
 
 def test_importing_main_reads_no_settings(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ BODY = {"408", "413", "415"}
 TASKS = "/api/{user_id}/tasks"
 OPERATIONS = {
     "health": ("get", "/health", {"200"}),
+    "ready": ("get", "/health/ready", {"200", "503"}),
     "list_tasks": ("get", TASKS, {"200"} | EVERY_TASK),
     "create_task": ("post", TASKS, {"201", "409"} | BODY | EVERY_TASK),
     "complete_tasks": ("patch", TASKS, {"200"} | BODY | EVERY_TASK),
@@ -40,6 +41,7 @@ PARAMETERS_OF_A_FILTER = {
 }  # fmt: skip
 PARAMETERS = {
     "health": set(),
+    "ready": set(),
     "list_tasks": PARAMETERS_OF_A_FILTER | {"sort", "sort_by", "order", "limit", "cursor", "count"},
     "create_task": {"user_id", "Idempotency-Key"},
     "complete_tasks": PARAMETERS_OF_A_FILTER,
@@ -242,7 +244,7 @@ def test_no_title_repeats_a_name(document: dict[str, Any]) -> None:
 
 def test_every_task_operation_asks_for_the_bearer_token(document: dict[str, Any]) -> None:
     for operation in _operations(document):
-        is_open = operation["operationId"] == "health"
+        is_open = operation["operationId"] in ("health", "ready")
         assert operation.get("security", []) == ([] if is_open else [{"bearer": []}])
     scheme = document["components"]["securitySchemes"]["bearer"]
     assert (scheme["type"], scheme["scheme"], scheme["bearerFormat"]) == ("http", "bearer", "JWT")
@@ -255,6 +257,7 @@ def test_a_password_is_another_way_to_a_token(document_with_accounts: dict[str, 
 
     assert {name for name, schemes in secured.items() if schemes is None} == {
         "health",
+        "ready",
         "sign_up",
         "sign_in",
         "grant_token",

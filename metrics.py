@@ -1,0 +1,147 @@
+"""What is counted and timed, for Prometheus: by each process for itself (docs/operations.md explains it)."""
+
+from collections.abc import Callable, Iterator
+
+import prometheus_client
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
+VALUES_MAX = 32  # of one label; a server that keeps a million series is no use to anybody
+OTHER = "other"
+METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+# A third more series, which nobody asks for.
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # not annotated
+
+
+class Labelled:
+    """A counter with one label, whose values are few even if a caller forgets where they come from."""
+
+    def __init__(self, name: str, documentation: str, label: str) -> None:
+        self._counter = Counter(name, documentation, [label])
+        self._children: dict[str, Counter] = {}
+
+    def count(self, value: str) -> None:
+        child = self._children.get(value)
+        if child is None:
+            child = self._add(value if len(self._children) < VALUES_MAX else OTHER)
+        child.inc()
+
+    def _add(self, value: str) -> Counter:
+        if value not in self._children:
+            self._children[value] = self._counter.labels(value)
+        return self._children[value]
+
+
+class Timed:
+    """A histogram of seconds with one label; looking a child up here costs a tenth of what `labels` does."""
+
+    def __init__(self, name: str, documentation: str, label: str) -> None:
+        self._histogram = Histogram(name, documentation, [label], buckets=_SECONDS)
+        self._children: dict[str, Histogram] = {}
+
+    def observe(self, value: str, seconds: float) -> None:
+        child = self._children.get(value)
+        if child is None:
+            child = self._children[value] = self._histogram.labels(value)
+        child.observe(seconds)
+
+
+_requests = Counter(
+    "http_requests", "Requests answered, by route, method and status.", ["route", "method", "status"]
+)
+_requests_children: dict[tuple[str, str, int], Counter] = {}
+_durations = Timed("http_request_duration_seconds", "Time to answer a request, by route.", "route")
+requests_in_flight = Gauge("http_requests_in_flight", "Requests that are being answered.")
+
+_refused_tokens = Labelled("tokens_refused", "Tokens that were not accepted, by reason.", "reason")
+_failed_sign_ins = Labelled("sign_ins_failed", "Sign-ins to local accounts that failed, by reason.", "reason")
+_rate_limited = Labelled("requests_rate_limited", "Requests refused for their number, by limit.", "limit")
+_key_fetches = Labelled("key_fetches", "Attempts to fetch the issuer's keys, by outcome.", "outcome")
+_unavailable = Labelled("database_unavailable", "Statements that could not be run, by reason.", "reason")
+_statements = Timed(
+    "database_statement_duration_seconds", "Time from sending a statement to its rows.", "statement"
+)
+
+
+def request_answered(route: str, method: str, status: int, seconds: float) -> None:
+    """Count and time a request; *route* is a template, never an address."""
+    key = (route, method, status)
+    child = _requests_children.get(key)
+    if child is None:
+        known = method if method in METHODS else OTHER
+        child = _requests_children[route, known, status] = _requests.labels(route, known, status)
+    child.inc()
+    _durations.observe(route, seconds)
+
+
+def token_refused(reason: str) -> None:
+    _refused_tokens.count(reason)
+
+
+def sign_in_failed(reason: str) -> None:
+    _failed_sign_ins.count(reason)
+
+
+def rate_limited(limit: str) -> None:
+    """Count a request that the limit called *limit* refused."""
+    _rate_limited.count(limit)
+
+
+def keys_fetched(*, ok: bool) -> None:
+    _key_fetches.count("ok" if ok else "failed")
+
+
+def database_unavailable(reason: str) -> None:
+    _unavailable.count(reason)
+
+
+def statement_ran(name: str, seconds: float) -> None:
+    _statements.observe(name, seconds)
+
+
+class _Connections(Collector):
+    """The database connections of the service in this process, asked for when somebody looks."""
+
+    usage: Callable[[], dict[str, int]] | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "database_connections", "Connections in use and idle, and who waits for one.", labels=["state"]
+        )
+        for state, number in (self.usage() if self.usage else {}).items():
+            family.add_metric([state], number)
+        yield family
+
+
+_connections = _Connections()
+REGISTRY.register(_connections)
+
+
+def watch_connections(usage: Callable[[], dict[str, int]]) -> None:
+    """Report what *usage* returns: how many connections are in which state."""
+    _connections.usage = usage
+
+
+def render() -> bytes:
+    """Return all metrics in Prometheus' text format."""
+    return prometheus_client.generate_latest(REGISTRY)
+
+
+def serve(host: str, port: int) -> Callable[[], None]:
+    """Serve the metrics at a port of their own, on a thread, and return what ends that.
+
+    Raises:
+        OSError: the port cannot be had.
+    """
+    server, thread = prometheus_client.start_http_server(port, host)
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return stop

@@ -1,0 +1,28 @@
+"""/metrics: what Prometheus reads, for who has the token or, in development, sits at this machine."""
+
+import ipaddress
+import secrets
+
+from fastapi import APIRouter, Request, Response
+from starlette.exceptions import HTTPException
+
+import metrics
+from errors import Unauthorized
+from middleware.auth import bearer_token
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.get("/metrics")
+async def get_metrics(request: Request) -> Response:
+    token: str | None = request.app.state.metrics_token
+    if token is None and not _is_loopback(request):
+        raise HTTPException(404)
+    if token is not None and not secrets.compare_digest(bearer_token(request).encode(), token.encode()):
+        raise Unauthorized("The token is not the one for metrics")
+    return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)
+
+
+def _is_loopback(request: Request) -> bool:
+    # Without a peer it is a socket in the file system, behind which is a proxy.
+    return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback

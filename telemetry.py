@@ -1,0 +1,49 @@
+"""Traces by OpenTelemetry: the framework's own, switched on by the variables of its specification."""
+
+import importlib.util
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from fastapi.telemetry import TelemetryConfig
+
+PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter")
+SIGNALS = ("TRACES", "METRICS")
+PROBES = ("/health", "/health/ready", "/metrics")
+
+
+def is_wanted(environment: Mapping[str, str]) -> bool:
+    """Return whether *environment* asks for anything to be sent anywhere."""
+    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    exporters = (environment.get(f"OTEL_{signal}_EXPORTER", "").strip().lower() for signal in SIGNALS)
+    return _has_endpoint(environment) or any(exporter not in ("", "none") for exporter in exporters)
+
+
+def hindrance(environment: Mapping[str, str]) -> str | None:
+    """Return why nothing can be sent, as a sentence for whoever starts the service."""
+    if not all(importlib.util.find_spec(package) for package in PACKAGES):
+        return "OpenTelemetry is asked for, but its packages are missing: uv sync --group telemetry"
+    if not _has_endpoint(environment):
+        return "OpenTelemetry is asked for, but OTEL_EXPORTER_OTLP_ENDPOINT does not say where to send to"
+    return None
+
+
+def configuration(*, on: bool) -> TelemetryConfig:
+    """Return what the framework shall do. Logs stay ours: its own would hold what clients have sent."""
+    return {
+        "tracing": on,
+        "metrics": on,
+        "logs": False,
+        "operation_spans": False,
+        "auto_configure": on,
+        "exclude": _is_probe,
+    }
+
+
+def _has_endpoint(environment: Mapping[str, str]) -> bool:
+    names = ("", *(f"_{signal}" for signal in SIGNALS))
+    return any(environment.get(f"OTEL_EXPORTER_OTLP{name}_ENDPOINT") for name in names)
+
+
+def _is_probe(scope: MutableMapping[str, Any]) -> bool:
+    return scope["path"] in PROBES

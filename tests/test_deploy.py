@@ -1,0 +1,169 @@
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
+import httpx
+import pytest
+
+import db
+from main import create_app, migrate
+from tests.conftest import Person, person, running, settings_for
+from tests.postgres import Server, own_server
+from tests.test_migrations import BETTER_AUTH_TABLES, OUR_TABLES
+
+DEPLOY = (Path(__file__).parent.parent / "docs" / "deploy.md").read_text()
+PASSWORD = "correct horse battery"
+
+
+def sql(title: str) -> str:
+    (block,) = re.findall(rf"^```sql {title}\n(.*?)^```", DEPLOY, re.MULTILINE | re.DOTALL)
+    return str(block)
+
+
+def url_as(role: str, url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{role}@{parts.hostname}:{parts.port}").geturl()
+
+
+async def execute(url: str, statements: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statements)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture(scope="module")
+async def url() -> AsyncIterator[str]:
+    """A database that was set up as the guide says, beside Better Auth's tables."""
+    with own_server() as server:
+        await server.execute("CREATE DATABASE tasks")
+        url = server.url_of("tasks")
+        for table in BETTER_AUTH_TABLES:
+            await execute(url, f'CREATE TABLE "{table}" (id TEXT PRIMARY KEY)')
+        await execute(url, sql("before migrating"))
+        migration = url_as("tasks_migration", url)
+        await asyncio.to_thread(migrate, db.connect(migration, pool_size=1))
+        await execute(migration, sql("after migrating"))
+        yield url
+
+
+async def every_operation(client: httpx.AsyncClient, alice: Person) -> set[tuple[str, str]]:
+    """Do every operation once and return which, by route."""
+    done: set[tuple[str, str]] = set()
+
+    async def send(method: str, path: str, route: str, **options: Any) -> Any:
+        answer = await alice.send(method, path, **options)
+        assert answer.is_success, answer.text
+        done.add((method, route))
+        return answer.json() if answer.content else None
+
+    tasks, one = "/api/{user_id}/tasks", "/api/{user_id}/tasks/{task_id}"
+    task = await send("POST", "", tasks, json={"title": "Buy milk", "tags": ["a"]})
+    for _ in range(2):
+        await send("POST", "", tasks, json={"title": "Once"}, headers={"Idempotency-Key": "a"})
+    series = {"title": "Water", "due_date": "2026-11-21", "recurring": "daily"}
+    again = await send("POST", "", tasks, json=series)
+    await send("PATCH", f"/{again['id']}/complete", f"{one}/complete", json={"completed": True})
+    await send("PATCH", f"/{task['id']}/complete", f"{one}/complete")
+    await send("GET", f"/{task['id']}", one)
+    await send("PUT", f"/{task['id']}", one, json={"title": "Buy bread"})
+    await send("PATCH", f"/{task['id']}", one, json={"priority": "high"})
+    await send("GET", "?search=bread&count=true&sort=due_date", tasks)
+    await send("GET", "/stats", f"{tasks}/stats")
+    operations = [
+        {"op": "create", "task": {"title": "Bulk"}},
+        {"op": "update", "id": task["id"], "changes": {"title": "Buy both"}},
+        {"op": "delete", "id": again["id"]},
+    ]
+    await send("POST", "/bulk", f"{tasks}/bulk", json={"operations": operations})
+    await send("PATCH", "?status=pending", tasks, json={"completed": True})
+    await send("DELETE", f"/{task['id']}", one)
+    await send("DELETE", "?status=completed", tasks)
+
+    account = {"email": f"{alice.user_id}@example.com", "password": PASSWORD}
+    auth = "/api/auth"
+    created = await send(
+        "POST", f"{auth}/sign-up/email", f"{auth}/sign-up/email", json=account | {"name": "A"}
+    )
+    await send("POST", f"{auth}/sign-in/email", f"{auth}/sign-in/email", json=account)
+    await send("POST", f"{auth}/sign-out", f"{auth}/sign-out")
+    bearer = {"Authorization": f"Bearer {created['token']}"}
+    await send("GET", f"{auth}/token", f"{auth}/token", headers=bearer)
+    await send("GET", f"{auth}/get-session", f"{auth}/get-session", headers=bearer)
+    form = {"grant_type": "password", "username": account["email"], "password": PASSWORD}
+    assert (await client.post(f"{auth}/token", data=form)).is_success
+    for path in ("/health", "/health/ready"):
+        assert (await client.get(path)).status_code == 200
+    return done | {("POST", f"{auth}/token"), ("GET", "/health"), ("GET", "/health/ready")}
+
+
+async def test_the_services_role_can_do_every_operation(url: str) -> None:
+    settings = settings_for(url_as("tasks_service", url), migrate_on_start=False, local_accounts=True)
+    app = create_app(settings)
+    async with running(app) as client:
+        done = await every_operation(client, person("alice", client))
+
+    documented = app.openapi()["paths"].items()
+    assert done == {(method.upper(), path) for path, methods in documented for method in methods}
+
+
+async def test_the_services_role_can_do_nothing_else(url: str) -> None:
+    service = url_as("tasks_service", url)
+    forbidden = [
+        "CREATE TABLE more (id int)",
+        "UPDATE task_schema_version SET version_num = '9999'",
+        "UPDATE local_account SET password_hash = ''",
+        "DELETE FROM local_account",
+        "UPDATE idempotency_key SET answer = ''",
+        *(f"DROP TABLE {table}" for table in OUR_TABLES),
+        *(f"ALTER TABLE {table} ADD COLUMN more int" for table in OUR_TABLES),
+        *(f"TRUNCATE {table}" for table in OUR_TABLES),
+        *(f'SELECT * FROM "{table}"' for table in BETTER_AUTH_TABLES),
+        *(f'DELETE FROM "{table}"' for table in BETTER_AUTH_TABLES),
+    ]
+    for statement in forbidden:
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await execute(service, statement)
+
+
+async def test_the_migrations_role_cannot_read_other_tables_either(url: str) -> None:
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await execute(url_as("tasks_migration", url), 'SELECT * FROM "user"')
+
+
+async def test_the_roles_settings_hold(url: str) -> None:
+    connection = await asyncpg.connect(url_as("tasks_service", url))
+    assert await connection.fetchval("SHOW statement_timeout") == "5s"
+    await connection.close()
+
+
+async def test_a_grant_that_is_missing_is_a_503(url: str) -> None:
+    migration = url_as("tasks_migration", url)
+    await execute(migration, "REVOKE SELECT ON task FROM tasks_service")
+    async with running(
+        create_app(settings_for(url_as("tasks_service", url), migrate_on_start=False))
+    ) as client:
+        answer = await person("alice", client).get()
+    await execute(migration, sql("after migrating"))
+
+    assert answer.status_code == 503
+
+
+async def test_the_key_that_citus_needs_changes_nothing_for_us(postgres: Server) -> None:
+    name = await postgres.create_database()
+    url = postgres.url_of(name)
+    await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
+    await execute(url, sql("before distributing"))
+
+    async with running(create_app(settings_for(url, local_accounts=True))) as client:
+        await every_operation(client, person("alice", client))
+    await postgres.drop_database(name)
+
+
+def test_every_table_is_distributed() -> None:
+    assert set(re.findall(r"create_\w+_table\('(\w+)'", sql("distributing"))) == set(OUR_TABLES)

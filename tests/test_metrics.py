@@ -1,0 +1,275 @@
+import asyncio
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import asyncpg
+import httpx
+import pytest
+from prometheus_client import REGISTRY
+from prometheus_client.parser import text_string_to_metric_families
+
+import metrics
+from db import UNNAMED, compile_statement, connect
+from jwks import FetchedKeys
+from main import create_app
+from pool import Pool
+from tests.conftest import Person, person, raw_status, running, settings_for
+from tests.issuer import new_key, running_issuer
+from tests.postgres import Server, free_port
+from tests.service import PROJECT, run, running_service
+from tests.statements import every_statement
+from tests.test_access_log import Log, log, log_format  # noqa: F401 - fixtures
+
+TOKEN = "a-token-that-only-prometheus-knows-01"
+
+
+def value(name: str, text: bytes | None = None, **labels: str) -> float:
+    """Return what the metric *name* says, now or in *text*; what has not happened yet is 0."""
+    families = text_string_to_metric_families((text or metrics.render()).decode())
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+
+@pytest.fixture
+def risen() -> Callable[..., float]:
+    """Return by how much a metric has risen since the test began."""
+    before = metrics.render()
+    return lambda name, **labels: value(name, **labels) - value(name, before, **labels)
+
+
+async def test_requests_are_counted_by_template_method_and_status(
+    alice: Person, risen: Callable[..., float]
+) -> None:
+    labels = {"route": "/api/{user_id}/tasks/{task_id}", "method": "GET", "status": "404"}
+
+    for task_id in (1, 2, 3):
+        await alice.get(f"/{10**15 + task_id}")
+
+    assert risen("http_requests_total", **labels) == 3
+    assert risen("http_request_duration_seconds_count", route=labels["route"]) == 3
+    assert alice.user_id not in metrics.render().decode()
+
+
+async def test_what_is_not_there_makes_no_label_values(
+    client: httpx.AsyncClient, risen: Callable[..., float]
+) -> None:
+    word = secrets.token_hex(8)
+
+    await client.get(f"/{word}")
+    await client.get(f"/docs/assets/{word}")
+    await client.request(word.upper(), "/health")
+
+    assert risen("http_requests_total", route="unmatched", method="GET", status="404") == 2
+    assert risen("http_requests_total", route="/health", method="other", status="405") == 1
+    assert word not in metrics.render().decode().lower()
+
+
+async def test_a_trailing_slash_is_the_same_route(alice: Person, risen: Callable[..., float]) -> None:
+
+    await alice.get("/")
+
+    assert risen("http_requests_total", route="/api/{user_id}/tasks", method="GET") == 1
+
+
+async def test_a_crash_is_counted_and_no_longer_in_flight(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, risen: Callable[..., float]
+) -> None:
+    async def one(*_: object, **values: object) -> None:
+        raise RuntimeError("the cause")
+
+    app = create_app(settings_for(database_url))
+    async with running(app) as client:
+        monkeypatch.setattr(app.state.database, "one", one)
+        await person("alice", client).get("/1")
+
+    assert risen("http_requests_total", status="500") == 1
+    assert risen("http_requests_in_flight") == 0
+
+
+async def test_connections_in_use_and_who_waits_for_one_are_told(postgres: Server) -> None:
+    pool = Pool(lambda: asyncpg.connect(postgres.url), 2)
+    assert pool.usage == {"in use": 0, "idle": 0, "waiting": 0}
+    sleepers = [asyncio.create_task(pool.fetch("SELECT pg_sleep(0.3)", [])) for _ in range(5)]
+    await asyncio.sleep(0.2)
+
+    assert pool.usage == {"in use": 2, "idle": 0, "waiting": 3}
+    metrics.watch_connections(lambda: pool.usage)
+    assert value("database_connections", state="waiting") == 3
+
+    await asyncio.gather(*sleepers)
+    assert pool.usage == {"in use": 0, "idle": 2, "waiting": 0}
+    await pool.close()
+
+
+async def test_refused_tokens_are_counted_by_reason(
+    alice: Person, bob: Person, risen: Callable[..., float]
+) -> None:
+    reasons = ("Token signature is invalid", "Token is another user's")
+
+    await alice.get(headers={"Authorization": f"Bearer {alice.token[:-8]}AAAAAAAA"})
+    await bob.get(alice.tasks)
+
+    assert [risen("tokens_refused_total", reason=reason) for reason in reasons] == [1, 1]
+
+
+async def test_failed_sign_ins_are_counted_by_reason(database_url: str, risen: Callable[..., float]) -> None:
+    async with running(create_app(settings_for(database_url, local_accounts=True))) as client:
+        body = {"email": f"{secrets.token_hex(8)}@example.com", "password": "correct horse battery"}
+        assert (await client.post("/api/auth/sign-in/email", json=body)).status_code == 401
+
+    assert risen("sign_ins_failed_total", reason="unknown e-mail") == 1
+
+
+async def test_fetches_of_keys_are_counted(risen: Callable[..., float]) -> None:
+
+    async with running_issuer(new_key("EdDSA")) as issuer:
+        for url in (issuer.url, "http://127.0.0.1:1/jwks"):
+            keys = FetchedKeys(url)
+            await keys.open()
+            assert keys._fetching is not None
+            await keys._fetching
+            await keys.close()
+
+    assert risen("key_fetches_total", outcome="failed") == 1
+    assert risen("key_fetches_total", outcome="ok") == 1
+
+
+def test_limits_count_what_they_refuse(risen: Callable[..., float]) -> None:
+
+    metrics.rate_limited("user")
+
+    assert risen("requests_rate_limited_total", limit="user") == 1
+
+
+def test_the_values_of_a_label_are_few() -> None:
+    counter = metrics.Labelled(f"test_{secrets.token_hex(4)}", "For this test.", "reason")
+
+    for number in range(1000):
+        counter.count(str(number))
+
+    REGISTRY.unregister(counter._counter)
+    assert len(counter._children) == metrics.VALUES_MAX + 1
+    assert counter._children[metrics.OTHER]._value.get() == 1000 - metrics.VALUES_MAX
+
+
+async def test_statements_are_timed_by_their_purpose(alice: Person, risen: Callable[..., float]) -> None:
+    name = "database_statement_duration_seconds_count"
+    purposes = ("create_task", "get_task", "list_tasks", "delete_task")
+
+    task = await alice.create()
+    await alice.get(f"/{task['id']}")
+    await alice.get()
+    await alice.delete(f"/{task['id']}")
+
+    rises = [
+        risen(name, statement="create_task") + risen(name, statement="create_task_within_limit"),
+        *(risen(name, statement=purpose) for purpose in purposes[1:]),
+    ]
+    assert [rise >= 1 for rise in rises] == [True] * 4
+
+
+def test_every_statement_has_a_name_of_its_own() -> None:
+    dialect = connect("postgresql://user@host/name", pool_size=1).dialect
+    names = {compile_statement(statement, dialect).name for statement in every_statement()}
+
+    assert UNNAMED not in names
+    assert len(names) >= 20
+
+
+async def test_a_slow_statement_is_named_in_the_log_without_its_values(
+    database_url: str,
+    log: Log,  # noqa: F811 - the fixture
+) -> None:
+    async with running(create_app(settings_for(database_url, slow_statement_ms=0.001))) as client:
+        alice = person("alice", client)
+        answer = await alice.get(headers={"X-Request-ID": "slow-1"})
+        assert answer.status_code == 200
+
+    (line,) = [line for line in log.events("slow statement") if line["reason"] == "list_tasks"]
+    assert line["duration_ms"] > 0
+    assert line["request_id"] == "slow-1"
+    assert alice.user_id not in str(line)
+
+
+async def test_quick_statements_are_not_in_the_log(
+    database_url: str,
+    log: Log,  # noqa: F811 - the fixture
+) -> None:
+    async with running(create_app(settings_for(database_url, slow_statement_ms=60_000))) as client:
+        await person("alice", client).get()
+
+    assert log.events("slow statement") == []
+
+
+async def test_an_unavailable_database_is_counted_and_logged_with_the_requests_id(
+    log: Log,  # noqa: F811 - the fixture
+    risen: Callable[..., float],
+) -> None:
+    url = "postgresql://nobody@127.0.0.1:1/nowhere"
+    async with running(create_app(settings_for(url, migrate_on_start=False))) as client:
+        answer = await person("alice", client).get(headers={"X-Request-ID": "away-1"})
+
+    assert answer.status_code == 503
+    assert risen("database_unavailable_total", reason="ConnectionRefusedError") >= 1
+    assert "away-1" in [line.get("request_id") for line in log.events("database unavailable")]
+
+
+async def test_metrics_are_for_this_machine_while_nothing_is_configured(database_url: str) -> None:
+    app = create_app(settings_for(database_url))
+    for peer, status in (("127.0.0.1", 200), ("::1", 200), ("203.0.113.7", 404)):
+        transport = httpx.ASGITransport(app, client=(peer, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+            answer = await client.get("/metrics")
+        assert answer.status_code == status
+        if status == 200:
+            assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+            assert "process_resident_memory_bytes" in answer.text
+
+
+async def test_with_a_token_metrics_are_for_who_has_it(database_url: str) -> None:
+    app = create_app(settings_for(database_url, metrics_token=TOKEN, environment="production"))
+
+    async def status(*headers: tuple[bytes, bytes]) -> int:
+        return await raw_status(app, "GET", "/metrics", b"", *headers)
+
+    assert await status((b"authorization", f"Bearer {TOKEN}".encode())) == 200
+    assert await status() == 401
+    assert await status((b"authorization", f"Bearer {TOKEN}x".encode())) == 401
+    assert await status((b"authorization", "Bearer é".encode("latin-1"))) == 401
+
+
+@pytest.mark.parametrize(
+    "changes", [{"environment": "production"}, {"metrics": False}, {"metrics_port": 9_000}]
+)
+async def test_otherwise_there_are_none_at_the_services_port(
+    database_url: str, changes: dict[str, object]
+) -> None:
+    assert await raw_status(create_app(settings_for(database_url, **changes)), "GET", "/metrics") == 404
+
+
+async def test_switched_off_nothing_is_counted(database_url: str, risen: Callable[..., float]) -> None:
+
+    async with running(create_app(settings_for(database_url, metrics=False))) as client:
+        await client.get("/health")
+
+    assert risen("http_requests_total") == 0
+
+
+def test_a_port_of_their_own_needs_no_token_and_two_workers_do_not_quarrel(tmp_path: Path) -> None:
+    port, second, own = str(free_port()), str(free_port()), str(free_port())
+    with running_service(tmp_path, PORT=port, METRICS_PORT=own) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        assert 'route="/health"' in httpx.get(f"http://127.0.0.1:{own}/metrics").text
+        assert httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 404
+        (other := tmp_path / "other").mkdir()
+        with running_service(other, PORT=second, METRICS_PORT=own) as late:
+            late.wait_for(f"http://127.0.0.1:{second}")
+            assert "metrics are not served" in late.logged
+        assert service.stop() == 0
+
+
+def test_a_short_token_is_refused_at_start(tmp_path: Path) -> None:
+    done = run(tmp_path, str(PROJECT / "main.py"), METRICS_TOKEN="short")
+
+    assert done.stderr.splitlines() == ["METRICS_TOKEN: must be at least 32 characters"]
