@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+import counts
 import db
 import errors
 import jwks
@@ -25,7 +26,11 @@ from attempts import Attempts
 from config import Settings, load_settings, refuse
 from cursors import CursorSigner
 from middleware.access_log import AccessLogMiddleware
+from middleware.allowed_hosts import AllowedHostsMiddleware
 from middleware.cors import ProblemCORSMiddleware
+from middleware.head import HeadMiddleware
+from middleware.rate_limit import RateLimitMiddleware, RateLimits
+from middleware.security_headers import SecurityHeadersMiddleware
 from middleware.trailing_slash import TrailingSlashMiddleware
 from passwords import Passwords
 from routes import accounts, docs, health, tasks
@@ -42,7 +47,9 @@ def create_app(settings: Settings) -> FastAPI:
     """
     database = db.connect(settings.resolved_database_url, pool_size=settings.database_pool_size)
     keys = _keys(settings)
-    keeper = _account_keeper(settings)
+    storage = counts.connect(settings.rate_limit_storage_url)
+    rate_limits = RateLimits(storage, user=settings.rate_limit, anonymous=settings.rate_limit_anonymous)
+    keeper = _account_keeper(settings, Attempts(storage))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,6 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             await database.close()
+            await storage.close()
             if keys:
                 await keys.close()
             if keeper:
@@ -66,6 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Keeps people's tasks, each user's apart from every other's.",
         version="1.0.0",
         lifespan=lifespan,
+        openapi_url="/openapi.json" if settings.docs else None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -84,6 +93,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.task_limit = TaskLimit(settings.max_tasks_per_user)
     app.state.cursors = CursorSigner(settings.cursor_secrets)
     app.state.account_keeper = keeper
+    app.state.rate_limits = rate_limits
 
     errors.install(app)
     openapi.install(app, token_url=f"/api{accounts.TOKEN_PATH}" if keeper else None)
@@ -93,11 +103,17 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(accounts.router, prefix="/api")
         app.include_router(accounts.token_router, prefix="/api")
     app.include_router(health.router)
-    docs.install(app)
+    if settings.docs:
+        docs.install(app)
 
     # The last added is the outermost.
     app.add_middleware(TrailingSlashMiddleware)
+    app.add_middleware(RateLimitMiddleware, rate_limits=rate_limits)
+    if settings.hosts:
+        app.add_middleware(AllowedHostsMiddleware, hosts=settings.hosts)
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(AccessLogMiddleware, lines=settings.access_log)
+    app.add_middleware(SecurityHeadersMiddleware)
     app.add_middleware(ProblemCORSMiddleware, origins=settings.origins)
     return app
 
@@ -109,12 +125,12 @@ def _keys(settings: Settings) -> jwks.StaticKeys | jwks.FetchedKeys | None:
     return jwks.FetchedKeys(settings.resolved_jwks_url) if settings.resolved_jwks_url else None
 
 
-def _account_keeper(settings: Settings) -> accounts.AccountKeeper | None:
+def _account_keeper(settings: Settings, attempts: Attempts) -> accounts.AccountKeeper | None:
     if not settings.keeps_accounts:
         return None
     lifetime_s = settings.jwt_expiration_s
     issue = partial(tokens.issue, secret=settings.secrets[0], lifetime_s=lifetime_s, **settings.own_claims)
-    return accounts.AccountKeeper(Passwords(), Attempts(), issue, lifetime_s)
+    return accounts.AccountKeeper(Passwords(), attempts, issue, lifetime_s)
 
 
 def migrate(database: db.Database) -> None:
@@ -160,13 +176,14 @@ class _Server(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             with contextlib.suppress(OSError):  # nobody may be reading
-                print(_welcome(address, _token("alice", self._settings)), flush=True)
+                lines = _welcome(address, _token("alice", self._settings))
+                print("\n".join(lines if self._settings.docs else lines[1:]), flush=True)
 
 
-def _welcome(address: str, token: str) -> str:
+def _welcome(address: str, token: str) -> list[str]:
     curl = f"curl {address}/api/alice/tasks -H 'Authorization: Bearer {token}'"
     body = """-H 'Content-Type: application/json' -d '{"title": "Buy milk"}'"""
-    return f"{address}/docs\n{curl} {body}\n{curl}"
+    return [f"{address}/docs", f"{curl} {body}", curl]
 
 
 def _token(user_id: str, settings: Settings) -> str:
@@ -197,6 +214,9 @@ def main(arguments: list[str]) -> None:
         access_log=False,
         timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
         server_header=False,
+        # By itself uvicorn would believe whoever calls from this machine.
+        proxy_headers=bool(settings.proxies),
+        forwarded_allow_ips=settings.proxies,
     )
     server = _Server(config, settings)
     # uvicorn shuts down in order and then raises the signal again; to stop when asked is a success.

@@ -29,6 +29,7 @@ class UserAccess(HTTPBearer):
             Unauthorized: there is no acceptable token.
             Forbidden: the token is another user's.
             Unavailable: the issuer's keys cannot be fetched.
+            QuotaExceeded: the caller has sent too many requests.
         """
         claims = await verify(request, bearer_token(request))
         if claims.sub != user_id:
@@ -49,15 +50,18 @@ async def verify(request: Request, token: str) -> Claims:
     Raises:
         Unauthorized: it is not acceptable.
         Unavailable: the issuer's keys cannot be fetched.
+        QuotaExceeded: its user has sent too many requests.
     """
     verifier: Verifier = request.app.state.verifier
     try:
-        return await verifier.verify(token)
+        claims = await verifier.verify(token)
     except TokenInvalid as error:
         _log.warning("token refused", reason=str(error), request_id=request_id(request.scope))
         raise Unauthorized(str(error)) from error
     except jwks.KeysUnavailable as error:
         raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
+    await request.app.state.rate_limits.count_user(request.scope, claims.sub)
+    return claims
 
 
 def bearer_token(request: Request) -> str:

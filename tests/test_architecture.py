@@ -8,7 +8,7 @@ PROJECT = Path(__file__).parent.parent
 FLOORS = [
     {"strict_json"},
     {"config", "errors", "models", "jwks", "cursors", "logs", "database_url", "pool"}
-    | {"passwords", "attempts", "arrays", "recurring", "task_limit"},
+    | {"passwords", "attempts", "counts", "arrays", "recurring", "task_limit"},
     {"tokens", "schemas", "db", "openapi", "etags"},
     {"listing"},
     {"queries", "accounts"},

@@ -57,7 +57,7 @@ async def test_answers_and_errors_carry_the_headers(client: httpx.AsyncClient, a
     answers = [
         await alice.post(json={"title": "Buy milk"}, headers=origin),
         await alice.post(json={}, headers=origin),
-        await alice.get("/1", headers=origin),
+        await alice.get("/987654321", headers=origin),
         await client.get(alice.tasks, headers=origin),
         await client.get("/nope", headers=origin),
         await client.delete("/health", headers=origin),

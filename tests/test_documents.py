@@ -23,6 +23,8 @@ DEFAULTS_IN_WORDS = {
     "CURSOR_SECRET": "the shared secrets",
     "LOCAL_ACCOUNTS": "true when embedded",
     "LOG_FORMAT": "`console`",
+    "TRUSTED_PROXIES": "none",
+    "RATE_LIMIT_STORAGE_URL": "none",
 }
 
 
