@@ -1,7 +1,10 @@
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.responses import Response
+from starlette.types import Message
 
+from middleware.head import HeadMiddleware
 from tests.conftest import Person
 
 
@@ -39,6 +42,22 @@ async def test_head_is_no_method_where_get_is_none(alice: Person) -> None:
     answer = await alice.send("HEAD", "/1/complete")
 
     assert (answer.status_code, answer.headers["allow"], answer.content) == (405, "PATCH", b"")
+
+
+async def test_no_byte_of_a_body_is_sent() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "method": "HEAD"}
+    await HeadMiddleware(Response("a body"))(scope, receive, send)  # a client would drop it too
+
+    assert [message.get("body", b"") for message in sent] == [b"", b""]
+    assert (b"content-length", b"6") in sent[0]["headers"]
 
 
 def test_the_document_does_not_name_it(app: FastAPI) -> None:
