@@ -1,11 +1,11 @@
-"""How often somebody may fail: counted in memory, by what the caller says it is about."""
+"""How often somebody may fail, by what the caller says it is about."""
 
 import hashlib
 import math
 import time
 
 from limits import RateLimitItemPerMinute
-from limits.aio.storage import MemoryStorage
+from limits.aio.storage import Storage
 from limits.aio.strategies import FixedWindowRateLimiter
 
 FAILURES_MAX = 10
@@ -23,9 +23,8 @@ class TooManyAttempts(Exception):
 class Attempts:
     """Counts every attempt before it is made, so that it sees those made at once; a success forgets them."""
 
-    def __init__(self) -> None:
-        self.storage = MemoryStorage()
-        self._limiter = FixedWindowRateLimiter(self.storage)
+    def __init__(self, storage: Storage) -> None:
+        self._limiter = FixedWindowRateLimiter(storage)
         self._limit = RateLimitItemPerMinute(FAILURES_MAX, WINDOW_MIN)
 
     async def count(self, *about: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import ipaddress
 import os
 import re
 import secrets
@@ -26,6 +27,9 @@ _ALGORITHMS = frozenset(
     "HS256 EdDSA Ed25519 ES256 ES384 ES512 RS256 RS384 RS512 PS256 PS384 PS512".split()  # noqa: SIM905 - one line reads better
 )
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_RATE = re.compile(r"off|[1-9]\d{0,8}/([1-9]\d{0,3} ?)?(second|minute|hour|day)s?")
+# As in a Host header without its port (RFC 9110, section 7.2); a star stands for names below a domain.
+_HOST = re.compile(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]")
 
 
 def _lower(value: object) -> object:
@@ -102,8 +106,50 @@ def _algorithm_list(value: str) -> str:
     return value
 
 
+def _rate(value: str) -> str:
+    if not _RATE.fullmatch(value):
+        raise PydanticCustomError("rate", "must be off or look like 600/minute or 100/10 seconds")
+    return value
+
+
+def _redis_address(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        named = parts.hostname and parts.port != 0
+    except ValueError:
+        named = None
+    plain = re.fullmatch(r"rediss?://[^\s/?#]+(/\d{0,4})?", value)  # no options: the timeouts are ours
+    if not named or not plain:
+        raise PydanticCustomError("redis", "must look like redis://user:password@host:6379/0, or rediss://")
+    return value
+
+
+def _network_list(value: str) -> str:
+    for network in _parts(value):
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as error:
+            raise PydanticCustomError(
+                "network", "must be addresses or networks like 10.0.0.0/8, separated by commas"
+            ) from error
+    return value
+
+
+def _host_list(value: str) -> str:
+    hosts = _parts(value.lower())
+    if not hosts or not all(map(_HOST.fullmatch, hosts)):
+        raise PydanticCustomError(
+            "host", "must be names without a port, like api.example.com or *.example.com, separated by commas"
+        )
+    return value
+
+
+def _parts(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
 def _listed(value: str | None) -> frozenset[str]:
-    return frozenset(part.strip() for part in (value or "").split(",") if part.strip())
+    return frozenset(_parts(value or ""))
 
 
 def _origins(value: str) -> list[str]:
@@ -174,6 +220,26 @@ class Settings(BaseModel):
     shutdown_grace_s: int = Field(
         10, ge=0, le=3600, description="what has begun may finish within this time after SIGTERM"
     )
+    allowed_hosts: Annotated[str, AfterValidator(_host_list)] = Field(
+        "*", description="names in the `Host` header, separated by commas; `*.example.com` for all below it"
+    )
+    trusted_proxies: Annotated[str, AfterValidator(_network_list)] | None = Field(
+        None, description="whose `X-Forwarded-For` and `-Proto` count: addresses or networks"
+    )
+    # A front end that loads ten things at once may do so every second.
+    rate_limit: Annotated[str, BeforeValidator(_lower), AfterValidator(_rate)] = Field(
+        "600/minute", description="requests of one user; `off` for any number"
+    )
+    # All who share an office's address can sign in within the minute; each wrong token is one of them.
+    rate_limit_anonymous: Annotated[str, BeforeValidator(_lower), AfterValidator(_rate)] = Field(
+        "120/minute", description="requests of one client address without a valid token; `off` for any number"
+    )
+    rate_limit_storage_url: Annotated[str, AfterValidator(_redis_address)] | None = Field(
+        None,
+        repr=False,
+        description="`redis://…`, where several processes count together; else each by itself",
+    )
+    docs: bool = Field(True, description="serve `/docs` and `/openapi.json`")
     host: str = Field("127.0.0.1", description="address that `main.py` listens on")
     port: int = Field(8000, ge=0, le=65535, description="port that `main.py` listens on")
     debug: bool = Field(False, description="more log, never more in an answer")
@@ -318,6 +384,16 @@ class Settings(BaseModel):
         """Whether `/metrics` is on the main port: without a token in development, for this machine only."""
         local = self.environment == "development" and not self.metrics_port
         return self.metrics and bool(self.metrics_token or local)
+
+    @property
+    def hosts(self) -> list[str]:
+        """What a Host header may name; empty for anything."""
+        hosts = _parts(self.allowed_hosts.lower())
+        return [] if "*" in hosts else hosts
+
+    @property
+    def proxies(self) -> list[str]:
+        return _parts(self.trusted_proxies or "")
 
     @property
     def resolved_log_level(self) -> str:

@@ -117,8 +117,19 @@ class TooManyRequests(Problem):
     status = 429
     sentence = "Too many requests. Please try again later."
 
-    def __init__(self, *, retry_after_s: int) -> None:
-        super().__init__(headers={"Retry-After": str(retry_after_s)})
+    def __init__(self, *, retry_after_s: int, **members: Any) -> None:
+        super().__init__(headers={"Retry-After": str(retry_after_s)}, **members)
+
+
+class QuotaExceeded(TooManyRequests):
+    """More requests than a policy admits (draft-ietf-httpapi-ratelimit-headers-10, section 4)."""
+
+    def __init__(self, policy: str, *, retry_after_s: int) -> None:
+        super().__init__(retry_after_s=retry_after_s, **{"violated-policies": [policy]})
+
+    @classmethod
+    def members(cls) -> dict[str, Any]:
+        return {"type": "https://iana.org/assignments/http-problem-types#quota-exceeded"}
 
 
 class Unavailable(Problem):
@@ -258,9 +269,8 @@ PROBLEM_SCHEMA: dict[str, Any] = {
 def _allowed(app: FastAPI, path: str) -> list[str]:
     """Return the methods that *path* has; the framework names those of the first route only."""
     routes = [route for route in iter_route_contexts(app.routes) if isinstance(route.original_route, Route)]
-    return sorted(
-        {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
-    )
+    methods = {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
 def title(status: int) -> str:

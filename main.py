@@ -19,6 +19,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+import counts
 import db
 import errors
 import jwks
@@ -31,8 +32,12 @@ from attempts import Attempts
 from config import Settings, load_settings, refuse
 from cursors import CursorSigner
 from middleware.access_log import AccessLogMiddleware
+from middleware.allowed_hosts import AllowedHostsMiddleware
 from middleware.cors import ProblemCORSMiddleware
 from middleware.deadline import DeadlineMiddleware
+from middleware.head import HeadMiddleware
+from middleware.rate_limit import RateLimitMiddleware, RateLimits
+from middleware.security_headers import SecurityHeadersMiddleware
 from middleware.trailing_slash import TrailingSlashMiddleware
 from passwords import Passwords
 from protocol import Protocol
@@ -65,7 +70,9 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
     database.slow_statement_s = settings.slow_statement_ms / 1000
     readiness = Readiness(database)
     keys = _keys(settings)
-    keeper = _account_keeper(settings)
+    storage = counts.connect(settings.rate_limit_storage_url)
+    rate_limits = RateLimits(storage, user=settings.rate_limit, anonymous=settings.rate_limit_anonymous)
+    keeper = _account_keeper(settings, Attempts(storage))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -84,6 +91,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
                 migration.cancel()
             end_metrics()
             await database.close()
+            await storage.close()
             if keys:
                 await keys.close()
             if keeper:
@@ -94,6 +102,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
         summary="Keeps people's tasks, each user's apart from every other's.",
         version="1.0.0",
         lifespan=lifespan,
+        openapi_url="/openapi.json" if settings.docs else None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -114,6 +123,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
     app.state.task_limit = TaskLimit(settings.max_tasks_per_user)
     app.state.cursors = CursorSigner(settings.cursor_secrets)
     app.state.account_keeper = keeper
+    app.state.rate_limits = rate_limits
 
     errors.install(app)
     openapi.install(app, token_url=f"/api{accounts.TOKEN_PATH}" if keeper else None)
@@ -125,12 +135,18 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
     app.include_router(health.router)
     if settings.serves_metrics:
         app.include_router(metrics_route.router)
-    docs.install(app)
+    if settings.docs:
+        docs.install(app)
 
     # The last added is the outermost.
     app.add_middleware(TrailingSlashMiddleware)
+    app.add_middleware(RateLimitMiddleware, rate_limits=rate_limits)
+    if settings.hosts:
+        app.add_middleware(AllowedHostsMiddleware, hosts=settings.hosts)
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(DeadlineMiddleware, deadline_s=settings.request_deadline_s)
     app.add_middleware(AccessLogMiddleware, lines=settings.access_log, measures=settings.metrics)
+    app.add_middleware(SecurityHeadersMiddleware)
     app.add_middleware(ProblemCORSMiddleware, origins=settings.origins)
     return app
 
@@ -142,12 +158,12 @@ def _keys(settings: Settings) -> jwks.StaticKeys | jwks.FetchedKeys | None:
     return jwks.FetchedKeys(settings.resolved_jwks_url) if settings.resolved_jwks_url else None
 
 
-def _account_keeper(settings: Settings) -> accounts.AccountKeeper | None:
+def _account_keeper(settings: Settings, attempts: Attempts) -> accounts.AccountKeeper | None:
     if not settings.keeps_accounts:
         return None
     lifetime_s = settings.jwt_expiration_s
     issue = partial(tokens.issue, secret=settings.secrets[0], lifetime_s=lifetime_s, **settings.own_claims)
-    return accounts.AccountKeeper(Passwords(), Attempts(), issue, lifetime_s)
+    return accounts.AccountKeeper(Passwords(), attempts, issue, lifetime_s)
 
 
 async def _say_what_hinders(readiness: Readiness) -> None:
@@ -250,13 +266,14 @@ class _Server(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             with contextlib.suppress(OSError):  # nobody may be reading
-                print(_welcome(address, _token("alice", self._settings)), flush=True)
+                lines = _welcome(address, _token("alice", self._settings))
+                print("\n".join(lines if self._settings.docs else lines[1:]), flush=True)
 
 
-def _welcome(address: str, token: str) -> str:
+def _welcome(address: str, token: str) -> list[str]:
     curl = f"curl {address}/api/alice/tasks -H 'Authorization: Bearer {token}'"
     body = """-H 'Content-Type: application/json' -d '{"title": "Buy milk"}'"""
-    return f"{address}/docs\n{curl} {body}\n{curl}"
+    return [f"{address}/docs", f"{curl} {body}", curl]
 
 
 def _token(user_id: str, settings: Settings) -> str:
@@ -303,6 +320,9 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=settings.shutdown_grace_s,
         server_header=False,
         http=Protocol,
+        # By itself uvicorn would believe whoever calls from this machine.
+        proxy_headers=bool(settings.proxies),
+        forwarded_allow_ips=settings.proxies,
     )
     server = _Server(config, settings)
     # uvicorn shuts down in order and then raises the signal again; to stop when asked is a success.

@@ -39,9 +39,9 @@ OPERATIONS = ("one", "list", "create", "complete")
 LABELS = {"one": "GET one", "list": "GET list of 20", "create": "POST", "complete": "PATCH complete"}
 SERVERS: dict[str, tuple[str, dict[str, str]]] = {
     "floor": ("bench.floor:app", {}),
-    "this service": ("main:app", {"ACCESS_LOG": "false"}),
+    "this service": ("main:app", {"ACCESS_LOG": "false", "RATE_LIMIT": "off"}),
     "this service, default": ("main:app", {"ENVIRONMENT": "production"}),
-    "this service, SQLite": ("main:app", {"ACCESS_LOG": "false"}),
+    "this service, SQLite": ("main:app", {"ACCESS_LOG": "false", "RATE_LIMIT": "off"}),
     "the usual back end": ("bench.usual:app", {}),
 }
 TICKS = os.sysconf("SC_CLK_TCK")

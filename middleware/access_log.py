@@ -44,7 +44,11 @@ class AccessLogMiddleware:
             nonlocal status, size_bytes
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    *scope["state"].get("rate_limit", ()),  # here, so that crashes carry them too
+                ]
             else:
                 size_bytes += len(message.get("body", b""))
             await send(message)

@@ -30,6 +30,7 @@ class UserAccess(HTTPBearer):
             Unauthorized: there is no acceptable token.
             Forbidden: the token is another user's.
             Unavailable: the issuer's keys cannot be fetched.
+            QuotaExceeded: the caller has sent too many requests.
         """
         claims = await verify(request, bearer_token(request))
         if claims.sub != user_id:
@@ -51,6 +52,7 @@ async def verify(request: Request, token: str) -> Claims:
     Raises:
         Unauthorized: it is not acceptable.
         Unavailable: the issuer's keys cannot be fetched.
+        QuotaExceeded: its user has sent too many requests.
     """
     verifier: Verifier = request.app.state.verifier
     try:
@@ -62,6 +64,7 @@ async def verify(request: Request, token: str) -> Claims:
     except jwks.KeysUnavailable as error:
         raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
     request.scope.setdefault("state", {})["user_id"] = claims.sub  # for the line in the log
+    await request.app.state.rate_limits.count_user(request.scope, claims.sub)
     return claims
 
 

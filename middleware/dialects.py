@@ -105,7 +105,7 @@ def oauth_members(problem: Problem) -> dict[str, str]:
 
 
 def extending(handle: Handler, members: Callable[[Problem], dict[str, str]]) -> Handler:
-    """Return *handle* with *members* in every problem that does not bring its own."""
+    """Return *handle* with *members* in every problem, where it does not bring its own."""
 
     async def handle_and_extend(request: Request) -> Response:
         try:
@@ -115,7 +115,7 @@ def extending(handle: Handler, members: Callable[[Problem], dict[str, str]]) -> 
             problem.extensions = members(problem)
             raise problem from error
         except Problem as problem:
-            problem.extensions = problem.extensions or members(problem)
+            problem.extensions = members(problem) | problem.extensions
             raise
 
     return handle_and_extend

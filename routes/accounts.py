@@ -21,6 +21,7 @@ from attempts import Attempts, TooManyAttempts
 from db import Row
 from errors import (
     ContentTooLarge,
+    QuotaExceeded,
     RequestTimeout,
     TooManyRequests,
     Unauthorized,
@@ -51,6 +52,7 @@ from middleware.dialects import (
     oauth_members,
 )
 from middleware.direct_route import DirectRoute, read_body
+from middleware.rate_limit import client_address
 from models import is_email
 from passwords import Passwords, TooManyPasswords
 from schemas import (
@@ -104,7 +106,7 @@ class AccountKeeper:
             Unavailable: too many are waiting.
         """
         try:
-            with self.passwords.place(_client_address(request)):
+            with self.passwords.place(client_address(request.scope)):
                 yield
         except TooManyPasswords as error:
             raise Unavailable from error
@@ -187,9 +189,14 @@ BY_FORM: dict[str, Any] = {
 }
 
 router = APIRouter(
-    prefix="/auth", tags=["accounts"], route_class=BetterAuthRoute, responses=responses(Unavailable)
+    prefix="/auth",
+    tags=["accounts"],
+    route_class=BetterAuthRoute,
+    responses=responses(QuotaExceeded, Unavailable),
 )
-token_router = APIRouter(tags=["accounts"], route_class=OAuthRoute, responses=responses(Unavailable))
+token_router = APIRouter(
+    tags=["accounts"], route_class=OAuthRoute, responses=responses(QuotaExceeded, Unavailable)
+)
 
 
 @router.post(
@@ -199,6 +206,7 @@ token_router = APIRouter(tags=["accounts"], route_class=OAuthRoute, responses=re
 )
 async def sign_up(keeper: KeeperDep, request: Request, body: SignUp) -> Response:
     """Make an account and answer with a token of it. The `id` is the `user_id` of your tasks."""
+    await request.app.state.rate_limits.count_address(request.scope)
     if not is_email(body.email):
         raise MalformedEmail
     if _length(body.password) < PASSWORD_MIN:
@@ -276,11 +284,12 @@ async def grant_token(
 
 
 async def _sign_in(keeper: AccountKeeper, request: Request, email: str, password: str) -> Row:
+    await request.app.state.rate_limits.count_address(request.scope)
     if not is_email(email):
         raise InvalidEmail
     if _length(password) > PASSWORD_MAX:
         raise PasswordTooLong
-    about = (email.lower(), _client_address(request))
+    about = (email.lower(), client_address(request.scope))
     account = await accounts.account_of_email(request.app.state.database, email)
     try:
         # Nothing is counted that bcrypt does not slow down: so the counts, too, are bounded.
@@ -302,10 +311,6 @@ def _length(password: str) -> int:
     return len(password.encode("utf-16-le", errors="surrogatepass")) // 2
 
 
-def _client_address(request: Request) -> str:
-    return request.client.host if request.client else ""
-
-
 def _log_failure(request: Request, reason: str) -> None:
     metrics.sign_in_failed(reason)
     _log.warning("failed sign-in", reason=reason, request_id=request_id(request.scope))
@@ -325,7 +330,7 @@ def _session(request: Request, caller: Caller, lifetime_s: int) -> SessionOut:
         expires_at=_time(caller.claims.exp),
         created_at=created_at,
         updated_at=created_at,
-        ip_address=_client_address(request),
+        ip_address=request.client.host if request.client else "",
         user_agent=request.headers.get("user-agent", ""),
     )
 
@@ -340,4 +345,4 @@ def _with_session(answer: SignedUp) -> Response:
 
 def _json(answer: BaseModel | None, headers: dict[str, str] | None = None) -> Response:
     content = answer.model_dump_json(by_alias=True) if answer else "null"
-    return Response(content, 200, {"Cache-Control": "no-store", **(headers or {})}, "application/json")
+    return Response(content, 200, headers, "application/json")

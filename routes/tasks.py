@@ -24,6 +24,7 @@ from errors import (
     NotFound,
     PreconditionFailed,
     Problem,
+    QuotaExceeded,
     RequestTimeout,
     Unauthorized,
     Unavailable,
@@ -119,7 +120,7 @@ router = APIRouter(
     prefix="/{user_id}/tasks",
     tags=["tasks"],
     route_class=DirectRoute,
-    responses=responses(Unauthorized, Forbidden, Unprocessable, Unavailable),
+    responses=responses(Unauthorized, Forbidden, Unprocessable, QuotaExceeded, Unavailable),
 )
 
 

@@ -8,7 +8,7 @@ PROJECT = Path(__file__).parent.parent
 FLOORS = [
     {"strict_json", "metrics"},
     {"config", "errors", "models", "jwks", "cursors", "logs", "database_url", "pool"}
-    | {"telemetry", "passwords", "attempts", "arrays", "recurring", "task_limit"},
+    | {"telemetry", "passwords", "attempts", "counts", "arrays", "recurring", "task_limit"},
     {"tokens", "schemas", "db", "openapi", "etags", "protocol"},
     {"listing"},
     {"queries", "accounts", "readiness"},

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import limits
 import pytest
 
 import config
@@ -26,11 +27,18 @@ NOT_AN_INTEGER = "must be a valid integer, unable to parse string as an integer"
 NOT_A_BOOLEAN = "must be true or false"
 NOT_ORIGINS = "must be origins like https://app.example.com, separated by commas"
 NOT_AN_ADDRESS = "must be an address like https://app.example.com"
+NOT_A_RATE = "must be off or look like 600/minute or 100/10 seconds"
+NOT_REDIS = "must look like redis://user:password@host:6379/0, or rediss://"
+NOT_NETWORKS = "must be addresses or networks like 10.0.0.0/8, separated by commas"
+NOT_HOSTS = "must be names without a port, like api.example.com or *.example.com, separated by commas"
 NO_DATABASE = "DATABASE_URL: must be given in production"
 NO_SECRET = (
     "BETTER_AUTH_SECRET: must be given, the same as your front end's, or BETTER_AUTH_URL; "
     "only the embedded database in development makes a secret by itself"
 )
+
+RATES = ("RATE_LIMIT", "RATE_LIMIT_ANONYMOUS")
+NO_RATES = ("600", "0/minute", "-1/minute", "many/minute", "600/fortnight", "600/minute;5/second", "on")
 
 Refusal = Callable[..., list[str]]
 
@@ -177,6 +185,21 @@ def test_nothing_has_to_be_set(folder: Path) -> None:
         ("ENVIRONMENT", "staging", "must be 'development' or 'production'"),
         ("LOG_LEVEL", "loud", "must be 'debug', 'info', 'warning', 'error' or 'critical'"),
         ("LOG_FORMAT", "xml", "must be 'console' or 'json'"),
+        ("DOCS", "perhaps", NOT_A_BOOLEAN),
+        *((name, value, NOT_A_RATE) for name in RATES for value in NO_RATES),
+        ("RATE_LIMIT_STORAGE_URL", "memory://", NOT_REDIS),
+        ("RATE_LIMIT_STORAGE_URL", "redis://", NOT_REDIS),
+        ("RATE_LIMIT_STORAGE_URL", "redis://host:port", NOT_REDIS),
+        ("RATE_LIMIT_STORAGE_URL", "redis://host/zero", NOT_REDIS),
+        ("RATE_LIMIT_STORAGE_URL", "redis://host/0?socket_timeout=9", NOT_REDIS),
+        ("TRUSTED_PROXIES", "*", NOT_NETWORKS),
+        ("TRUSTED_PROXIES", "proxy.example.com", NOT_NETWORKS),
+        ("TRUSTED_PROXIES", "127.0.0.1,10.0.0.1/8", NOT_NETWORKS),
+        ("ALLOWED_HOSTS", ",", NOT_HOSTS),
+        ("ALLOWED_HOSTS", "https://api.example.com", NOT_HOSTS),
+        ("ALLOWED_HOSTS", "api.example.com:8000", NOT_HOSTS),
+        ("ALLOWED_HOSTS", "api.*.com", NOT_HOSTS),
+        ("ALLOWED_HOSTS", "::1", NOT_HOSTS),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(refusal: Refusal, name: str, value: str, clause: str) -> None:
@@ -671,3 +694,19 @@ def test_accounts_need_a_secret_and_hs256(
     refusal: Refusal, environment: dict[str, str], sentence: str
 ) -> None:
     assert refusal(LOCAL_ACCOUNTS="true", **environment) == [sentence]
+
+
+@pytest.mark.parametrize("rate", ["off", "OFF", "1/second", "600/minute", "5000/hours", "100/10 seconds"])
+def test_a_rate_is_a_number_and_a_time(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
+    monkeypatch.setenv("RATE_LIMIT", rate)
+
+    limit = load_settings().rate_limit
+
+    assert limit == "off" or limits.parse(limit).amount
+
+
+def test_any_host_among_the_allowed_is_any_host() -> None:
+    given = Settings(better_auth_secret=SECRET, allowed_hosts="API.example.com, *.example.com")
+
+    assert given.hosts == ["api.example.com", "*.example.com"]
+    assert given.model_copy(update={"allowed_hosts": "api.example.com,*"}).hosts == []

@@ -13,6 +13,8 @@ import httpx
 import pytest
 from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, expect, sync_playwright
 
+from main import create_app
+from tests.conftest import running, settings_for
 from tests.postgres import free_port
 from tests.service import PROJECT, run, running_service
 
@@ -26,6 +28,13 @@ async def test_the_root_leads_to_the_docs(client: httpx.AsyncClient) -> None:
 
     assert answer.status_code == 307
     assert answer.headers["location"] == "/docs"
+
+
+async def test_without_docs_there_is_nothing(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, docs=False))) as client:
+        for path in ("/", "/docs", "/docs/assets/swagger-ui.css", "/openapi.json"):
+            answer = await client.get(path)
+            assert answer.status_code == answer.json()["status"] == 404
 
 
 async def test_the_page_names_no_other_host(client: httpx.AsyncClient) -> None:

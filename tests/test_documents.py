@@ -28,6 +28,8 @@ DEFAULTS_IN_WORDS = {
     "LOG_FORMAT": "`console`",
     "METRICS_PORT": "none",
     "METRICS_TOKEN": "none",
+    "TRUSTED_PROXIES": "none",
+    "RATE_LIMIT_STORAGE_URL": "none",
 }
 
 

@@ -31,11 +31,11 @@ async def test_an_unknown_address_is_a_problem(client: httpx.AsyncClient) -> Non
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
-        ("POST", "/health", {"GET"}),
-        ("PUT", "/api/x/tasks", {"GET", "POST", "PATCH", "DELETE"}),
-        ("POST", "/api/x/tasks/1", {"GET", "PUT", "PATCH", "DELETE"}),
+        ("POST", "/health", {"GET", "HEAD"}),
+        ("PUT", "/api/x/tasks", {"GET", "HEAD", "POST", "PATCH", "DELETE"}),
+        ("POST", "/api/x/tasks/1", {"GET", "HEAD", "PUT", "PATCH", "DELETE"}),
         ("GET", "/api/x/tasks/1/complete", {"PATCH"}),
-        ("BREW", "/api/v1/x/tasks", {"GET", "POST", "PATCH", "DELETE"}),
+        ("BREW", "/api/v1/x/tasks", {"GET", "HEAD", "POST", "PATCH", "DELETE"}),
     ],
 )
 async def test_a_wrong_method_names_the_right_ones(

@@ -315,3 +315,24 @@ def test_nobody_has_to_read_what_is_printed(tmp_path: Path) -> None:
         service.wait_for(f"http://127.0.0.1:{port}")
 
         assert service.stop() in (0, 120)  # the latter is Python's, when its last output cannot be written
+
+
+def test_a_trusted_proxy_says_what_came_by_https(tmp_path: Path) -> None:
+    by_https = {"X-Forwarded-Proto": "https"}
+    told = []
+    for settings in ({}, {"TRUSTED_PROXIES": "127.0.0.1"}):
+        port = str(free_port())
+        with running_service(tmp_path, PORT=port, **settings) as service:
+            service.wait_for(f"http://127.0.0.1:{port}")
+            answer = httpx.get(f"http://127.0.0.1:{port}/health", headers=by_https)
+            told.append("strict-transport-security" in answer.headers)
+
+    assert told == [False, True]
+
+
+def test_without_docs_it_names_none(tmp_path: Path) -> None:
+    port = str(free_port())
+    with running_service(tmp_path, PORT=port, DOCS="false") as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+
+    assert [line.partition(" ")[0] for line in service.printed] == ["curl", "curl"]

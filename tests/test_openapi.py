@@ -13,7 +13,7 @@ from main import create_app
 from schemas import Bulk, TaskCreate
 from tests.conftest import Person, settings_for
 
-EVERY_TASK = {"401", "403", "422", "503"}
+EVERY_TASK = {"401", "403", "422", "429", "503"}
 BODY = {"408", "413", "415"}
 TASKS = "/api/{user_id}/tasks"
 OPERATIONS = {
@@ -55,7 +55,7 @@ PARAMETERS = {
     "complete_task": {"user_id", "task_id", "If-Match"},
 }
 # Beside X-Request-ID, which every answer has.
-HEADERS_OF_PROBLEMS = {"401": {"WWW-Authenticate"}, "503": {"Retry-After"}}
+HEADERS_OF_PROBLEMS = {"401": {"WWW-Authenticate"}, "429": {"Retry-After"}, "503": {"Retry-After"}}
 HEADERS = {
     ("list_tasks", "200"): {"Link", "X-Total-Count"},
     ("create_task", "201"): {"ETag", "Location", "Idempotent-Replayed"},
@@ -75,11 +75,11 @@ KEPT = Path(__file__).parent.parent / "openapi.json"
 
 BODY_ERRORS = {"408", "413", "415", "503"}
 ACCOUNT_OPERATIONS = {
-    "sign_up": ("post", "/api/auth/sign-up/email", {"200", "400", "422"} | BODY_ERRORS),
+    "sign_up": ("post", "/api/auth/sign-up/email", {"200", "400", "422", "429"} | BODY_ERRORS),
     "sign_in": ("post", "/api/auth/sign-in/email", {"200", "400", "401", "422", "429"} | BODY_ERRORS),
-    "get_token": ("get", "/api/auth/token", {"200", "401", "503"}),
-    "sign_out": ("post", "/api/auth/sign-out", {"200", "503"}),
-    "get_session": ("get", "/api/auth/get-session", {"200", "503"}),
+    "get_token": ("get", "/api/auth/token", {"200", "401", "429", "503"}),
+    "sign_out": ("post", "/api/auth/sign-out", {"200", "429", "503"}),
+    "get_session": ("get", "/api/auth/get-session", {"200", "429", "503"}),
     "grant_token": ("post", "/api/auth/token", {"200", "400", "429"} | BODY_ERRORS),
 }
 

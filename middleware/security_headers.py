@@ -1,0 +1,43 @@
+"""What every answer tells browsers not to do."""
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+CONTENT_POLICY = b"content-security-policy"
+HSTS = (b"strict-transport-security", b"max-age=31536000")  # a year; other names are not ours to decide on
+NO_STORE = (b"cache-control", b"no-store")
+NOTHING = (CONTENT_POLICY, b"default-src 'none'; frame-ancestors 'none'")
+ALWAYS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+)
+
+
+class SecurityHeadersMiddleware:
+    """Adds them to every answer; a page brings a content policy of its own, all else may load nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        added = _ADDED[scope["scheme"] == "https", scope["path"].startswith("/api/")]
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = message.get("headers", ())
+                brings_policy = any(name == CONTENT_POLICY for name, _ in own)
+                message["headers"] = [*own, *added] if brings_policy else [*own, *added, NOTHING]
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+# By whether the request came by https, and whether the answer is about somebody's tasks or account.
+_ADDED = {
+    (is_https, is_private): ALWAYS + (HSTS,) * is_https + (NO_STORE,) * is_private
+    for is_https in (False, True)
+    for is_private in (False, True)
+}

@@ -1,0 +1,138 @@
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+import counts
+from attempts import FAILURES_MAX, Attempts, TooManyAttempts
+from counts import KEYS_MAX, KEYS_SWEPT_MIN, TIMEOUT_S, LocalStorage, SharedStorage
+from tests.redis_server import Redis, running_redis
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    with running_redis(tmp_path) as redis:
+        yield redis
+
+
+@pytest.fixture
+async def shared(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SharedStorage]:
+    monkeypatch.setattr(counts, "RETRY_S", 0.3)
+    storage = SharedStorage(redis.url)
+    yield storage
+    await storage.close()
+
+
+async def test_a_key_is_counted_until_it_runs_out() -> None:
+    storage = LocalStorage()
+
+    assert [await storage.incr("alice", 0.05) for _ in range(3)] == [1, 2, 3]
+    assert await storage.incr("bob", 60) == 1
+
+    await asyncio.sleep(0.06)
+    assert await storage.incr("alice", 60) == 1
+
+
+async def test_what_has_run_out_is_not_kept() -> None:
+    storage = LocalStorage()
+    for number in range(KEYS_SWEPT_MIN):
+        await storage.incr(f"alice{number}", 0.001)
+    assert len(storage.storage) == KEYS_SWEPT_MIN
+
+    await asyncio.sleep(0.002)
+    await storage.incr("bob", 60)
+
+    assert (len(storage.storage), len(storage.expirations)) == (1, 1)
+
+
+async def test_a_flood_of_keys_takes_bounded_memory_and_time_for_each() -> None:
+    storage = LocalStorage()
+    started = time.process_time()
+    for number in range(3 * KEYS_MAX):
+        await storage.incr(f"alice{number}", 60)
+        assert len(storage.storage) <= KEYS_MAX
+
+    # Seen: 1.5 µs each; looking at every key every time would be milliseconds.
+    assert (time.process_time() - started) / (3 * KEYS_MAX) < 50e-6
+    assert await storage.incr(f"alice{3 * KEYS_MAX - 1}", 60) == 2  # the youngest are kept
+
+
+async def test_two_processes_count_together(redis: Redis, shared: SharedStorage) -> None:
+    other = SharedStorage(redis.url)
+
+    assert [await storage.incr("alice", 60) for storage in (shared, other, shared)] == [1, 2, 3]
+    await other.close()
+
+
+async def test_failed_attempts_are_counted_together_and_forgotten_together(
+    redis: Redis, shared: SharedStorage
+) -> None:
+    other = SharedStorage(redis.url)
+    here, there = Attempts(shared), Attempts(other)
+    for _ in range(FAILURES_MAX):
+        await here.count("alice@example.com")
+
+    with pytest.raises(TooManyAttempts) as refused:
+        await there.count("alice@example.com")
+    assert 890 <= refused.value.retry_after_s <= 900
+
+    await there.forget("alice@example.com")
+    await here.count("alice@example.com")
+    await other.close()
+
+
+async def test_without_redis_it_counts_on_by_itself_and_says_so_once(
+    redis: Redis, shared: SharedStorage
+) -> None:
+    assert await shared.incr("alice", 60) == 1
+    with capture_logs() as lines:
+        redis.kill()
+        assert [await shared.incr("alice", 60) for _ in range(20)] == list(range(1, 21))
+        await asyncio.sleep(0.4)
+        assert await shared.incr("alice", 60) == 21  # asked again, still gone
+
+        redis.start()
+        await asyncio.sleep(0.4)
+        assert [await shared.incr("alice", 60) for _ in range(3)] == [1, 2, 3]
+
+    assert [line["event"] for line in lines] == ["redis is gone", "redis is back"]
+
+
+async def test_a_frozen_redis_holds_nobody_and_confuses_no_answers(
+    redis: Redis, shared: SharedStorage
+) -> None:
+    people = [f"alice{number}" for number in range(50)]
+    before = await asyncio.gather(*(shared.incr(name, 60, amount) for amount, name in enumerate(people, 1)))
+
+    redis.freeze()
+    with capture_logs() as lines:
+        started = time.monotonic()
+        await asyncio.gather(*(shared.incr(name, 60) for name in people))
+        first_s = time.monotonic() - started
+        started = time.monotonic()
+        await asyncio.gather(*(shared.incr(name, 60) for name in people))
+        then_s = time.monotonic() - started
+    redis.thaw()
+    await asyncio.sleep(0.4)
+    await shared.incr("bob", 60)
+    after = await asyncio.gather(*(shared.get(name) for name in people))
+
+    assert before == list(range(1, 51))
+    assert first_s < TIMEOUT_S + 0.25
+    assert then_s < 0.1
+    assert [line["event"] for line in lines] == ["redis is gone"]
+    # What was sent before the freeze may have arrived since; never another key's count.
+    assert all(now - then in (0, 1, 2) for then, now in zip(before, after, strict=True))
+
+
+async def test_a_redis_that_is_not_there_yet_is_no_reason_not_to_start(tmp_path: Path) -> None:
+    storage = counts.connect("redis://:hunter2@127.0.0.1:1/0")
+    with capture_logs() as lines:
+        assert await storage.incr("alice", 60) == 1
+
+    assert [line["event"] for line in lines] == ["redis is gone"]
+    assert "hunter2" not in repr(lines)
+    await storage.close()
