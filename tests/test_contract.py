@@ -25,6 +25,8 @@ async def test_every_answer_is_as_the_document_says(
         "DATABASE_URL": database_url,
         "BETTER_AUTH_SECRET": SECRET,
         "ACCESS_LOG": "false",
+        "RATE_LIMIT": "off",
+        "RATE_LIMIT_ANONYMOUS": "off",
         "PORT": port,
     }
     with running_service(tmp_path, MIGRATE_ON_START="true", **settings) as service:

@@ -95,6 +95,7 @@ def settings_of(url: str) -> dict[str, str]:
         "BETTER_AUTH_SECRET": SECRET,
         "MIGRATE_ON_START": "true",
         "MAX_TASKS_PER_USER": "0",
+        "RATE_LIMIT": "off",
     }
 
 
