@@ -13,7 +13,7 @@ HEAD_MAX_BYTES = 64 * 1024  # four times the largest token
 HEAD_TIMEOUT_S = 10.0
 DRAIN_S = 1.0  # a client that has just been told nothing may have sent its next request already
 LINGER_S = 1.0  # for a client that is still sending
-OVERLOADED_PAUSE_S = 0.5  # a client that tries again at once costs more than it would to be served
+OVERLOADED_PAUSE_S = 1.0  # as Retry-After asks: who asks again at once costs as much as who is served
 
 _log = BoundedLog("http")
 

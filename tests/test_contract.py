@@ -68,7 +68,7 @@ async def test_nothing_of_another_user_can_be_reached(app: FastAPI, alice: Perso
 
 
 @pytest.mark.parametrize(
-    ("path", "allowed"), [("/stats", "GET"), ("/bulk", "POST"), ("/1", "DELETE, GET, PATCH, PUT")]
+    ("path", "allowed"), [("/stats", "GET, HEAD"), ("/bulk", "POST"), ("/1", "DELETE, GET, HEAD, PATCH, PUT")]
 )
 async def test_a_method_that_an_address_does_not_have_is_405(alice: Person, path: str, allowed: str) -> None:
     for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - set(allowed.split(", ")):

@@ -1,15 +1,19 @@
 """What arrives over a socket, byte by byte, at the service as its own process."""
 
+import asyncio
 import json
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 
-from protocol import HEAD_MAX_BYTES
-from tests.postgres import free_port
+import tokens
+from protocol import HEAD_MAX_BYTES, OVERLOADED_PAUSE_S
+from tests.conftest import SECRET
+from tests.postgres import Server, free_port
 from tests.service import running_service
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
@@ -158,3 +162,48 @@ def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path
             assert answer.startswith(b"HTTP/1.1 200")
             assert b"connection: close" in answer
         assert service.process.wait(5) == 0
+
+
+async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
+    tmp_path: Path, postgres: Server
+) -> None:
+    name, port = await postgres.create_database(), free_port()
+    code = "import main, pool; pool.WAITING_MAX_AT_LEAST = pool.WAITING_MAX_PER_CONNECTION = 0; main.main([])"
+    settings = {
+        "DATABASE_URL": postgres.url_of(name),
+        "DATABASE_POOL_SIZE": "1",
+        "BETTER_AUTH_SECRET": SECRET,
+        "MIGRATE_ON_START": "true",
+        "PORT": str(port),
+    }
+    token = tokens.issue("alice", SECRET, 900)
+    head = f"Host: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+    with running_service(tmp_path, "-c", code, **settings) as service:
+        await asyncio.to_thread(service.wait_for, f"http://127.0.0.1:{port}")
+        locking = await asyncpg.connect(postgres.url_of(name))
+        async with locking.transaction():
+            await locking.execute("LOCK TABLE task")
+            _, waiting = await _connected(port, b"GET /api/alice/tasks HTTP/1.1\r\n" + head)
+            await asyncio.sleep(0.2)  # now the only connection is taken
+            started = time.monotonic()
+            reader, writer = await _connected(port, b"GET /api/alice/tasks HTTP/1.1\r\n" + head)
+            refused, refused_s = await reader.readuntil(b"}"), time.monotonic() - started
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            answered, answered_s = await reader.read(65536), time.monotonic() - started
+        await locking.close()
+        for each in (waiting, writer):
+            each.close()
+    await postgres.drop_database(name)
+
+    assert refused.startswith(b"HTTP/1.1 503")
+    assert b"retry-after: 1\r\n" in refused.lower()
+    assert b"The service is busy" in refused
+    assert refused_s < 0.5
+    assert answered.startswith(b"HTTP/1.1 200")
+    assert answered_s >= OVERLOADED_PAUSE_S
+
+
+async def _connected(port: int, request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    return reader, writer
