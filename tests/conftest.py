@@ -85,6 +85,18 @@ async def database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
     await server.drop_database(name)
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+    """A database without tables, for one test."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'tasks.db'}"
+        return
+    server: Server = request.getfixturevalue("postgres")
+    name = await server.create_database()
+    yield server.url_of(name)
+    await server.drop_database(name)
+
+
 def settings_for(database_url: str, **changes: Any) -> Settings:
     return Settings.model_validate(
         {

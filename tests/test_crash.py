@@ -2,32 +2,19 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 import db
 import tokens
 from tests.conftest import SECRET
-from tests.postgres import Server, free_port
+from tests.postgres import free_port
 from tests.service import Service, running_service
 
 KILLS = 3
 CLIENTS = 8
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'tasks.db'}"
-        return
-    server: Server = request.getfixturevalue("postgres")
-    name = await server.create_database()
-    yield server.url_of(name)
-    await server.drop_database(name)
 
 
 async def test_a_killed_service_leaves_a_task_and_its_key_or_neither(url: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@ import asyncio
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,6 @@ from tests.test_errors import assert_problem
 from tests.test_migrations import _alembic
 
 ANSWERED_WITHIN_S = 2.0
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
-    """A database without tables."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'tasks.db'}"
-        return
-    server: Server = request.getfixturevalue("postgres")
-    name = await server.create_database()
-    yield server.url_of(name)
-    await server.drop_database(name)
 
 
 def unmigrated(url: str) -> FastAPI:

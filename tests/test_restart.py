@@ -14,7 +14,7 @@ import pytest
 
 import tokens
 from tests.conftest import SECRET
-from tests.postgres import Server, free_port
+from tests.postgres import free_port
 from tests.service import Service, running_service, running_service_on
 
 CLIENTS = 16
@@ -76,17 +76,6 @@ async def titles(address: str) -> list[str]:
             found += [task["title"] for task in answer.json()]
             path = answer.links.get("next", {}).get("url", "")
     return found
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'tasks.db'}"
-        return
-    server: Server = request.getfixturevalue("postgres")
-    name = await server.create_database()
-    yield server.url_of(name)
-    await server.drop_database(name)
 
 
 def settings_of(url: str) -> dict[str, str]:
