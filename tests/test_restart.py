@@ -148,7 +148,12 @@ async def test_four_processes_are_as_one(url: str, tmp_path: Path, listening: so
         async with loading(address) as load:
             await asyncio.sleep(2)
         kept = await titles(address)  # by cursors that another process has signed
-        answered = [service for service in services if "path=/api/alice/tasks" in service.logged]
+        # The kernel decides which process a connection goes to: with enough of them, not always the same.
+        for _ in range(200):
+            answered = [service for service in services if "path=/api/alice/tasks" in service.logged]
+            if len(answered) > 1:
+                break
+            await asyncio.gather(*(titles(address) for _ in range(8)))
 
     assert sorted(kept) == sorted(load.acknowledged)
     assert load.statuses == {201}
