@@ -21,6 +21,7 @@ import strict_json
 from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMediaType
 
 JSON = "application/json"
+NOT_ENCODED = "The request body must not be compressed"
 BODY_MAX_BYTES = 64 * 1024
 BODY_TIMEOUT_S = (
     5.0  # 64 KiB in that time is 105 kbit/s; less than a request's deadline, so it is the client's 408
@@ -157,6 +158,8 @@ def _body_reader(hint: Any, default: Any, patch_type: str | None) -> Reader:
             if default is not inspect.Parameter.empty:
                 return default
             raise RequestValidationError([{"type": "missing", "loc": ("body",)}])
+        if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise UnsupportedMediaType(NOT_ENCODED, headers={"Accept-Encoding": "identity"})
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if patch_type and media_type not in (patch_type, JSON):
             raise UnsupportedMediaType(headers={"Accept-Patch": f"{patch_type}, {JSON}"})

@@ -99,6 +99,14 @@ def test_contributors_read_the_floors_that_are_checked() -> None:
     assert [found - {"config"} for found in rooms] == [floor - {"config"} for floor in FLOORS]
 
 
+def test_security_names_tests_that_exist() -> None:
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", (PROJECT / "SECURITY.md").read_text()))
+    sources = "".join(path.read_text() for path in (PROJECT / "tests").glob("test_*.py"))
+
+    assert len(named) > 15
+    assert {name for name in named if f"def {name}(" not in sources} == set()
+
+
 def test_readme_maps_every_module() -> None:
     mapped = set(re.findall(r"`([a-z_]+\.py|[a-z]+/)`", README.partition("## Map\n")[2]))
     modules = {path.name for path in PROJECT.glob("*.py")}
