@@ -443,12 +443,9 @@ def _begin_immediately(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-_SIMPLE_LOWER = {0x03A3: 0x03C3, 0x0130: ord("i")}  # Σ and İ
-
-
 def _lower(value: str | None) -> str | None:
     # Character by character, as PostgreSQL does: Python looks around Σ and makes two characters of İ.
-    return value.translate(_SIMPLE_LOWER).lower() if value is not None else None
+    return value.replace("\u03a3", "\u03c3").replace("\u0130", "i").lower() if value is not None else None
 
 
 class _Translated:

@@ -1,6 +1,7 @@
 """Request and response bodies, built on the fields of `models.py`."""
 
 import re
+from collections.abc import Iterable
 from datetime import date, datetime
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
@@ -311,6 +312,10 @@ class Order(NamedTuple):
     descending: bool = True
 
 
+def _distinct(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
+
+
 class TaskFilter(BaseModel):
     """Which tasks. Several filters narrow one another down."""
 
@@ -337,10 +342,10 @@ class TaskFilter(BaseModel):
             states &= {self.completed}
         return Filter(
             frozenset(states),
-            tuple(f"{self.search} {self.q}".split()),
-            self.priority,
-            self.category,
-            self.tags,
+            _distinct(f"{self.search} {self.q}".split()),
+            _distinct(self.priority),
+            _distinct(self.category),
+            _distinct(self.tags),
             self.due_date_from,
             self.due_date_to,
         )
