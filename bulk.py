@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
+from sys import maxsize
 from typing import Any, Literal, NamedTuple
 
 import orjson
-from sqlalchemy import BigInteger, bindparam, delete, func, insert, not_, select, update
+from sqlalchemy import BigInteger, ColumnElement, bindparam, delete, func, insert, not_, select, update
 from sqlalchemy.sql.base import Executable
 
 import listing
@@ -15,8 +16,8 @@ from db import Row, named
 from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, PRIORITY
 from queries import NEXT_IS_OPEN, NOW, WRITABLE, Owner, new_task, successor
-from schemas import OPERATIONS_MAX, Complete, Create, Delete, Filter, Operation, Update
-from task_limit import TaskLimit
+from schemas import Complete, Create, Delete, Filter, Operation, Update
+from task_limit import TooManyTasks
 
 Kind = Literal["created", "changed", "deleted", "missing", "stale", "untimed", "full"]
 DONE = ("created", "changed", "deleted")
@@ -38,9 +39,7 @@ class Failed(Exception):
         self.index, self.outcome = index, outcome
 
 
-async def run(
-    owner: Owner, operations: Sequence[Operation], limit: TaskLimit, *, atomic: bool
-) -> list[Outcome]:
+async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) -> list[Outcome]:
     """Do *operations* in their order and return the outcome of each.
 
     Raises:
@@ -49,8 +48,8 @@ async def run(
     async with owner.transaction() as within:
         ids = sorted({operation.id for operation in operations if not isinstance(operation, Create)})
         rows = await within.all(_SELECT_FOR_UPDATE, ids=ids) if ids else []
-        creates = sum(isinstance(operation, Create) for operation in operations)
-        workbench = _Workbench(rows, await _room(within, limit) if creates else 0)
+        may_add = _may_add(operations, rows)
+        workbench = _Workbench(rows, await _room(within) if may_add else 0)
         outcomes = []
         for index, operation in enumerate(operations):
             outcome = workbench.apply(operation)
@@ -58,8 +57,8 @@ async def run(
                 raise Failed(index, outcome)
             outcomes.append(outcome)
         created = await _write(within, workbench)
-    if creates and limit.most:
-        limit.counted(owner.user_id, limit.most - workbench.room)
+    if may_add and owner.limit.most:
+        owner.limit.counted(owner.user_id, owner.limit.most - workbench.room)
     return [
         outcome if outcome.new is None else Outcome("created", created[outcome.new]) for outcome in outcomes
     ]
@@ -72,7 +71,11 @@ async def delete_tasks(owner: Owner, wanted: Filter) -> int:
 
 
 async def complete_tasks(owner: Owner, wanted: Filter, *, completed: bool) -> int:
-    """Complete or reopen the tasks that *wanted* names and return how many that changed."""
+    """Complete or reopen the tasks that *wanted* names and return how many that changed.
+
+    Raises:
+        TooManyTasks: the next tasks of their series would be too many.
+    """
     shape, values = listing.shape_of(wanted), listing.values_of(wanted)
     now = datetime.now(UTC)
     if not completed:
@@ -81,6 +84,8 @@ async def complete_tasks(owner: Owner, wanted: Filter, *, completed: bool) -> in
         series = await within.all(_complete_all(shape, in_series=True), now=now, **values)
         others = await within.all(_complete_all(shape, in_series=False), now=now, **values)
         if next_tasks := list(filter(None, (successor(task, now) for task in series))):
+            if len(next_tasks) > await _room(within):
+                raise TooManyTasks(owner.limit.most)
             await within.all(_INSERT_ALL, records=_json(map(_record, next_tasks)))
     return len(series) + len(others)
 
@@ -115,13 +120,19 @@ class _Workbench:
                 return self._update(task, operation.changes.changes())
 
     def _create(self, fields: Mapping[str, Any]) -> Outcome:
-        if self.room <= 0:
-            return Outcome("full")
-        if _is_untimed(fields):
+        if self.room > 0 and _is_untimed(fields):
             return Outcome("untimed")
-        self.room -= 1
-        self.new.append(new_task(fields, self._now))
+        if not self._add(new_task(fields, self._now)):
+            return Outcome("full")
         return Outcome("created", new=len(self.new) - 1)
+
+    def _add(self, values: dict[str, Any]) -> bool:
+        """Add a row, unless there is no room for it."""
+        if self.room <= 0:
+            return False
+        self.room -= 1
+        self.new.append(values)
+        return True
 
     def _update(self, task: Row, changes: Mapping[str, Any]) -> Outcome:
         changed = {name: value for name, value in changes.items() if value != task[name]}
@@ -137,7 +148,8 @@ class _Workbench:
         completes = "completed" in changed and after["completed"]
         if completes and not after["succeeded"] and after["recurring"] and after["due_date"]:
             after["succeeded"] = True
-            self.new += filter(None, [successor(after, self._now)])
+            if (next_task := successor(after, self._now)) and not self._add(next_task):
+                return Outcome("full")
         self.rows[task["id"]] = after
         self.changed.add(task["id"])
         return Outcome("changed", _shown(after))
@@ -151,12 +163,21 @@ def _shown(task: Row) -> Row:
     return {column.name: task[column.name] for column in COLUMNS}
 
 
-async def _room(owner: Owner, limit: TaskLimit) -> int:
-    if not limit.most:
-        return OPERATIONS_MAX
+def _may_add(operations: Sequence[Operation], rows: Sequence[Row]) -> bool:
+    """Whether there may be new tasks, be it the next of a series."""
+    return any(row["recurring"] for row in rows) or any(
+        isinstance(operation, Create) or (isinstance(operation, Update) and operation.changes.recurring)
+        for operation in operations
+    )
+
+
+async def _room(owner: Owner) -> int:
+    """Return how many more tasks *owner* may have."""
+    if not owner.limit.most:
+        return maxsize
     count = await owner.one(_COUNT)
     assert count is not None  # noqa: S101 - an aggregate has one row
-    return limit.most - int(count["count"])
+    return owner.limit.most - int(count["count"])
 
 
 async def _write(owner: Owner, workbench: _Workbench) -> list[Row]:
@@ -206,22 +227,31 @@ def _completion(completed: bool) -> dict[str, Any]:
     }
 
 
+def _locked(shape: listing.Shape) -> list[ColumnElement[bool]]:
+    """Return what is true of the tasks in a list of *shape*, which are locked by it.
+
+    It is always in the order of their ids, so that no two requests wait for one another.
+    """
+    ids = select(TASKS.c.id).where(*listing.conditions(shape)).order_by(TASKS.c.id).with_for_update()
+    return [OWNED, TASKS.c.id.in_(ids)]
+
+
 @lru_cache(maxsize=128)
 def _delete_all(shape: listing.Shape) -> Executable:
-    statement = delete(TASKS).where(*listing.conditions(shape)).returning(TASKS.c.id)
+    statement = delete(TASKS).where(*_locked(shape)).returning(TASKS.c.id)
     return named("delete_tasks", statement)
 
 
 @lru_cache(maxsize=128)
 def _reopen_all(shape: listing.Shape) -> Executable:
-    statement = update(TASKS).where(*listing.conditions(shape), TASKS.c.completed)
+    statement = update(TASKS).where(*_locked(shape), TASKS.c.completed)
     return named("reopen_tasks", statement.values(_completion(False)).returning(TASKS.c.id))
 
 
 @lru_cache(maxsize=128)
 def _complete_all(shape: listing.Shape, *, in_series: bool) -> Executable:
     condition = NEXT_IS_OPEN if in_series else not_(NEXT_IS_OPEN)
-    statement = update(TASKS).where(*listing.conditions(shape), not_(TASKS.c.completed), condition)
+    statement = update(TASKS).where(*_locked(shape), not_(TASKS.c.completed), condition)
     if not in_series:
         return named("complete_tasks", statement.values(_completion(True)).returning(TASKS.c.id))
     values = _completion(True) | {"succeeded": True}
@@ -233,7 +263,7 @@ _SELECT_FOR_UPDATE = named(
     "lock_tasks",
     select(*COLUMNS, TASKS.c.series_day, TASKS.c.succeeded)
     .where(OWNED, _IDS)
-    .order_by(TASKS.c.id)  # always in the same order, so that no two wait for one another
+    .order_by(TASKS.c.id)
     .with_for_update(),
 )
 _DELETE_SOME = named("delete_some", delete(TASKS).where(OWNED, _IDS).returning(TASKS.c.id))

@@ -19,6 +19,8 @@ from starlette.types import Scope
 MEDIA_TYPE = "application/problem+json"
 # The names of RFC 9110, which Python's table knows only from 3.13 on.
 _TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
+SENTENCES_MAX = 10
+ERRORS_MAX = 100  # 100 operations with ten mistakes each would be an answer larger than its request
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._~+/=:-]{1,128}")
 
 
@@ -80,7 +82,7 @@ class Conflict(Problem):
     """What is asked for cannot be done now."""
 
     status = 409
-    sentence = "A request with this Idempotency-Key is still running"
+    sentence = "There would be more tasks than you may have"
 
 
 class PreconditionFailed(Problem):
@@ -109,8 +111,10 @@ class Unprocessable(Problem):
     status = 422
 
     def __init__(self, errors: list[FieldError], **members: Any) -> None:
-        sentences = (f"{_name(error)}: {error['detail']}" for error in errors)
-        super().__init__("; ".join(sentences), errors=errors, **members)
+        sentences = [f"{_name(error)}: {error['detail']}" for error in errors[:SENTENCES_MAX]]
+        if len(errors) > SENTENCES_MAX:
+            sentences.append(f"and {len(errors) - SENTENCES_MAX} more")
+        super().__init__("; ".join(sentences), errors=errors[:ERRORS_MAX], **members)
 
 
 class TooManyRequests(Problem):

@@ -5,7 +5,7 @@ import re
 from errors import Unprocessable
 
 _TAG = r'\s*(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*'
-_LIST = re.compile(f"{_TAG}(?:,{_TAG})*")  # a comma may stand in a tag, too
+_LIST = re.compile(rf"(?:\s*,)*{_TAG}(?:,(?:{_TAG}|\s*))*")  # commas may stand in a tag, too, and alone
 # The same for the OpenAPI document, in characters that every client can send.
 LIST_PATTERN = r'^(\*|(W/)?"[!#-~]*"(, ?(W/)?"[!#-~]*")*)$'
 _VERSION = re.compile("[1-9][0-9]{0,8}")

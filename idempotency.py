@@ -16,7 +16,6 @@ from db import ConstraintViolated, Row, named
 from errors import Unavailable
 from models import TIMESTAMP, IdempotencyKey
 from queries import NOW, Owner
-from task_limit import TaskLimit
 
 KEPT = timedelta(hours=24)
 ATTEMPTS = 2  # another request may answer just before the lock is ours
@@ -33,8 +32,8 @@ class KeyReused(Exception):
 
 
 async def create_task_once(
-    owner: Owner, fields: Mapping[str, Any], limit: TaskLimit, key: str, sent: Mapping[str, Any]
-) -> tuple[Row | None, bool]:
+    owner: Owner, fields: Mapping[str, Any], key: str, sent: Mapping[str, Any]
+) -> tuple[Row, bool]:
     """Create a task as `queries.create_task` does, or return what was answered to *key* before.
 
     *sent* is what makes the request the same: the fields that the client gave. The second value tells
@@ -43,11 +42,12 @@ async def create_task_once(
     Raises:
         KeyInUse: the first request is still running.
         KeyReused: the first request had another body.
+        TooManyTasks, ConstraintViolated: as `queries.create_task`.
     """
     fingerprint = hashlib.sha256(orjson.dumps(sent, option=orjson.OPT_SORT_KEYS)).hexdigest()
     for attempt in range(ATTEMPTS):
         try:
-            return await _create_or_repeat(owner, fields, limit, key, fingerprint)
+            return await _create_or_repeat(owner, fields, key, fingerprint)
         except ConstraintViolated as error:
             if error.name not in _TAKEN or attempt + 1 == ATTEMPTS:
                 raise
@@ -58,8 +58,8 @@ async def create_task_once(
 
 
 async def _create_or_repeat(
-    owner: Owner, fields: Mapping[str, Any], limit: TaskLimit, key: str, fingerprint: str
-) -> tuple[Row | None, bool]:
+    owner: Owner, fields: Mapping[str, Any], key: str, fingerprint: str
+) -> tuple[Row, bool]:
     now = datetime.now(UTC)
     async with owner.transaction() as within:
         found = await within.one(_LOCK_AND_FIND, key=key, expiry=now - KEPT)
@@ -72,10 +72,9 @@ async def _create_or_repeat(
             return orjson.loads(found["answer"]), True
         if found["any_expired"]:
             await within.one(_REMOVE_EXPIRED, expiry=now - KEPT)
-        row = await queries.create_task(within, fields, limit)
-        if row is not None:
-            answer = orjson.dumps(row, option=orjson.OPT_UTC_Z).decode()
-            await within.one(_KEEP, key=key, fingerprint=fingerprint, answer=answer, now=now)
+        row = await queries.create_task(within, fields)
+        answer = orjson.dumps(row, option=orjson.OPT_UTC_Z).decode()
+        await within.one(_KEEP, key=key, fingerprint=fingerprint, answer=answer, now=now)
     return row, False
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Annotated, Any, Literal, get_args
 
+from annotated_types import MaxLen
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -210,21 +211,8 @@ Category = Annotated[str, Length(0, CATEGORY_MAX)]
 Tag = Annotated[str, StringConstraints(strip_whitespace=True), Length(1, TAG_MAX)]
 
 
-class _EachOnce:
-    """Marks tags: few, and each once."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return handler(schema) | {"maxItems": TAGS_MAX}
-
-    def check(self, tags: list[str]) -> list[str]:
-        if len(tags) > TAGS_MAX:
-            raise PydanticCustomError("tags", f"must be at most {TAGS_MAX} tags")
-        return list(dict.fromkeys(tags))
+def _each_once(tags: list[str]) -> list[str]:
+    return list(dict.fromkeys(tags))
 
 
 def _day(value: object) -> object:
@@ -245,7 +233,7 @@ def _wall_clock(value: str) -> str:
 
 WALL_CLOCK = "([01][0-9]|2[0-3]):[0-5][0-9]"
 
-Tags = Annotated[list[Tag], _EachOnce()]
+Tags = Annotated[list[Tag], MaxLen(TAGS_MAX), AfterValidator(_each_once)]
 Day = Annotated[date, BeforeValidator(_day)]
 WallClock = Annotated[
     str, AfterValidator(_wall_clock), WithJsonSchema({"type": "string", "pattern": f"^{WALL_CLOCK}$"})

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any, get_args
 
@@ -38,7 +38,7 @@ from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, DAY, TAG_MAX, TIMESTAMP, Priority, TaskFields
 from recurring import next_due_date
 from schemas import STATS_TAGS_MAX, Filter, Order
-from task_limit import TaskLimit
+from task_limit import NO_LIMIT, TaskLimit, TooManyTasks
 
 WRITABLE = tuple(TaskFields.model_fields)
 SERIES_ATTEMPTS = 3  # others may change the task between two statements, but not for ever
@@ -59,10 +59,11 @@ class Stale(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A verified user, and the database that keeps their tasks. Every statement starts from one."""
+    """A verified user, the database that keeps their tasks, and how many. Every statement starts from one."""
 
     user_id: str
     db: Runner
+    limit: TaskLimit = NO_LIMIT
 
     async def one(self, statement: Executable, **values: Any) -> Row | None:
         return await self.db.one(statement, owner=self.user_id, **values)
@@ -75,18 +76,17 @@ class Owner:
         """Lend the same owner for statements that stand or fall together."""
         assert isinstance(self.db, Database)  # noqa: S101 - transactions are not nested
         async with self.db.transaction() as runner:
-            yield Owner(self.user_id, runner)
+            yield replace(self, db=runner)
 
 
-async def create_task(owner: Owner, fields: Mapping[str, Any], limit: TaskLimit) -> Row | None:
-    """Insert a task of *owner* and return it, or None when there are as many as *limit* allows."""
-    values = new_task(fields, datetime.now(UTC))
-    if limit.take(owner.user_id):
-        return await owner.one(_INSERT, **values)
-    row = await owner.one(_INSERT_WITHIN_LIMIT, most=limit.most, **values)
-    if row is not None:
-        limit.counted(owner.user_id, row.pop("count"))
-    return row
+async def create_task(owner: Owner, fields: Mapping[str, Any]) -> Row:
+    """Insert a task of *owner* and return it.
+
+    Raises:
+        TooManyTasks: there are as many as they may have.
+        ConstraintViolated: there would be a `due_time` without a `due_date`.
+    """
+    return await _insert(owner, new_task(fields, datetime.now(UTC)))
 
 
 async def get_task(owner: Owner, task_id: int) -> Row | None:
@@ -103,6 +103,7 @@ async def update_task(
     Raises:
         Stale: the task's version is not one of *versions*.
         ConstraintViolated: there would be a `due_time` without a `due_date`.
+        TooManyTasks: the next task of its series would be one too many.
     """
     if not changes:
         return await _current(owner, task_id, versions)
@@ -114,6 +115,7 @@ async def toggle_task(owner: Owner, task_id: int, versions: Collection[int] | No
 
     Raises:
         Stale: the task's version is not one of *versions*.
+        TooManyTasks: the next task of its series would be one too many.
     """
     return await _change(owner, _TOGGLE, task_id, {"completed": True}, versions)
 
@@ -237,9 +239,22 @@ async def _complete_in_series(owner: Owner, values: dict[str, Any]) -> Row | Non
         if task is None:
             return None
         if next_task := successor(task, values["now"]):
-            await within.one(_INSERT, **next_task)
+            await _insert(within, next_task)
     del task["series_day"]
     return task
+
+
+async def _insert(owner: Owner, values: Mapping[str, Any]) -> Row:
+    limit = owner.limit
+    if limit.take(owner.user_id):
+        row = await owner.one(_INSERT, **values)
+        assert row is not None  # noqa: S101 - for the type checker
+        return row
+    row = await owner.one(_INSERT_WITHIN_LIMIT, most=limit.most, **values)
+    if row is None:
+        raise TooManyTasks(limit.most)
+    limit.counted(owner.user_id, row.pop("count"))
+    return row
 
 
 def _changing(changes: Mapping[str, Any]) -> dict[str, Any]:

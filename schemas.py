@@ -29,6 +29,7 @@ from models import (
 LIMIT_DEFAULT = 200
 LIMIT_MAX = 1000
 SEARCH_MAX = 200
+REPEATED_MAX = 100
 OPERATIONS_MAX = 100
 STATS_TAGS_MAX = 100
 ID_MAX = 2**63 - 1  # BIGINT; both drivers fail on more
@@ -219,7 +220,9 @@ class BulkQuery(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     atomic: Flag = Field(
-        True, description="All or nothing. `false`: each by itself, 207 with a status for each."
+        True,
+        description="All or nothing. `false`: each by itself, 207 with a status for each; a body with a "
+        "mistake in it is refused whole all the same.",
     )
 
 
@@ -329,9 +332,9 @@ class TaskFilter(BaseModel):
         "", description="Words that are all in the title or the description, in any case."
     )
     q: Annotated[str, Length(0, SEARCH_MAX)] = Field("", description="The same as `search`.")
-    priority: tuple[Priority, ...] = Field((), description="Any of these.")
-    category: tuple[Category, ...] = Field((), description="Any of these.")
-    tags: tuple[Tag, ...] = Field((), description="All of these.")
+    priority: tuple[Priority, ...] = Field((), max_length=REPEATED_MAX, description="Any of these.")
+    category: tuple[Category, ...] = Field((), max_length=REPEATED_MAX, description="Any of these.")
+    tags: tuple[Tag, ...] = Field((), max_length=REPEATED_MAX, description="All of these.")
     due_date_from: Day | None = Field(None, description="The first day.")
     due_date_to: Day | None = Field(None, description="The last day.")
 

@@ -4,11 +4,19 @@ RECOUNT_SHARE = 10
 USERS_REMEMBERED = 10_000
 
 
+class TooManyTasks(Exception):
+    """There would be more tasks than the *most* that a user may have."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+        self.most = most
+
+
 class TaskLimit:
     """A user with *count* tasks may add a tenth of what is left before they are counted again.
 
-    So the limit holds to the task for one process, and for several that serve the same user at the same
-    time nearly so, while most of the statements need not count.
+    So most of the statements need not count. Requests that run at the same time do not see what the others
+    add, each by a limit's worth of its own at worst; the next one does.
     """
 
     def __init__(self, most: int) -> None:
@@ -29,3 +37,6 @@ class TaskLimit:
         if len(self._unchecked) >= USERS_REMEMBERED:
             del self._unchecked[next(iter(self._unchecked))]
         self._unchecked[user_id] = max(0, (self.most - count) // RECOUNT_SHARE)
+
+
+NO_LIMIT = TaskLimit(0)

@@ -43,7 +43,8 @@ class UserAccess(HTTPBearer):
                 request_id=request_id(request.scope),
             )
             raise Forbidden
-        return Owner(user_id, request.app.state.database)
+        state = request.app.state
+        return Owner(user_id, state.database, state.task_limit)
 
 
 async def verify(request: Request, token: str) -> Claims:

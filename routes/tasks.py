@@ -45,7 +45,9 @@ from schemas import (
     BulkQuery,
     Completion,
     Counted,
+    Create,
     Filter,
+    Operation,
     Order,
     Stats,
     StatsQuery,
@@ -56,7 +58,7 @@ from schemas import (
     TaskUpdate,
     digits,
 )
-from task_limit import TaskLimit
+from task_limit import TaskLimit, TooManyTasks
 
 # What `_idempotency_key` takes: bare or quoted, of characters that are printable in Latin-1.
 _ANY = r"[ -~\u00a1-\u00ac\u00ae-\u00ff]"
@@ -98,8 +100,9 @@ IdempotencyKey = Annotated[
 MergePatch = Annotated[TaskUpdate, Body(media_type=MERGE_PATCH)]
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
-CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, PreconditionFailed)
+CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
 UNTIMED = "needs a due_date"
+KEY_IN_USE = "A request with this Idempotency-Key is still running"
 
 
 class _TaskConvertor(Convertor[str]):
@@ -157,17 +160,14 @@ async def create_task(
     owner: OwnerDep, request: Request, body: TaskCreate, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """Create a task."""
-    limit: TaskLimit = request.app.state.task_limit
     headers = {}
     with _refusals():
         if idempotency_key is None:
-            row = await queries.create_task(owner, dict(body), limit)
+            row = await queries.create_task(owner, dict(body))
         else:
-            key, sent = _idempotency_key(idempotency_key), body.model_dump(mode="json", exclude_unset=True)
-            row, repeated = await idempotency.create_task_once(owner, dict(body), limit, key, sent)
+            key, sent = _idempotency_key(request), body.model_dump(mode="json", exclude_unset=True)
+            row, repeated = await idempotency.create_task_once(owner, dict(body), key, sent)
             headers = {"Idempotent-Replayed": "true"} if repeated else {}
-    if row is None:
-        raise _too_many(limit)
     return _task(row, 201, headers | {"Location": f"{quote(request.scope['path'])}/{row['id']}"})
 
 
@@ -234,13 +234,13 @@ async def get_stats(owner: OwnerDep, query: Annotated[StatsQuery, Query()]) -> R
     return _json(await queries.count_tasks(owner, query.today))
 
 
-@router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS))
+@router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS, Conflict))
 async def complete_tasks(
     owner: OwnerDep, query: Annotated[TaskFilter, Query()], body: AllCompleted
 ) -> Response:
     """Set `completed` for all tasks that a filter names."""
-    count = await bulk.complete_tasks(owner, _some(query), completed=body.completed)
-    return _json({"count": count})
+    with _refusals():
+        return _json({"count": await bulk.complete_tasks(owner, _some(query), completed=body.completed)})
 
 
 @router.delete("", response_model=Counted)
@@ -255,16 +255,16 @@ async def delete_tasks(owner: OwnerDep, query: Annotated[TaskFilter, Query()]) -
     responses=responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
     | {207: {"model": BulkDone, "description": "With `atomic=false`: each has a status of its own."}},
 )
-async def change_tasks(
-    owner: OwnerDep, request: Request, query: Annotated[BulkQuery, Query()], body: Bulk
-) -> Response:
+async def change_tasks(owner: OwnerDep, query: Annotated[BulkQuery, Query()], body: Bulk) -> Response:
     """Do up to 100 operations in their order: all of them or, with the index of the one that failed, none."""
-    limit: TaskLimit = request.app.state.task_limit
     try:
-        outcomes = await bulk.run(owner, body.operations, limit, atomic=query.atomic)
+        outcomes = await bulk.run(owner, body.operations, atomic=query.atomic)
     except bulk.Failed as error:
-        raise _problem(error.outcome, limit, error.index) from error
-    results = [_result(outcome, limit, index) for index, outcome in enumerate(outcomes)]
+        raise _problem(error.outcome, owner.limit, error.index, body.operations[error.index]) from error
+    results = [
+        _result(outcome, owner.limit, index, operation)
+        for index, (outcome, operation) in enumerate(zip(outcomes, body.operations, strict=True))
+    ]
     return _json({"results": results}, 200 if query.atomic else 207)
 
 
@@ -286,12 +286,14 @@ def _refusals() -> Iterator[None]:
         yield
     except queries.Stale as error:
         raise _stale(error.version) from error
+    except TooManyTasks as error:
+        raise _too_many(error.most) from error
     except ConstraintViolated as error:
         if error.name != "ck_task_due_time_has_due_date":
             raise
         raise Unprocessable([{"pointer": "/due_time", "detail": UNTIMED}]) from error
     except idempotency.KeyInUse as error:
-        raise Conflict(headers={"Retry-After": "1"}) from error
+        raise Conflict(KEY_IN_USE, headers={"Retry-After": "1"}) from error
     except idempotency.KeyReused as error:
         mistake = "was used for another request"
         raise Unprocessable([{"parameter": "Idempotency-Key", "detail": mistake}]) from error
@@ -302,24 +304,25 @@ def _stale(version: int) -> Problem:
     return PreconditionFailed(headers={"ETag": tag}, etag=tag)
 
 
-def _too_many(limit: TaskLimit) -> Problem:
-    return Conflict(f"You have {limit.most} tasks, which is as many as you may have")
+def _too_many(most: int, **members: Any) -> Problem:
+    return Conflict(f"There would be more tasks than the {most} that you may have", **members)
 
 
-def _problem(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> Problem:
-    """Return why an operation could not be done."""
-    pointer = f"/operations/{index}"
+def _problem(outcome: bulk.Outcome, limit: TaskLimit, index: int, operation: Operation) -> Problem:
+    """Return why *operation*, the one of *index*, could not be done."""
     match outcome.kind:
         case "missing":
             return NotFound(index=index)
         case "stale" if outcome.task:
             return PreconditionFailed(index=index, etag=etags.write(outcome.task["version"]))
         case "full":
-            return Conflict(f"You have {limit.most} tasks, which is as many as you may have", index=index)
-    return Unprocessable([{"pointer": pointer, "detail": f"due_time {UNTIMED}"}], index=index)
+            return _too_many(limit.most, index=index)
+    member = "task" if isinstance(operation, Create) else "changes"
+    pointer = f"/operations/{index}/{member}/due_time"
+    return Unprocessable([{"pointer": pointer, "detail": UNTIMED}], index=index)
 
 
-def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> dict[str, Any]:
+def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int, operation: Operation) -> dict[str, Any]:
     match outcome.kind:
         case "created":
             return {"status": 201, "task": outcome.task}
@@ -327,7 +330,7 @@ def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> dict[str, An
             return {"status": 200, "task": outcome.task}
         case "deleted":
             return {"status": 204}
-    problem = _problem(outcome, limit, index)
+    problem = _problem(outcome, limit, index, operation)
     etag = {name: value for name, value in problem.extensions.items() if name == "etag"}
     return {"status": problem.status, "detail": problem.detail, **etag}
 
@@ -339,8 +342,11 @@ def _some(query: TaskFilter) -> Filter:
     return query.filter
 
 
-def _idempotency_key(header: str) -> str:
-    key = header.strip()
+def _idempotency_key(request: Request) -> str:
+    sent = request.headers.getlist("idempotency-key")
+    if len(sent) > 1:
+        raise Unprocessable([{"parameter": "Idempotency-Key", "detail": "must be sent once"}])
+    key = sent[0].strip()
     if len(key) > 1 and key[0] == key[-1] == '"':
         key = key[1:-1]
     if not 1 <= len(key) <= IDEMPOTENCY_KEY_MAX or not key.isprintable():

@@ -18,7 +18,6 @@ from errors import NotFound, Unavailable
 from main import create_app, migrate
 from queries import Owner
 from schemas import Filter, Order, TaskCreate
-from task_limit import TaskLimit
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 
@@ -282,7 +281,6 @@ async def test_a_sqlite_statement_that_is_wrong_is_no_outage(tmp_path: Path) -> 
     await database.close()
 
 
-NO_LIMIT = TaskLimit(0)
 POOL_SIZE = 3
 
 
@@ -310,7 +308,7 @@ async def _opened(url: str, limits: db.TimeLimits | None = None) -> AsyncIterato
 
 
 async def _add(owner: Owner, title: str = "Buy milk", **fields: object) -> None:
-    await queries.create_task(owner, dict(TaskCreate(title=title)) | fields, NO_LIMIT)
+    await queries.create_task(owner, dict(TaskCreate(title=title)) | fields)
 
 
 async def _titles(owner: Owner) -> list[str]:

@@ -16,6 +16,7 @@ from tests.conftest import Person
         ('"3"', [3]),
         ('"3", "5"', [3, 5]),
         ('"3","5"', [3, 5]),
+        (' , "3",, "5" ,', [3, 5]),  # RFC 9110, section 5.6.1.2
         ('W/"3"', []),
         ('W/"3", "5"', [5]),
         ('"abc"', []),
@@ -29,7 +30,9 @@ def test_if_match_names_versions(header: str | None, versions: list[int] | None)
     assert etags.expected_versions(header) == versions
 
 
-@pytest.mark.parametrize("header", ["", "3", '"3', '3"', '"3" "5"', '"3",', "W/3", '"a"b"', "*, *", '"\x00"'])
+@pytest.mark.parametrize(
+    "header", ["", "3", '"3', '3"', '"3" "5"', ",", " , ,", '"3", 5', "W/3", '"a"b"', "*, *", '"\x00"']
+)
 def test_what_is_no_list_of_tags_is_refused(header: str) -> None:
     with pytest.raises(Unprocessable, match="If-Match: must be entity tags"):
         etags.expected_versions(header)

@@ -83,6 +83,17 @@ async def test_what_is_no_key_creates_nothing(alice: Person, key: bytes) -> None
     assert (await alice.get()).json() == []
 
 
+async def test_two_keys_are_none(alice: Person) -> None:
+    headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b"), ("Authorization", f"Bearer {alice.token}")]
+
+    answer = await alice.client.post(
+        alice.tasks, content='{"title": "x"}', headers=[*headers, ("Content-Type", "application/json")]
+    )
+
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [{"parameter": "Idempotency-Key", "detail": "must be sent once"}]
+
+
 async def test_what_was_refused_may_be_mended_under_the_same_key(alice: Person) -> None:
     refused = [await post_once(alice, "a", title=""), await post_once(alice, "a", due_time="09:30")]
 

@@ -21,18 +21,18 @@ OPERATIONS = {
     "ready": ("get", "/health/ready", {"200", "503"}),
     "list_tasks": ("get", TASKS, {"200"} | EVERY_TASK),
     "create_task": ("post", TASKS, {"201", "409"} | BODY | EVERY_TASK),
-    "complete_tasks": ("patch", TASKS, {"200"} | BODY | EVERY_TASK),
+    "complete_tasks": ("patch", TASKS, {"200", "409"} | BODY | EVERY_TASK),
     "delete_tasks": ("delete", TASKS, {"200"} | EVERY_TASK),
     "get_stats": ("get", f"{TASKS}/stats", {"200"} | EVERY_TASK),
     "change_tasks": ("post", f"{TASKS}/bulk", {"200", "207", "404", "409", "412"} | BODY | EVERY_TASK),
     "get_task": ("get", f"{TASKS}/{{task_id}}", {"200", "304", "404"} | EVERY_TASK),
-    "update_task": ("put", f"{TASKS}/{{task_id}}", {"200", "404", "412"} | BODY | EVERY_TASK),
-    "patch_task": ("patch", f"{TASKS}/{{task_id}}", {"200", "404", "412"} | BODY | EVERY_TASK),
+    "update_task": ("put", f"{TASKS}/{{task_id}}", {"200", "404", "409", "412"} | BODY | EVERY_TASK),
+    "patch_task": ("patch", f"{TASKS}/{{task_id}}", {"200", "404", "409", "412"} | BODY | EVERY_TASK),
     "delete_task": ("delete", f"{TASKS}/{{task_id}}", {"204", "404", "412"} | EVERY_TASK),
     "complete_task": (
         "patch",
         f"{TASKS}/{{task_id}}/complete",
-        {"200", "404", "412"} | BODY | EVERY_TASK,
+        {"200", "404", "409", "412"} | BODY | EVERY_TASK,
     ),
 }
 PARAMETERS_OF_A_FILTER = {

@@ -1,4 +1,6 @@
 import asyncio
+import json
+from typing import Any
 
 import pytest
 
@@ -50,7 +52,7 @@ async def test_beyond_the_limit_is_409(database_url: str, most: int) -> None:
         again = await alice.post(json={"title": "in its place"})
 
         assert (refused.status_code, in_bulk.status_code) == (409, 409)
-        assert refused.json()["detail"] == f"You have {most} tasks, which is as many as you may have"
+        assert refused.json()["detail"] == f"There would be more tasks than the {most} that you may have"
         assert (of_bob.status_code, again.status_code) == (201, 201)
         assert len((await alice.get()).json()) == most
 
@@ -75,6 +77,57 @@ async def test_many_at_once_exceed_the_limit_by_no_more_than_run_at_once(databas
             await asyncio.gather(*(alice.post(json={"title": "x"}) for _ in range(4)))
 
         assert 10 <= len((await alice.get()).json()) < 14
+
+
+DAILY = {"due_date": "2026-11-21", "recurring": "daily"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PATCH", "/{id}/complete", None),
+        ("PATCH", "/{id}/complete", {"completed": True}),
+        ("PUT", "/{id}", {"completed": True}),
+        ("PATCH", "/{id}", {"completed": True, "title": "changed"}),
+        ("PATCH", "?status=pending", {"completed": True}),
+        ("POST", "/bulk", {"operations": [{"op": "complete", "id": "{id}"}]}),
+        ("POST", "/bulk", {"operations": [{"op": "update", "id": "{id}", "changes": {"completed": True}}]}),
+    ],
+)
+async def test_the_next_of_a_series_counts(
+    database_url: str, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=3))) as client:
+        alice = person("alice", client)
+        task, other = await alice.create(**DAILY), await alice.create()
+        url = path.format(id=task["id"])
+        options = (
+            {} if body is None else {"json": json.loads(json.dumps(body).replace('"{id}"', str(task["id"])))}
+        )
+
+        third = await alice.create()
+        refused = await alice.send(method, url, **options)
+        unchanged = (await alice.get(f"/{task['id']}")).json()
+        await alice.delete(f"/{other['id']}")
+        done = await alice.send(method, url, **options)
+
+        assert refused.status_code == 409
+        assert unchanged == task
+        assert done.status_code == 200
+        assert {each["due_date"] for each in (await alice.get()).json()} == {"2026-11-21", "2026-11-22", None}
+        assert third["id"] in {each["id"] for each in (await alice.get()).json()}
+
+
+async def test_completing_all_again_and_again_makes_no_more_than_the_limit(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=20))) as client:
+        alice = person("alice", client)
+        for _ in range(5):
+            await alice.create(**DAILY)
+
+        answers = [await alice.patch("?status=pending", json={"completed": True}) for _ in range(5)]
+
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 409, 409]
+        assert len((await alice.get()).json()) == 20
 
 
 async def test_no_limit_is_none(database_url: str) -> None:
