@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import cycle
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ CANCEL_S = 0.5
 SLOW_STATEMENT_S = 0.5
 UNNAMED = "unnamed"
 SQLITE_READERS = 4
+SQLITE_STEPS = 10_000  # about a millisecond
 SQLITE_BUSY_TIMEOUT_MS = 5_000  # other processes may be writing to the file
 
 # "Try again": the classes and codes of PostgreSQL's appendix A that a healthy database outgrows.
@@ -286,7 +288,7 @@ class SQLite(Database):
     """
 
     def __init__(self, url: str, limits: TimeLimits = TimeLimits()) -> None:
-        self._wait_s = limits.wait_s
+        self._limits = limits
         # As compact as SQLite writes JSON itself, so that equal lists are equal texts.
         self.dialect = SQLiteDialect_aiosqlite(json_serializer=lambda value: orjson.dumps(value).decode())
         path = make_url(url).database
@@ -360,7 +362,7 @@ class SQLite(Database):
         self._waiting += 1
         try:
             with _translated:
-                async with asyncio.timeout(self._wait_s):
+                async with asyncio.timeout(self._limits.wait_s):
                     await self._writing.acquire()
         finally:
             self._waiting -= 1
@@ -370,24 +372,46 @@ class SQLite(Database):
             self._writing.release()
 
     def engine(self) -> AsyncEngine:
-        engine = create_async_engine("sqlite+aiosqlite://", async_creator=self._connect, poolclass=NullPool)
+        connect = partial(self._connect, patient=True)
+        engine = create_async_engine("sqlite+aiosqlite://", async_creator=connect, poolclass=NullPool)
         event.listen(engine.sync_engine, "begin", _begin_immediately)
         return engine
 
-    async def _connect(self) -> aiosqlite.Connection:
-        return await aiosqlite.Connection(self._connect_on_its_thread, iter_chunk_size=64)
+    async def _connect(self, *, patient: bool = False) -> aiosqlite.Connection:
+        statement_s = inf if patient else self._limits.statement_s
+        return await aiosqlite.Connection(
+            partial(self._connect_on_its_thread, statement_s), iter_chunk_size=64
+        )
 
-    def _connect_on_its_thread(self) -> sqlite3.Connection:
-        # Without an isolation level the driver never opens a transaction on its own account.
-        connection = sqlite3.connect(self.path, isolation_level=None)
+    def _connect_on_its_thread(self, statement_s: float) -> sqlite3.Connection:
+        connection = _Timed(self.path, statement_s)
         connection.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_TIMEOUT_MS}")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         # What PostgreSQL has and SQLite has not: lower case beyond ASCII, order by code point.
         connection.create_function("lower", 1, _lower, deterministic=True)
+        connection.create_function("has_words", 2, _has_words, deterministic=True)
         connection.create_collation("C", lambda a, b: (a > b) - (a < b))
         return connection
+
+
+class _Timed(sqlite3.Connection):
+    """Ends what is executed and takes longer than *statement_s*: `SQLITE_INTERRUPT`."""
+
+    def __init__(self, path: Path, statement_s: float) -> None:
+        # Without an isolation level the driver never opens a transaction on its own account.
+        super().__init__(path, isolation_level=None)
+        self._statement_s = statement_s
+        self._deadline = inf
+        self.set_progress_handler(self._is_late, SQLITE_STEPS)
+
+    def execute(self, *statement: Any) -> sqlite3.Cursor:
+        self._deadline = time.monotonic() + self._statement_s
+        return super().execute(*statement)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._deadline
 
 
 class _SQLiteTransaction(Runner):
@@ -446,6 +470,16 @@ def _begin_immediately(connection: Connection) -> None:
 def _lower(value: str | None) -> str | None:
     # Character by character, as PostgreSQL does: Python looks around Σ and makes two characters of İ.
     return value.replace("\u03a3", "\u03c3").replace("\u0130", "i").lower() if value is not None else None
+
+
+def _has_words(text: str, words: str) -> bool:
+    """Whether *text*, in lower case, holds each of *words*, a JSON array, in any case."""
+    return all(word in text for word in _lowered(words))
+
+
+@lru_cache(maxsize=64)
+def _lowered(words: str) -> list[str]:
+    return [_lower(word) or "" for word in orjson.loads(words)]
 
 
 class _Translated:

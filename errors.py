@@ -19,6 +19,7 @@ from starlette.types import Scope
 MEDIA_TYPE = "application/problem+json"
 # The names of RFC 9110, which Python's table knows only from 3.13 on.
 _TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
+NOTHING_HERE = "There is nothing at this address"
 SENTENCES_MAX = 10
 ERRORS_MAX = 100  # 100 operations with ten mistakes each would be an answer larger than its request
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._~+/=:-]{1,128}")
@@ -286,7 +287,7 @@ def _sentence(error: HTTPException) -> str:
     if isinstance(error, Problem) or error.detail != HTTPStatus(error.status_code).phrase:
         return error.detail
     return {
-        404: "There is nothing at this address",
+        404: NOTHING_HERE,
         405: "This method is not allowed at this address",
     }.get(error.status_code, error.detail)
 

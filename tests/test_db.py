@@ -9,7 +9,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, literal, literal_column, select, text
 
 import db
 import listing
@@ -264,12 +264,38 @@ async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(postgres:
     await postgres.drop_database(name)
 
 
-async def test_a_migration_may_wait_longer_than_a_request(postgres: Server) -> None:
-    engine = db.connect(postgres.url, pool_size=1, limits=db.TimeLimits(statement_s=0.1)).engine()
+COUNTING = """
+WITH RECURSIVE n(i) AS (SELECT CAST(1 AS BIGINT) UNION ALL SELECT i + 1 FROM n WHERE i < {})
+SELECT count(*) AS n FROM n
+"""
+
+
+async def test_a_migration_may_take_longer_than_a_request(url: str) -> None:
+    engine = db.connect(url, pool_size=1, limits=db.TimeLimits(statement_s=0.05)).engine()
 
     async with engine.connect() as connection:
-        await connection.exec_driver_sql("SELECT pg_sleep(0.5)")
+        start = time.monotonic()
+        await connection.exec_driver_sql(COUNTING.format(2_000_000))
+        assert time.monotonic() - start > 0.1
     await engine.dispose()
+
+
+async def test_a_statement_that_takes_too_long_is_ended_and_holds_nobody(url: str) -> None:
+    database = db.connect(url, pool_size=POOL_SIZE, limits=db.TimeLimits(statement_s=0.2))
+    await database.open()
+
+    endless = select(literal_column("n")).select_from(text(f"({COUNTING.format(10**12)}) AS counted"))
+    start = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await database.all(endless)
+    with pytest.raises(Unavailable):
+        async with database.transaction() as runner:
+            await runner.all(endless)
+    assert time.monotonic() - start < 3
+
+    await database.all(select(literal(1)))
+    await database.close()
 
 
 async def test_a_sqlite_statement_that_is_wrong_is_no_outage(tmp_path: Path) -> None:

@@ -671,6 +671,14 @@ async def test_a_trailing_slash_is_no_error(alice: Person) -> None:
     assert (await alice.get(f"/{created.json()['id']}/")).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["", "/stats", "/1/complete", "/", "/stats/"])
+async def test_a_line_feed_at_the_end_is_another_address(alice: Person, path: str) -> None:
+    answer = await alice.get(f"{path}%0A")
+
+    assert answer.status_code == 404
+    assert answer.json()["detail"] == "There is nothing at this address"
+
+
 @pytest.mark.parametrize(
     "user_id", ["0f8fad5b-d9cb-469f-a165-70867728950e", "42", "a b", "ü@example.com", "v1"]
 )
