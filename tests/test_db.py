@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import func, literal, literal_column, select, text
+from sqlalchemy import Select, func, literal, literal_column, select, text
 
 import db
 import listing
@@ -284,7 +285,9 @@ async def test_a_statement_that_takes_too_long_is_ended_and_holds_nobody(url: st
     database = db.connect(url, pool_size=POOL_SIZE, limits=db.TimeLimits(statement_s=0.2))
     await database.open()
 
-    endless = select(literal_column("n")).select_from(text(f"({COUNTING.format(10**12)}) AS counted"))
+    endless: Select[Any] = select(literal_column("n")).select_from(
+        text(f"({COUNTING.format(10**12)}) AS counted")
+    )
     start = time.monotonic()
     for _ in range(2):
         with pytest.raises(Unavailable):
@@ -294,7 +297,7 @@ async def test_a_statement_that_takes_too_long_is_ended_and_holds_nobody(url: st
             await runner.all(endless)
     assert time.monotonic() - start < 3
 
-    await database.all(select(literal(1)))
+    await database.all(select(literal(1).label("one")))
     await database.close()
 
 
