@@ -43,6 +43,7 @@ CANCEL_S = 0.5
 SLOW_STATEMENT_S = 0.5
 UNNAMED = "unnamed"
 SQLITE_READERS = 4
+SQLITE_QUEUE_MAX = 200  # more would wait longer than they are worth, and are told so at once
 SQLITE_STEPS = 10_000  # about a millisecond
 SQLITE_BUSY_TIMEOUT_MS = 5_000  # other processes may be writing to the file
 
@@ -267,7 +268,9 @@ class Postgres(Database):
                 raise ConnectionError(str(error)) from error
             self._limits_server = False  # a pooler that nobody told us of
             return await self._connect()
-        except asyncpg.PostgresError as error:  # whatever it says: without a connection we cannot serve
+        except OSError:  # TimeoutError too
+            raise
+        except Exception as error:  # whatever it says: without a connection we cannot serve
             raise ConnectionError(str(error)) from error
 
 
@@ -301,7 +304,7 @@ class SQLite(Database):
             raise ValueError("names a folder that cannot be made") from error
         _check_file(self.path)
         self._connections: list[aiosqlite.Connection] = []
-        self._waiting = 0
+        self._reading = self._waiting = 0
 
     async def open(self) -> None:
         for _ in range(1 + SQLITE_READERS):
@@ -328,9 +331,19 @@ class SQLite(Database):
 
     async def all(self, statement: Executable, **values: Any) -> list[Row]:
         if statement.is_select:
-            return await self.fetch(next(self._turns), statement, values)
+            return await self._read(statement, values)
         async with self._turn_to_write():
             return await self.fetch(self.writer, statement, values)
+
+    async def _read(self, statement: Executable, values: Row) -> list[Row]:
+        with _translated:
+            if self._reading >= SQLITE_QUEUE_MAX:
+                raise PoolBusy(f"{self._reading} requests are reading")
+        self._reading += 1
+        try:
+            return await self.fetch(next(self._turns), statement, values)
+        finally:
+            self._reading -= 1
 
     async def fetch(self, connection: aiosqlite.Connection, statement: Executable, values: Row) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
@@ -359,6 +372,9 @@ class SQLite(Database):
 
     @asynccontextmanager
     async def _turn_to_write(self) -> AsyncIterator[None]:
+        with _translated:
+            if self._waiting >= SQLITE_QUEUE_MAX:
+                raise PoolBusy(f"{self._waiting} requests are waiting to write")
         self._waiting += 1
         try:
             with _translated:

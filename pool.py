@@ -67,7 +67,7 @@ class Connection:
 
     async def answers(self) -> bool:
         """Return whether the server still hears us."""
-        with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        with suppress(Exception):
             await self.raw.execute("SELECT 1", timeout=CHECK_TIMEOUT_S)
             return True
         return False
@@ -198,7 +198,7 @@ class Pool:
             if self._outage is None:
                 try:
                     return await self._open()
-                except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
+                except Exception as error:  # whatever it is, there is no connection
                     self._begin_outage(error)
             else:
                 await self._wait_out(self._outage)
@@ -208,13 +208,20 @@ class Pool:
             connection = self._idle.pop()
             if connection.raw.is_closed() or connection.idle_s > IDLE_MAX_S:
                 self._drop(connection)
-            elif connection.idle_s < UNCHECKED_S or await connection.answers():
+            elif connection.idle_s < UNCHECKED_S or await self._is_heard(connection):
                 return connection
             else:  # cut off, and so are those that have been idle for longer
                 for stale in (connection, *self._idle):
                     self._drop(stale)
                 self._idle.clear()
         return None
+
+    async def _is_heard(self, connection: Connection) -> bool:
+        try:
+            return await connection.answers()
+        except BaseException:  # who asked has been cancelled
+            self._drop(connection)
+            raise
 
     async def _open(self) -> Connection:
         connection = Connection(await self._connect())
@@ -235,7 +242,7 @@ class Pool:
         """Return when a connection may be had.
 
         Raises:
-            OSError, TimeoutError, asyncpg.InterfaceError: why none can be had for `PATIENCE_S` already.
+            Exception: why none can be had for `PATIENCE_S` already, as connecting raised it.
         """
         left_s = outage.since + PATIENCE_S - time.monotonic()
         if self._alive:
@@ -253,7 +260,7 @@ class Pool:
             await asyncio.sleep(RECONNECT_S)
             try:
                 connection = await self._open()
-            except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
+            except Exception as error:  # whoever gives up here is missed by all who wait
                 outage.error = error
             else:
                 self._add_idle(connection)
@@ -289,5 +296,5 @@ async def _end(raw: Any) -> None:
     """Close a connection, first waiting for the server to cancel what was interrupted."""
     try:
         await raw.close(timeout=END_TIMEOUT_S)
-    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError):
+    except Exception:  # whatever it is
         raw.terminate()  # it does not answer any more

@@ -9,6 +9,7 @@ from sqlalchemy import String, column, select, table
 from db import Database, named
 from errors import NotMigrated, Unavailable
 
+PROBES = ("/health", "/health/ready")  # whoever asks them must not be refused
 TIMEOUT_S = 1.5  # so that the answer has left within 2 s, whatever the database does
 AWAY = "The database cannot be used right now"
 OUTDATED = "The database's schema is not migrated: run alembic upgrade head"

@@ -34,7 +34,7 @@ class AccessLogMiddleware:
         started = time.perf_counter()
         request_id = errors.request_id(scope)
         logs.request_id.set(request_id)
-        path = scope["path"]
+        method, path = scope["method"], scope["path"]
         if self._measures:
             metrics.requests_in_flight.inc()
         status: int | None = None
@@ -58,20 +58,20 @@ class AccessLogMiddleware:
         except ClientDisconnect:
             status = 499  # as nginx says it: there is nobody left to answer
         except Exception:
-            self._log.exception("crash", method=scope["method"], path=_plain(path), **_identity(scope))
+            self._log.exception("crash", method=method, path=_plain(path), **_identity(scope))
             if status is not None:
                 raise  # half an answer has left: the server must cut it off
             await errors.render(scope, errors.InternalError())(scope, receive, send_and_watch)
         finally:
             duration_s, route = time.perf_counter() - started, _route(scope)
+            status = status or 499  # cancelled: the client has gone, as above
             if self._measures:
                 metrics.requests_in_flight.dec()
-                # Without a status the task was cancelled: the client has gone, as above.
-                metrics.request_answered(route or UNMATCHED, scope["method"], status or 499, duration_s)
+                metrics.request_answered(route or UNMATCHED, method, status, duration_s)
             if self._lines:
                 self._log.info(
                     "request",
-                    method=scope["method"],
+                    method=method,
                     path=_plain(path),
                     route=route,
                     status=status,

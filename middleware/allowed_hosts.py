@@ -7,6 +7,7 @@ from functools import lru_cache
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import errors
+from readiness import PROBES
 
 # RFC 9110, section 7.2: a name or address, an IPv6 one in brackets, and perhaps a port.
 _HOST = re.compile(r"([^\[\]:@/?#\s]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
@@ -29,7 +30,7 @@ class AllowedHostsMiddleware:
         self._suffixes = tuple(host[1:] for host in hosts if host.startswith("*."))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith("/health") or self._is_ours(scope):
+        if scope["type"] != "http" or scope["path"] in PROBES or self._is_ours(scope):
             await self.app(scope, receive, send)
             return
         await errors.render(scope, WrongHost())(scope, receive, send)

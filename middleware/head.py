@@ -17,4 +17,8 @@ class HeadMiddleware:
                 message = {**message, "body": b""}
             await send(message)
 
-        await self.app({**scope, "method": "GET"}, receive, send_without_body)
+        inner = {**scope, "method": "GET"}  # the server asks its own for the method
+        try:
+            await self.app(inner, receive, send_without_body)
+        finally:
+            scope["fastapi"] = inner.get("fastapi", {})  # the log reads the route that the router adds

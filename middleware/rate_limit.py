@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import errors
 import metrics
 from errors import QuotaExceeded
+from readiness import PROBES
 
 IPV6_HOST_BITS = 64  # what one customer has to choose from (RFC 6177): all of it is one client
 
@@ -86,7 +87,7 @@ class RateLimitMiddleware:
         self._rate_limits = rate_limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith("/health"):
+        if scope["type"] != "http" or scope["path"] in PROBES:
             await self.app(scope, receive, send)
             return
         is_refused = False

@@ -25,4 +25,7 @@ async def get_metrics(request: Request) -> Response:
 
 def _is_loopback(request: Request) -> bool:
     # Without a peer it is a socket in the file system, behind which is a proxy.
-    return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+    try:
+        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:  # what a proxy passed on is no address
+        return False

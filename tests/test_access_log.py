@@ -102,6 +102,13 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
 
 
+async def test_head_has_the_route_of_get_and_a_method_of_its_own(logged: httpx.AsyncClient, log: Log) -> None:
+    await logged.head("/api/alice/tasks")
+
+    (line,) = log.events("request")
+    assert (line["method"], line["route"]) == ("HEAD", "/api/{user_id}/tasks")
+
+
 @pytest.mark.parametrize(
     ("sent", "taken_up"),
     [

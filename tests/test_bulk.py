@@ -263,3 +263,19 @@ async def test_many_may_be_cleared_by_any_filter(alice: Person) -> None:
 
     assert (await alice.delete("?tags=old&due_date_to=2026-06-30&search=OLD")).json() == {"count": 1}
     assert [task["title"] for task in await everything(alice)] == ["new"]
+
+
+async def test_changes_of_many_at_the_same_time_do_not_stand_in_one_anothers_way(alice: Person) -> None:
+    tasks = [await alice.create(tags=["a"]) for _ in range(40)]
+
+    async def change(number: int) -> int:
+        match number % 3:
+            case 0:
+                answer = await alice.patch("?tags=a", json={"completed": bool(number % 2)})
+            case 1:
+                answer = await bulk(alice, *(update(task, category=str(number)) for task in tasks))
+            case _:
+                answer = await bulk(alice, *(update(task, title=str(number)) for task in reversed(tasks)))
+        return int(answer.status_code)
+
+    assert set(await asyncio.gather(*(change(number) for number in range(60)))) == {200}

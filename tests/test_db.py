@@ -15,7 +15,7 @@ from sqlalchemy import Select, func, literal, literal_column, select, text
 import db
 import listing
 import queries
-from errors import NotFound, Unavailable
+from errors import NotFound, Overloaded, Unavailable
 from main import create_app, migrate
 from queries import Owner
 from schemas import Filter, Order, TaskCreate
@@ -263,6 +263,24 @@ async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(postgres:
         assert answer.status_code == 503
         assert (await alice.patch(f"/{task['id']}/complete")).json()["completed"] is True
     await postgres.drop_database(name)
+
+
+async def test_what_would_wait_too_long_for_sqlite_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "SQLITE_QUEUE_MAX", 3)
+    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}") as database:
+        owner = Owner("alice", database)
+        async with owner.transaction():
+            writing = [asyncio.create_task(_add(owner)) for _ in range(3)]
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded):
+                await _add(owner)
+        await asyncio.gather(*writing)
+
+        reading = await asyncio.gather(*(_titles(owner) for _ in range(5)), return_exceptions=True)
+        assert [type(each) for each in reading] == [list] * 3 + [Overloaded] * 2
+        assert len(await _titles(owner)) == 3
 
 
 COUNTING = """

@@ -217,7 +217,7 @@ async def test_an_unavailable_database_is_counted_and_logged_with_the_requests_i
 
 async def test_metrics_are_for_this_machine_while_nothing_is_configured(database_url: str) -> None:
     app = create_app(settings_for(database_url))
-    for peer, status in (("127.0.0.1", 200), ("::1", 200), ("203.0.113.7", 404)):
+    for peer, status in (("127.0.0.1", 200), ("::1", 200), ("203.0.113.7", 404), ("?", 404)):
         transport = httpx.ASGITransport(app, client=(peer, 1))
         async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
             answer = await client.get("/metrics")

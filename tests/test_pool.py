@@ -118,6 +118,24 @@ async def test_a_server_that_is_away_is_awaited_and_then_given_up_at_once(
     assert max(times[1:]) < 0.1
 
 
+@pytest.mark.parametrize(
+    "error", [asyncpg.InternalClientError("?"), AttributeError("server_version"), EOFError()]
+)
+async def test_whatever_connecting_fails_with_is_outlived(postgres: Server, error: Exception) -> None:
+    failures = [OSError("refused"), error, error]
+
+    async def connect() -> Any:
+        if failures:
+            raise failures.pop(0)
+        return await asyncpg.connect(postgres.url)
+
+    pool = Pool(connect, 2)
+
+    assert await asyncio.wait_for(pid(pool), 5)
+    assert failures == []
+    await pool.close()
+
+
 async def test_who_asks_while_a_server_wakes_is_served(
     postgres: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +191,37 @@ async def test_a_connection_that_was_cut_off_while_idle_is_noticed_and_so_are_th
 
         assert after not in before
         assert time.monotonic() - started < 1
+        await pool.close()
+
+
+async def test_a_cancelled_check_forgets_its_connection(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "UNCHECKED_S", 0.0)
+    monkeypatch.setattr(pool_module, "PATIENCE_S", 0.2)
+    away = False
+
+    async with running_proxy(postgres.url) as proxy:
+
+        async def connect() -> Any:
+            if away:
+                raise ConnectionRefusedError
+            return await asyncpg.connect(proxy.url)
+
+        pool = Pool(connect, 1)
+        await pool.warm()
+        proxy.swallow()
+        checking = asyncio.create_task(pid(pool))
+        await asyncio.sleep(0.1)
+        checking.cancel()
+        await asyncio.gather(checking, return_exceptions=True)
+
+        away = True
+        started = time.monotonic()
+        with pytest.raises(ConnectionRefusedError):
+            await pid(pool)
+
+        assert time.monotonic() - started < 1  # it would wait longer for a connection that somebody has
         await pool.close()
 
 

@@ -1,11 +1,13 @@
 """What arrives over a socket, byte by byte, at the service as its own process."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -14,14 +16,16 @@ import tokens
 from protocol import HEAD_MAX_BYTES, OVERLOADED_PAUSE_S
 from tests.conftest import SECRET
 from tests.postgres import Server, free_port
-from tests.service import running_service
+from tests.service import Service, running_service
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+SCRIPT = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
 # The real times would make the tests slow.
 CODE = """
 import main, protocol, sys
 protocol.HEAD_TIMEOUT_S = 0.5
 protocol.DRAIN_S = 0.5
+protocol.STALL_S = 0.5
 main.main([])
 """
 
@@ -140,6 +144,69 @@ def test_two_requests_at_once_are_answered_in_order(port: int) -> None:
     assert answer.count(b"HTTP/1.1 200") == 2
 
 
+@pytest.mark.parametrize("asked", [1, 2])
+def test_what_was_asked_before_is_answered_before_a_refusal(port: int, asked: int) -> None:
+    answer = exchange(port, (HEALTH + b"\r\n") * asked + b"\0\r\n\r\n")
+
+    *answers, refusal = answer.split(b"HTTP/1.1 ")[1:]
+    assert [each[:3] for each in answers] == [b"200"] * asked
+    assert problem(b"HTTP/1.1 " + refusal)[0] == 400
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_body_that_breaks_off_is_refused_after_what_was_asked_before(port: int, asked: int) -> None:
+    chunked = b"PUT /api/x/tasks/1 HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nxno chunk"
+
+    answer = exchange(port, (HEALTH + b"\r\n") * asked + chunked)
+
+    *answers, refusal = answer.split(b"HTTP/1.1 ")[1:]
+    assert [each[:3] for each in answers] == [b"200"] * asked
+    assert problem(b"HTTP/1.1 " + refusal)[0] == 400
+
+
+def test_a_trailer_is_no_header(port: int) -> None:
+    token = tokens.issue("alice", SECRET, 900).encode()
+    head = b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
+    trailer = b"Authorization: Bearer " + token + b"\r\nX-Request-ID: trailed\r\n\r\n"
+
+    answer = exchange(port, head + b"2\r\n{}\r\n0\r\n" + trailer)
+
+    assert problem(answer) == (401, "Not authenticated")
+    assert b"trailed" not in answer
+
+
+def test_a_client_that_does_not_read_is_given_up(port: int) -> None:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(5)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(SCRIPT * 20)
+        time.sleep(2)  # four times as long as it has
+        received = 0
+        with contextlib.suppress(ConnectionError):
+            while data := connection.recv(65536):
+                received += len(data)
+
+    assert received < 15_000_000  # of thirty: what the kernel had taken already
+
+
+def test_a_client_that_reads_slowly_gets_everything(port: int) -> None:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        connection.settimeout(5)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(SCRIPT * 3 + HEALTH + b"Connection: close\r\n\r\n")
+        received = b""
+        while data := connection.recv(100_000):
+            received += data
+            time.sleep(0.02)
+
+    length = int(received.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    assert received.count(b"HTTP/1.1 200") == 4
+    assert len(received) > 3 * length
+
+
 def test_an_upgrade_that_is_not_offered_is_passed_over(port: int) -> None:
     for protocol in (b"websocket", b"h2c"):
         answer = exchange(port, HEALTH + b"Connection: Upgrade\r\nUpgrade: " + protocol + b"\r\n\r\n")
@@ -152,12 +219,12 @@ def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path
         service.wait_for(f"http://127.0.0.1:{port}")
         with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
             connection.sendall(HEALTH + b"\r\n")
-            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            assert _until(b"}", connection).startswith(b"HTTP/1.1 200")
 
             service.process.terminate()
             time.sleep(0.1)  # it is stopping now, and this client has not heard of it
             connection.sendall(HEALTH + b"\r\n")
-            answer = connection.recv(65536)
+            answer = _until(b"}", connection)
 
             assert answer.startswith(b"HTTP/1.1 200")
             assert b"connection: close" in answer
@@ -201,6 +268,61 @@ async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
     assert refused_s < 0.5
     assert answered.startswith(b"HTTP/1.1 200")
     assert answered_s >= OVERLOADED_PAUSE_S
+
+
+async def test_what_is_done_for_a_client_that_hangs_up_is_cancelled(tmp_path: Path, postgres: Server) -> None:
+    name, port = await postgres.create_database(), free_port()
+    settings = {
+        "DATABASE_URL": postgres.url_of(name),
+        "DATABASE_POOL_SIZE": "1",
+        "BETTER_AUTH_SECRET": SECRET,
+        "MIGRATE_ON_START": "true",
+        "PORT": str(port),
+    }
+    token = tokens.issue("alice", SECRET, 900)
+    request = f"GET /api/alice/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+    with running_service(tmp_path, **settings) as service:
+        await asyncio.to_thread(service.wait_for, f"http://127.0.0.1:{port}")
+        locking = await asyncpg.connect(postgres.url_of(name))
+        async with locking.transaction():
+            await locking.execute("LOCK TABLE task")
+            hasty = [await _connected(port, request) for _ in range(3)]
+            await _until_true(5, lambda: _waits_for_a_lock(locking))
+            for _, writer in hasty:
+                writer.close()
+
+            # In less than the four seconds that the statement alone would take.
+            await _until_true(2, lambda: _are_cancelled(service, 3))
+            assert not await _waits_for_a_lock(locking)
+
+        _, writer = patient = await _connected(port, request)
+        assert (await patient[0].readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+        await locking.close()
+        writer.close()
+    await postgres.drop_database(name)
+
+    assert "Traceback" not in service.logged
+
+
+async def _waits_for_a_lock(connection: Any) -> bool:
+    return bool(await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+
+async def _are_cancelled(service: Service, count: int) -> bool:
+    return service.logged.count("status=499") == count
+
+
+async def _until_true(timeout_s: float, happened: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not await happened():  # noqa: ASYNC110 - it happens in another process
+            await asyncio.sleep(0.01)
+
+
+def _until(end: bytes, connection: socket.socket) -> bytes:
+    received = b""
+    while end not in received:
+        received += connection.recv(65536)
+    return received
 
 
 async def _connected(port: int, request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
