@@ -7,12 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
-import structlog
 from fastapi import FastAPI
 
 import logs
 from main import create_app
-from tests.conftest import Person, person, running, settings_for
+from tests.conftest import Person, person, reset_log, running, settings_for
 
 
 class Log(io.StringIO):
@@ -34,7 +33,7 @@ def log(log_format: str) -> Iterator[Log]:
     log = Log()
     logs.configure("info", log_format, log)
     yield log
-    structlog.reset_defaults()
+    reset_log()
     root.handlers = handlers
     root.setLevel(level)
 

@@ -187,6 +187,7 @@ async def test_the_owners_token_opens_a_task_operation(app: FastAPI, client: htt
     assert {401, 403}.isdisjoint(statuses)
 
 
+@pytest.mark.no_cover  # many times the same lines
 @BOUNDED
 @given(value=WRONG_VALUES, number=st.integers(0, 5))
 async def test_no_bytes_but_the_owners_token_open_a_task_operation(
@@ -199,6 +200,7 @@ async def test_no_bytes_but_the_owners_token_open_a_task_operation(
     assert await _status(app, number, value) == 401
 
 
+@pytest.mark.no_cover  # many times the same lines
 @BOUNDED
 @given(user_id=st.text(min_size=1, max_size=255).filter(_is_user), number=st.integers(0, 5))
 async def test_the_token_of_any_other_user_is_403(

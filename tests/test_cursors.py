@@ -227,6 +227,7 @@ async def _status(app: FastAPI, cursor: bytes) -> int:
     )
 
 
+@pytest.mark.no_cover  # many times the same lines
 @BOUNDED
 @given(cursor=FORGED.map(lambda text: text.encode(errors="surrogatepass")) | st.binary())
 async def test_whatever_is_forged_is_422(app: FastAPI, client: httpx.AsyncClient, cursor: bytes) -> None:

@@ -26,6 +26,7 @@ WRITERS = 32
 TASKS = 2_000
 
 
+@pytest.mark.no_cover  # many times the same lines
 async def test_many_writers_with_impatient_clients_lose_nothing(alice: Person) -> None:
     """Every tenth client hangs up; what it asked for is done or not, and nobody else notices."""
     numbers = iter(range(TASKS))

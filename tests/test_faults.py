@@ -3,14 +3,15 @@ from collections.abc import Iterator
 import pytest
 
 from tests import faults
-from tests.faults import Fault, suffer
+from tests.faults import AFTER_S, Fault, suffer
 from tests.postgres import Process, running_process
 
 # Coverage would slow down the load, which shares the service's process.
 pytestmark = pytest.mark.no_cover
 
 REQUEST_DEADLINE_S = 8.0
-SCHEDULING_S = 0.7  # the load and the service share a process here
+LATE_MAX_S = 1.0  # a loop that stands still for longer is itself a fault
+TURNS = 4  # of the loop that a request takes after its time is up, each as late as the latest that was seen
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +44,12 @@ async def test_a_fault_loses_nothing_and_passes(process: Process, fault: Fault) 
     outcome = await suffer(process, fault)
 
     account = outcome.account
-    assert account.requests > 200
+    late_s = 0.05 + TURNS * account.late_s
+    assert account.late_s < LATE_MAX_S
     assert account.odd == []
     assert (outcome.lost, outcome.doubled) == (0, 0)
-    assert account.longest_s < REQUEST_DEADLINE_S + SCHEDULING_S
-    assert outcome.recovery_s < 2
+    assert account.longest_s < REQUEST_DEADLINE_S + late_s
+    assert outcome.recovery_s < AFTER_S
     if fault in WAKING:
         # What was in the middle of being written when it fell asleep may have been written or not.
-        assert [when for when in account.failures if when > outcome.began + 0.5] == []
+        assert [when for when in account.failures if when > outcome.began + 0.5 + late_s] == []

@@ -485,6 +485,7 @@ def _fields(seen: Json) -> Json:
     return {name: seen[name] for name in WRITABLE}
 
 
+@pytest.mark.no_cover  # many times the same lines
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(
     st.lists(task_model.creates, min_size=6, max_size=9),

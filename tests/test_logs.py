@@ -10,6 +10,7 @@ import structlog
 
 import logs
 from logs import BoundedLog
+from tests.conftest import reset_log
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def stream() -> Iterator[io.StringIO]:
     stream = io.StringIO()
     logs.configure("info", "json", stream)
     yield stream
-    structlog.reset_defaults()
+    reset_log()
     root.handlers = handlers
     root.setLevel(level)
 
@@ -77,7 +78,7 @@ def test_a_full_disk_ends_nothing() -> None:
         structlog.get_logger("ours").info("event")
         logging.getLogger("theirs").warning("event")
 
-        structlog.reset_defaults()
+        reset_log()
         root.handlers = handlers
         root.setLevel(level)
         with contextlib.suppress(OSError):

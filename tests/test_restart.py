@@ -15,7 +15,10 @@ import pytest
 import tokens
 from tests.conftest import SECRET
 from tests.postgres import free_port
-from tests.service import Service, running_service, running_service_on
+from tests.service import UNMEASURED, Service, running_service, running_service_on
+
+# What is run here is measured elsewhere; coverage would only slow the load.
+pytestmark = pytest.mark.no_cover
 
 CLIENTS = 16
 
@@ -85,7 +88,7 @@ def settings_of(url: str) -> dict[str, str]:
         "MIGRATE_ON_START": "true",
         "MAX_TASKS_PER_USER": "0",
         "RATE_LIMIT": "off",
-    }
+    } | UNMEASURED
 
 
 async def test_a_service_that_is_asked_to_stop_breaks_nothing_off(url: str, tmp_path: Path) -> None:
