@@ -44,6 +44,7 @@ class Protocol(HttpToolsProtocol):
         self._in_body = False
         self._received_bytes = 0  # since the last head was complete, as they came
         self._head_bytes = 0  # of this head, as they were read
+        self._hosts = 0
         self._timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._draining = False
@@ -97,7 +98,7 @@ class Protocol(HttpToolsProtocol):
             self._refuse(HeadTooLarge())
 
     def on_message_begin(self) -> None:
-        self._head_bytes = 0
+        self._head_bytes = self._hosts = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -106,6 +107,10 @@ class Protocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value))
+        if len(name) == 4 and name.lower() == b"host":
+            self._hosts += 1
+            if self._hosts > 1:  # RFC 9112, section 3.2: which one is meant?
+                raise ValueError
         if not self._in_body:  # a trailer is no header (RFC 9110, section 6.5.1)
             super().on_header(name, value)
 

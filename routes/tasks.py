@@ -188,7 +188,7 @@ async def get_task(owner: OwnerDep, task_id: TaskId, if_none_match: IfNoneMatch 
 async def complete_task(
     owner: OwnerDep, task_id: TaskId, body: Completion | None = None, if_match: IfMatch = None
 ) -> Response:
-    """Set `completed`, which is safe to retry, or toggle it when there is no body."""
+    """Set `completed`, which is safe to retry, or toggle it when no body names it."""
     versions = etags.expected_versions(if_match)
     with _refusals():
         if body and (changes := body.changes()):

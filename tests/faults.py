@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import math
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -34,14 +35,18 @@ class Account:
     longest_failure_s: float = 0.0
     odd: list[str] = field(default_factory=list)
     acknowledged: set[str] = field(default_factory=set)
+    ended: float = math.inf  # when the fault was over
+    served_again: dict[str, float] = field(default_factory=dict)  # when who asked after that was served
     late_s: float = 0.0  # how much longer than asked for this process has slept at most
 
-    def note(self, answer: httpx.Response, started: float) -> None:
+    def note(self, someone: Person, answer: httpx.Response, started: float) -> None:
         took_s = time.monotonic() - started
         self.requests += 1
         self.longest_s = max(self.longest_s, took_s)
         if answer.is_success:
             self.successes += 1
+            if started >= self.ended:
+                self.served_again.setdefault(someone.user_id, time.monotonic())
             return
         self.failures.append(time.monotonic())
         self.longest_failure_s = max(self.longest_failure_s, took_s)
@@ -54,7 +59,7 @@ class Account:
 class Outcome:
     account: Account
     began: float
-    recovery_s: float  # from the end of the fault to the last failure
+    recovery_s: float  # from the end of the fault to the last failure, and until everybody is served
     lost: int
     doubled: int
 
@@ -94,7 +99,7 @@ async def suffer(process: Process, fault: Fault, **settings: object) -> Outcome:
                 await _calm(account)
                 began = time.monotonic()
                 await fault(Scene(process, proxy, name))
-                ended = time.monotonic()
+                account.ended = time.monotonic()
                 await asyncio.sleep(AFTER_S)
                 await _calm(account)
             titles = [task["title"] for each in people for task in await _all_tasks(each)]
@@ -102,7 +107,9 @@ async def suffer(process: Process, fault: Fault, **settings: object) -> Outcome:
     return Outcome(
         account,
         began,
-        max(0.0, max(account.failures, default=ended) - ended),
+        max(*account.failures, *account.served_again.values()) - account.ended
+        if len(account.served_again) == CLIENTS
+        else math.inf,
         len(account.acknowledged - set(titles)),
         len(titles) - len(set(titles)),
     )
@@ -153,14 +160,14 @@ async def _use(someone: Person, account: Account, stopping: asyncio.Event) -> No
         await _write(someone, account, f"{someone.user_id} {number}")
         await _write_until_done(someone, account, f"{someone.user_id} {number} with a key", stopping)
         started = time.monotonic()
-        account.note(await someone.get("?limit=5"), started)
+        account.note(someone, await someone.get("?limit=5"), started)
         await asyncio.sleep(0.01)
 
 
 async def _write(someone: Person, account: Account, title: str) -> None:
     started = time.monotonic()
     answer = await someone.post(json={"title": title})
-    account.note(answer, started)
+    account.note(someone, answer, started)
     if answer.status_code == 201:
         account.acknowledged.add(title)
 
@@ -172,7 +179,7 @@ async def _write_until_done(someone: Person, account: Account, title: str, stopp
         if answer.status_code == 409:  # the first one is still running
             await asyncio.sleep(0.1)
             continue
-        account.note(answer, started)
+        account.note(someone, answer, started)
         if answer.status_code == 201:
             account.acknowledged.add(title)
             return

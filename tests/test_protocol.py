@@ -74,6 +74,7 @@ def problem(answer: bytes) -> tuple[int, str]:
         b"GET / HTTP/9.9\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost x\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHo st: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nhOST: y\r\n\r\n",
         b"GET /health HTTP/1.1\r\nA: b\x00c\r\n\r\n",
         b"GET /health HTTP/1.1\r\n folded: x\r\n\r\n",
         b"GET /h\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n\r\n",
