@@ -9,7 +9,7 @@ from typing import TypeVar
 import structlog
 from limits.aio.storage import MemoryStorage, RedisStorage, Storage
 
-KEYS_MAX = 100_000  # 25 MB
+KEYS_MAX = 100_000  # 18 MB
 KEYS_SWEPT_MIN = 1000
 TIMEOUT_S = 0.25  # of a request that finds Redis gone; the usual answer takes less than a millisecond
 RETRY_S = 2.0  # how long the others then do without asking it
