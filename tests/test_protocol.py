@@ -5,9 +5,9 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import asyncpg
 import pytest
@@ -232,11 +232,12 @@ def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path
         assert service.process.wait(5) == 0
 
 
-async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
-    tmp_path: Path, postgres: Server
-) -> None:
+@asynccontextmanager
+async def locked_out(
+    tmp_path: Path, postgres: Server, *program: str
+) -> AsyncIterator[tuple[int, Service, asyncpg.Connection]]:
+    """A service with one database connection, and a transaction that lets nobody read tasks."""
     name, port = await postgres.create_database(), free_port()
-    code = "import main, pool; pool.WAITING_MAX_AT_LEAST = pool.WAITING_MAX_PER_CONNECTION = 0; main.main([])"
     settings = {
         "DATABASE_URL": postgres.url_of(name),
         "DATABASE_POOL_SIZE": "1",
@@ -244,24 +245,34 @@ async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
         "MIGRATE_ON_START": "true",
         "PORT": str(port),
     }
-    token = tokens.issue("alice", SECRET, 900)
-    head = f"Host: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
-    with running_service(tmp_path, "-c", code, **settings) as service:
+    with running_service(tmp_path, *program, **settings) as service:
         await asyncio.to_thread(service.wait_for, f"http://127.0.0.1:{port}")
         locking = await asyncpg.connect(postgres.url_of(name))
-        async with locking.transaction():
-            await locking.execute("LOCK TABLE task")
-            _, waiting = await _connected(port, b"GET /api/alice/tasks HTTP/1.1\r\n" + head)
-            await asyncio.sleep(0.2)  # now the only connection is taken
-            started = time.monotonic()
-            reader, writer = await _connected(port, b"GET /api/alice/tasks HTTP/1.1\r\n" + head)
-            refused, refused_s = await reader.readuntil(b"}"), time.monotonic() - started
-            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            answered, answered_s = await reader.read(65536), time.monotonic() - started
+        await locking.execute("BEGIN; LOCK TABLE task")
+        yield port, service, locking
         await locking.close()
+    await postgres.drop_database(name)
+
+
+def list_request() -> bytes:
+    token = tokens.issue("alice", SECRET, 900)
+    return f"GET /api/alice/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+
+
+async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
+    tmp_path: Path, postgres: Server
+) -> None:
+    code = "import main, pool; pool.WAITING_MAX_AT_LEAST = pool.WAITING_MAX_PER_CONNECTION = 0; main.main([])"
+    async with locked_out(tmp_path, postgres, "-c", code) as (port, _, locking):
+        _, waiting = await _connected(port, list_request())
+        await _until_true(5, lambda: _waits_for_a_lock(locking))  # now the only connection is taken
+        started = time.monotonic()
+        reader, writer = await _connected(port, list_request())
+        refused, refused_s = await reader.readuntil(b"}"), time.monotonic() - started
+        writer.write(HEALTH + b"\r\n")
+        answered, answered_s = await reader.read(65536), time.monotonic() - started
         for each in (waiting, writer):
             each.close()
-    await postgres.drop_database(name)
 
     assert refused.startswith(b"HTTP/1.1 503")
     assert b"retry-after: 1\r\n" in refused.lower()
@@ -272,40 +283,25 @@ async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
 
 
 async def test_what_is_done_for_a_client_that_hangs_up_is_cancelled(tmp_path: Path, postgres: Server) -> None:
-    name, port = await postgres.create_database(), free_port()
-    settings = {
-        "DATABASE_URL": postgres.url_of(name),
-        "DATABASE_POOL_SIZE": "1",
-        "BETTER_AUTH_SECRET": SECRET,
-        "MIGRATE_ON_START": "true",
-        "PORT": str(port),
-    }
-    token = tokens.issue("alice", SECRET, 900)
-    request = f"GET /api/alice/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
-    with running_service(tmp_path, **settings) as service:
-        await asyncio.to_thread(service.wait_for, f"http://127.0.0.1:{port}")
-        locking = await asyncpg.connect(postgres.url_of(name))
-        async with locking.transaction():
-            await locking.execute("LOCK TABLE task")
-            hasty = [await _connected(port, request) for _ in range(3)]
-            await _until_true(5, lambda: _waits_for_a_lock(locking))
-            for _, writer in hasty:
-                writer.close()
+    async with locked_out(tmp_path, postgres) as (port, service, locking):
+        hasty = [await _connected(port, list_request()) for _ in range(3)]
+        await _until_true(5, lambda: _waits_for_a_lock(locking))
+        for _, writer in hasty:
+            writer.close()
 
-            # In less than the four seconds that the statement alone would take.
-            await _until_true(2, lambda: _are_cancelled(service, 3))
-            assert not await _waits_for_a_lock(locking)
+        # In less than the four seconds that the statement alone would take.
+        await _until_true(2, lambda: _are_cancelled(service, 3))
+        assert not await _waits_for_a_lock(locking)
 
-        _, writer = patient = await _connected(port, request)
-        assert (await patient[0].readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
-        await locking.close()
+        await locking.execute("ROLLBACK")
+        reader, writer = await _connected(port, list_request())
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
         writer.close()
-    await postgres.drop_database(name)
 
     assert "Traceback" not in service.logged
 
 
-async def _waits_for_a_lock(connection: Any) -> bool:
+async def _waits_for_a_lock(connection: asyncpg.Connection) -> bool:
     return bool(await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
 
 
