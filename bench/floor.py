@@ -4,7 +4,7 @@ Every token is verified afresh. There is no validation beyond what the work need
 """
 
 import os
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import asyncpg
@@ -12,17 +12,20 @@ import jwt
 import orjson
 
 SECRET = os.environ["BETTER_AUTH_SECRET"].encode()
-COLUMNS = "id, user_id, title, description, completed, completed_at, version, created_at, updated_at"
+FIELDS = "title, description, completed, priority, category, tags, due_date, due_time, recurring, reminder"
+COLUMNS = f"id, user_id, {FIELDS}, completed_at, version, created_at, updated_at"
+PRIORITIES = (None, "high", "medium", "low")
 GET = f"SELECT {COLUMNS} FROM task WHERE user_id = $1 AND id = $2"
 LIST = f"SELECT {COLUMNS} FROM task WHERE user_id = $1 ORDER BY created_at DESC, id DESC LIMIT $2"
 POST = (
-    "INSERT INTO task (user_id, title, description, completed, version, created_at, updated_at) "
-    f"VALUES ($1, $2, $3, $4, 1, $5, $5) RETURNING {COLUMNS}"
+    f"INSERT INTO task (user_id, {FIELDS}, version, created_at, updated_at) "
+    f"VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, 1, $12, $12) RETURNING {COLUMNS}"
 )
 TOGGLE = (
     "UPDATE task SET completed = NOT completed, "
     "completed_at = CASE WHEN completed THEN NULL ELSE $3::timestamptz END, "
-    f"version = version + 1, updated_at = $3 WHERE user_id = $1 AND id = $2 RETURNING {COLUMNS}"
+    "version = version + 1, updated_at = $3 WHERE user_id = $1 AND id = $2 "
+    f"AND (completed OR recurring IS NULL OR due_date IS NULL) RETURNING {COLUMNS}"
 )
 
 pool: asyncpg.Pool
@@ -37,6 +40,12 @@ def user_of(headers: list[tuple[bytes, bytes]]) -> str:
     return jwt.decode(token, SECRET, algorithms=["HS256"], options={"require": ["sub", "exp"]})["sub"]
 
 
+def task(row: Any) -> dict[str, Any]:
+    found = dict(row.items())
+    found["priority"] = PRIORITIES[found["priority"] or 0]
+    return found
+
+
 async def answer(scope: dict[str, Any], receive: Any) -> tuple[int, Any]:
     _, _, user_id, _, *rest = scope["path"].split("/")
     if user_of(scope["headers"]) != user_id:
@@ -44,19 +53,29 @@ async def answer(scope: dict[str, Any], receive: Any) -> tuple[int, Any]:
     match scope["method"], rest:
         case "GET", []:
             limit = int(scope["query_string"].removeprefix(b"limit="))
-            return 200, [dict(row.items()) for row in await pool.fetch(LIST, user_id, limit + 1)][:limit]
+            return 200, [task(row) for row in await pool.fetch(LIST, user_id, limit + 1)][:limit]
         case "GET", [task_id]:
-            return 200, dict((await pool.fetchrow(GET, user_id, int(task_id))).items())
+            return 200, task(await pool.fetchrow(GET, user_id, int(task_id)))
         case "POST", []:
             body = orjson.loads((await receive())["body"])
             title = body["title"].strip()
             if not 1 <= len(title) <= 200:
                 raise ValueError
-            row = await pool.fetchrow(POST, user_id, title, body.get("description"), False, datetime.now(UTC))
-            return 201, dict(row.items())
+            values = (
+                title,
+                body.get("description"),
+                False,
+                body.get("priority") and PRIORITIES.index(body["priority"]),
+                body.get("category"),
+                body.get("tags", []),
+                body.get("due_date") and date.fromisoformat(body["due_date"]),
+                body.get("due_time"),
+                body.get("recurring"),
+                body.get("reminder", False),
+            )
+            return 201, task(await pool.fetchrow(POST, user_id, *values, datetime.now(UTC)))
         case "PATCH", [task_id, "complete"]:
-            row = await pool.fetchrow(TOGGLE, user_id, int(task_id), datetime.now(UTC))
-            return 200, dict(row.items())
+            return 200, task(await pool.fetchrow(TOGGLE, user_id, int(task_id), datetime.now(UTC)))
     raise LookupError
 
 

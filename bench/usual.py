@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Annotated
 
 import jwt
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy import ARRAY, Text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlmodel import Field, SQLModel, desc, select
 from sqlmodel.ext.asyncio.session import AsyncSession
@@ -21,6 +22,13 @@ class TaskBase(SQLModel):
     title: str = Field(min_length=1, max_length=200)
     description: str | None = Field(default=None, max_length=1000)
     completed: bool = False
+    priority: int | None = None
+    category: str | None = Field(default=None, max_length=50)
+    tags: list[str] = Field(default=[], sa_type=ARRAY(Text))
+    due_date: date | None = None
+    due_time: str | None = None
+    recurring: str | None = None
+    reminder: bool = False
 
 
 class Task(TaskBase, table=True):

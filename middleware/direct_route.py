@@ -11,11 +11,12 @@ from functools import lru_cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from urllib.parse import parse_qsl
 
-from fastapi import Request, Response, params
+from fastapi import HTTPException, Request, Response, params
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 import strict_json
 from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMediaType
@@ -45,6 +46,18 @@ class DirectRoute(APIRoute):
     - anything else: the body, as strict JSON of at most `BODY_MAX_BYTES`; with a default it may be left out.
       `Body(media_type=…)` names one of the `+json` types; then no other is taken besides `application/json`.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._answer = self.get_route_handler()
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # The framework's opens exit stacks that no dependency of ours uses, and catches what the
+        # application catches anyway: 5 % of a request.
+        if self.methods and scope["method"] not in self.methods:
+            raise HTTPException(405)
+        response = await self._answer(Request(scope, receive, send))
+        await response(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         endpoint = self.endpoint
