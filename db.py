@@ -5,7 +5,7 @@ import contextlib
 import sqlite3
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -304,13 +304,14 @@ class SQLite(Database):
             raise ValueError("names a folder that cannot be made") from error
         _check_file(self.path)
         self._connections: list[aiosqlite.Connection] = []
+        self._turns: Iterator[aiosqlite.Connection] = iter(_not_open, None)
+        self._writing = asyncio.Lock()  # so that whoever waits, waits no longer than for a connection
         self._reading = self._waiting = 0
 
     async def open(self) -> None:
-        for _ in range(1 + SQLITE_READERS):
+        while len(self._connections) < 1 + SQLITE_READERS:
             self._connections.append(await self._connect())
         self._turns = cycle(self.readers)
-        self._writing = asyncio.Lock()  # so that whoever waits, waits no longer than for a connection
 
     @property
     def usage(self) -> dict[str, int]:
@@ -319,7 +320,7 @@ class SQLite(Database):
 
     @property
     def writer(self) -> aiosqlite.Connection:
-        return self._connections[0]
+        return self._connections[0] if self._connections else _not_open()
 
     @property
     def readers(self) -> list[aiosqlite.Connection]:
@@ -476,6 +477,10 @@ def _check_file(path: Path) -> None:
     except sqlite3.DatabaseError as error:
         if clause := _UNUSABLE_FILE.get(error.sqlite_errorcode & 0xFF):
             raise ValueError(f"{clause}: {path}") from error
+
+
+def _not_open() -> aiosqlite.Connection:
+    raise Unavailable
 
 
 def _begin_immediately(connection: Connection) -> None:

@@ -2,14 +2,17 @@
 
 import argparse
 import asyncio
+import atexit
 import contextlib
 import gc
+import itertools
 import os
 import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -46,8 +49,12 @@ from routes import accounts, docs, health, tasks
 from routes import metrics as metrics_route
 from task_limit import TaskLimit
 
+STARTUP_FAILURE = 3  # uvicorn's
 SD_LISTEN_FDS_START = 3
+START_WAIT_S = 1.5  # for the database; then the port opens, and 503 is the answer until it is there
 RETRY_MAX_S = 30.0  # between two attempts to migrate a database that is away
+LOCK_TIMEOUT = "1s"  # while a migration waits for a table, all requests for that table wait behind it
+END_S = 0.5  # for connections to end in order, and then for threads: what waits for a database holds nobody
 
 _log = structlog.get_logger("main")
 
@@ -76,21 +83,25 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        migration = await _begin_migration(database) if settings.migrates_on_start else None
+        if settings.migrates_on_start:
+            _import_alembic()
         if keys:
             await keys.open()
         end_metrics = _serve_metrics(settings)
+        metrics.watch_connections(lambda: database.usage)
+        tried: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        preparing = asyncio.create_task(
+            _prepare(database, readiness, tried, migrates=settings.migrates_on_start)
+        )
         try:
-            await database.open()
-            metrics.watch_connections(lambda: database.usage)
-            await _say_what_hinders(readiness)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(tried, START_WAIT_S)
             gc.freeze()  # what start-up has made stays; the collector need not look at it again and again
             yield
         finally:
-            if migration:
-                migration.cancel()
             end_metrics()
-            await database.close()
+            preparing.cancel()
+            await asyncio.wait({preparing, asyncio.create_task(database.close())}, timeout=END_S)
             await storage.close()
             if keys:
                 await keys.close()
@@ -184,43 +195,72 @@ def _serve_metrics(settings: Settings) -> Callable[[], None]:
     return lambda: None
 
 
-async def _begin_migration(database: db.Database) -> "asyncio.Task[None] | None":
-    """Migrate before serving; while the database is away, serve and return the task that goes on trying."""
-    if await _migrated(database):
-        return None
-    return asyncio.create_task(_keep_migrating(database))
+async def _prepare(
+    database: db.Database, readiness: Readiness, tried: "asyncio.Future[None]", *, migrates: bool
+) -> None:
+    """Migrate and connect; what is away is tried again until it is there.
 
-
-async def _keep_migrating(database: db.Database) -> None:
-    wait_s = 1.0
+    *tried* is done after the first attempt, unless nobody waits for it any more, with the error that no time
+    will mend, if that ended it.
+    """
+    migrated, opened = not migrates, False
     try:
-        while True:
-            await asyncio.sleep(wait_s)
-            if await _migrated(database):
+        for attempt in itertools.count():
+            migrated = migrated or await _succeeds(_migrate(database), "database cannot be migrated yet")
+            opened = opened or await _succeeds(database.open(), "database cannot be opened yet")
+            if attempt == 0:
+                await _say_what_hinders(readiness)
+            if not tried.done():
+                tried.set_result(None)
+            if migrated and opened:
                 return
-            wait_s = min(2 * wait_s, RETRY_MAX_S)
-    except Exception:
-        _log.exception("migration failed")
+            await asyncio.sleep(min(2**attempt, RETRY_MAX_S))
+    except Exception as error:
+        if tried.done():
+            _log.exception("migration failed" if not migrated else "database cannot be opened")
+        else:
+            tried.set_exception(error)
 
 
-async def _migrated(database: db.Database) -> bool:
+async def _succeeds(attempt: Awaitable[None], event: str) -> bool:
     try:
-        await asyncio.to_thread(migrate, database)
+        await attempt
     except Exception as error:
         if not db.is_transient(error):
             raise
-        _log.warning("database cannot be migrated yet", reason=type(error).__name__, error=str(error))
+        _log.warning(event, reason=type(error).__name__, error=str(error))
         return False
     return True
 
 
+async def _migrate(database: db.Database) -> None:
+    """Bring the schema to head on this loop, where it can be cancelled: its transaction then is undone."""
+    engine = database.engine()
+    try:
+        async with engine.connect() as connection:
+            await connection.run_sync(
+                lambda synchronous: _upgrade(connection=synchronous, lock_timeout=LOCK_TIMEOUT)
+            )
+    finally:
+        await engine.dispose()
+
+
 def migrate(database: db.Database) -> None:
     """Bring the schema of *database* to head; of several processes one does it and the others wait."""
-    from alembic import command, config  # only a start that migrates pays for the import
+    _upgrade(database=database)
 
+
+def _upgrade(**attributes: Any) -> None:
+    command, config = _import_alembic()
     alembic = config.Config(toml_file=Path(__file__).with_name("pyproject.toml"))
-    alembic.attributes["database"] = database
+    alembic.attributes.update(attributes)
     command.upgrade(alembic, "head")
+
+
+def _import_alembic() -> tuple[Any, Any]:
+    from alembic import command, config  # 0.3 s, which only a start that migrates pays for
+
+    return command, config
 
 
 def load_app(settings: Settings) -> FastAPI:
@@ -254,11 +294,20 @@ def __getattr__(name: str) -> Any:
 
 
 class _Server(uvicorn.Server):
-    """Says how to try the service once it listens."""
+    """Says how to try the service once it listens, and ends when it has been asked to."""
 
     def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
         self._settings = settings
+
+    async def serve(self, sockets: Any = None) -> None:
+        await super().serve(sockets)
+        # A thread that waits for a lock of SQLite cannot be interrupted, and neither can a look-up of a name.
+        # To end it loses nothing: what a database has not been told to commit, it undoes.
+        leaving = threading.Timer(END_S, os._exit, [0 if self.started else STARTUP_FAILURE])
+        leaving.daemon = True
+        leaving.start()
+        atexit.register(leaving.cancel)  # all threads have ended
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -325,12 +374,13 @@ def serve(settings: Settings) -> None:
         forwarded_allow_ips=settings.proxies,
     )
     server = _Server(config, settings)
-    # uvicorn shuts down in order and then raises the signal again; to stop when asked is a success.
+    # uvicorn shuts down in order and then raises the signal again; to stop when asked is a success. A signal
+    # before this line ends the process by itself (-15): nothing has been accepted by then.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, server.handle_exit)
     server.run(_inherited_sockets())
     if not server.started:
-        raise SystemExit(3)
+        raise SystemExit(STARTUP_FAILURE)
 
 
 def _inherited_sockets() -> list[socket.socket] | None:

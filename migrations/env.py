@@ -39,6 +39,10 @@ def run(connection: Connection) -> None:
         # One process migrates, the others wait here and then find nothing to do. On SQLite the
         # transaction itself is the lock. It ends with the transaction, as a pooler needs it.
         if connection.dialect.name == "postgresql":
+            if timeout := context.config.attributes.get("lock_timeout"):  # of who will try again
+                connection.execute(
+                    text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": timeout}
+                )
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
         context.run_migrations()
 
@@ -58,4 +62,7 @@ def configured_database() -> db.Database:
         refuse([f"DATABASE_URL: {error}"])
 
 
-asyncio.run(migrate(context.config.attributes.get("database") or configured_database()))
+if connection := context.config.attributes.get("connection"):
+    run(connection)
+else:
+    asyncio.run(migrate(context.config.attributes.get("database") or configured_database()))

@@ -70,7 +70,7 @@ HAND_OVER = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
 os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
@@ -83,12 +83,14 @@ def running_service(
 
 
 def running_service_on(
-    listening: socket.socket, folder: Path, **settings: str
+    listening: socket.socket, folder: Path, *command: str, **settings: str
 ) -> contextlib.AbstractContextManager[Service]:
-    """Start `main.py` in *folder* on a socket that is open already and may have others."""
+    """Start *command*, by default `main.py`, on a socket that is open already and may have others."""
     descriptor = listening.fileno()
-    program = [sys.executable, "-c", HAND_OVER, str(descriptor), str(PROJECT / "main.py")]
-    return _running(folder, program, settings, descriptor)
+    program = command or (sys.executable, str(PROJECT / "main.py"))
+    return _running(
+        folder, [sys.executable, "-c", HAND_OVER, str(descriptor), *program], settings, descriptor
+    )
 
 
 @contextlib.contextmanager

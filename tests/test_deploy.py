@@ -1,5 +1,8 @@
 import asyncio
+import contextlib
 import re
+import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,13 @@ import pytest
 
 import db
 from main import create_app, migrate
-from tests.conftest import Person, person, running, settings_for
-from tests.postgres import Server, own_server
+from protocol import HEAD_MAX_BYTES
+from tests.conftest import SECRET, Person, person, running, settings_for
+from tests.postgres import Server, free_port, own_server
+from tests.service import PROJECT, running_service_on
 from tests.test_migrations import BETTER_AUTH_TABLES, OUR_TABLES
 
-DEPLOY = (Path(__file__).parent.parent / "docs" / "deploy.md").read_text()
+DEPLOY = (PROJECT / "docs" / "deploy.md").read_text()
 PASSWORD = "correct horse battery"
 
 
@@ -163,6 +168,54 @@ async def test_the_key_that_citus_needs_changes_nothing_for_us(postgres: Server)
     async with running(create_app(settings_for(url, local_accounts=True))) as client:
         await every_operation(client, person("alice", client))
     await postgres.drop_database(name)
+
+
+def of_the_unit(name: str) -> list[str]:
+    """Return what the guide's unit gives *name*, in words, for the project as it lies here."""
+    (unit,) = re.findall(r"^```ini\n(\[Unit\]\n.*?)^```", DEPLOY, re.MULTILINE | re.DOTALL)
+    (value,) = re.findall(rf"^{name}=(.*)$", unit, re.MULTILINE)
+    programs = str(Path(sys.executable).parent)  # of the same virtual environment
+    here = value.replace("/opt/tasks/.venv/bin", programs).replace("/opt/tasks", str(PROJECT))
+    return str(here).split()
+
+
+async def test_what_the_unit_starts_serves_and_stops_as_the_guide_says(url: str, tmp_path: Path) -> None:
+    settings = dict(word.split("=") for word in of_the_unit("Environment"))
+    settings |= {
+        "DATABASE_URL": url_as("tasks_service", url),
+        "BETTER_AUTH_SECRET": SECRET,
+        "METRICS_PORT": str(free_port()),
+        "SHUTDOWN_GRACE_S": "1",
+    }
+    listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+    port = listening.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with listening, running_service_on(listening, tmp_path, *of_the_unit("ExecStart"), **settings) as service:
+        await asyncio.to_thread(service.wait_for, address)
+        async with httpx.AsyncClient(base_url=address) as client:
+            created = await person("alice", client).post(json={"title": "Buy milk"})
+            too_large = await client.get("/health", headers={"X-Large": "x" * HEAD_MAX_BYTES})
+            metrics = await client.get(f"http://127.0.0.1:{settings['METRICS_PORT']}/metrics")
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+        await writer.drain()
+
+        async with asyncio.timeout(4):  # that client never goes on; by default the grace would be 10 s
+            code = await asyncio.to_thread(service.stop)
+
+        with contextlib.suppress(OSError):
+            writer.close()
+            await writer.wait_closed()
+
+    assert [answer.status_code for answer in (created, too_large, metrics)] == [201, 431, 200]
+    assert "server" not in created.headers.keys() | too_large.headers.keys()
+    assert code == 0
+
+
+def test_the_unit_raises_the_limit_of_clients() -> None:
+    usual = 1024  # systemd's own
+
+    assert int(*of_the_unit("LimitNOFILE")) > usual
 
 
 def test_every_table_is_distributed() -> None:

@@ -1,0 +1,233 @@
+"""Starts beside a database that hinders them: the port opens, and who is asked to stop stops."""
+
+import asyncio
+import contextlib
+import socket
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import asyncpg
+import httpx
+import pytest
+from alembic import command
+
+import db
+from main import migrate
+from tests.conftest import SECRET
+from tests.postgres import Process, Server, free_port, running_process
+from tests.service import PROJECT, Service, run, running_service
+from tests.test_migrations import _alembic
+
+MIGRATION_LOCK = 7_240_115_033
+GRACE_S = 2
+STOPPED_WITHIN_S = GRACE_S + 1.5
+# The port opens 2.5 s after the start where nothing else runs; if it waited for a connection, a minute.
+CONNECT_TIMEOUT_S = 60
+STARTED_WITHIN_S = 20
+
+
+def settings_of(url: str, *, migrates: bool = True) -> dict[str, str]:
+    return {
+        "DATABASE_URL": url,
+        "BETTER_AUTH_SECRET": SECRET,
+        "DATABASE_CONNECT_TIMEOUT_S": str(CONNECT_TIMEOUT_S),
+        "MIGRATE_ON_START": str(migrates).lower(),
+        "SHUTDOWN_GRACE_S": str(GRACE_S),
+    }
+
+
+@contextlib.contextmanager
+def starting(folder: Path, settings: dict[str, str]) -> Iterator[tuple[Service, str]]:
+    port = free_port()
+    with running_service(folder, PORT=str(port), **settings) as service:
+        yield service, f"http://127.0.0.1:{port}"
+
+
+async def open_port(service: Service, address: str) -> None:
+    async with asyncio.timeout(STARTED_WITHIN_S):
+        await asyncio.to_thread(service.wait_for, address)
+
+
+async def assert_stops(service: Service) -> None:
+    began = time.monotonic()
+
+    assert await asyncio.to_thread(service.stop) == 0
+
+    assert time.monotonic() - began < STOPPED_WITHIN_S
+    assert "Traceback" not in service.logged
+
+
+async def is_ready(address: str) -> bool:
+    async with httpx.AsyncClient(timeout=10) as client:
+        return (await client.get(f"{address}/health/ready")).status_code == 200
+
+
+async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(STARTED_WITHIN_S):
+        while True:
+            if await holds():
+                return
+            await asyncio.sleep(0.05)
+
+
+async def logged(service: Service, sentence: str) -> None:
+    async def is_logged() -> bool:
+        return sentence in service.logged
+
+    await eventually(is_logged)
+
+
+@pytest.fixture
+async def postgres_url(postgres: Server) -> AsyncIterator[str]:
+    name = await postgres.create_database()
+    yield postgres.url_of(name)
+    await postgres.drop_database(name)
+
+
+@pytest.fixture
+def black_hole() -> Iterator[str]:
+    """A database that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
+        yield f"postgresql://nobody@127.0.0.1:{listening.getsockname()[1]}/nowhere?sslmode=disable"
+
+
+async def test_a_migration_that_another_session_hinders_keeps_nobody_from_starting_and_stopping(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    other = await asyncpg.connect(postgres_url)
+    await other.execute(f"SELECT pg_advisory_lock({MIGRATION_LOCK})")
+    with starting(tmp_path, settings_of(postgres_url)) as (service, address):
+        await open_port(service, address)
+        assert not await is_ready(address)
+        await logged(service, "cannot be migrated yet")
+
+        await assert_stops(service)
+    await other.close()
+
+
+async def test_a_migration_that_another_session_hindered_is_done_when_that_ends(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    other = await asyncpg.connect(postgres_url)
+    await other.execute(f"SELECT pg_advisory_lock({MIGRATION_LOCK})")
+    with starting(tmp_path, settings_of(postgres_url)) as (service, address):
+        await open_port(service, address)
+        await logged(service, "cannot be migrated yet")
+
+        await other.close()
+
+        await eventually(partial(is_ready, address))
+        await assert_stops(service)
+
+
+@pytest.mark.parametrize("migrates", [True, False])
+async def test_a_database_that_never_answers_keeps_nobody_from_starting_and_stopping(
+    black_hole: str, tmp_path: Path, migrates: bool
+) -> None:
+    with starting(tmp_path, settings_of(black_hole, migrates=migrates)) as (service, address):
+        await open_port(service, address)
+        assert not await is_ready(address)
+
+        await assert_stops(service)
+
+
+@pytest.mark.parametrize("migrates", [True, False])
+async def test_who_still_waits_for_the_database_stops_when_asked(
+    black_hole: str, tmp_path: Path, migrates: bool
+) -> None:
+    with starting(tmp_path, settings_of(black_hole, migrates=migrates)) as (service, _):
+        await logged(service, "Waiting for application startup")
+
+        await assert_stops(service)
+
+
+async def test_a_migration_that_is_stopped_midway_leaves_the_schema_as_it_was(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    await asyncio.to_thread(command.upgrade, _alembic(db.connect(postgres_url, pool_size=1)), "0001")
+    other = await asyncpg.connect(postgres_url)
+    holding = other.transaction()
+    await holding.start()
+    await other.execute("LOCK TABLE task IN ACCESS SHARE MODE")  # 0002 passes, 0003 has to wait
+    with starting(tmp_path, settings_of(postgres_url)) as (service, address):
+        await open_port(service, address)
+        await eventually(partial(other.fetchval, "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"))
+
+        await assert_stops(service)
+
+    assert await other.fetchval("SELECT version_num FROM task_schema_version") == "0001"
+    assert await other.fetchval("SELECT to_regclass('local_account')") is None
+    await holding.rollback()
+    await asyncio.to_thread(migrate, db.connect(postgres_url, pool_size=1))
+    assert await other.fetchval("SELECT to_regclass('local_account')") == "local_account"
+    await other.close()
+
+
+@pytest.fixture(scope="module")
+def own_process() -> Iterator[Process]:
+    with running_process() as process:
+        yield process
+
+
+async def test_a_database_that_freezes_while_a_migration_waits_keeps_nobody_from_stopping(
+    own_process: Process, tmp_path: Path
+) -> None:
+    other = await asyncpg.connect(own_process.url)
+    await other.execute(f"SELECT pg_advisory_lock({MIGRATION_LOCK})")
+    with starting(tmp_path, settings_of(own_process.url)) as (service, address):
+        await open_port(service, address)
+        own_process.freeze()
+
+        try:
+            await assert_stops(service)
+        finally:
+            own_process.thaw()
+    await other.close()
+
+
+@pytest.mark.parametrize("migrated", [True, False])
+async def test_a_file_that_another_process_writes_to_keeps_nobody_from_starting_and_stopping(
+    tmp_path: Path, migrated: bool
+) -> None:
+    path = tmp_path / "tasks.db"
+    if migrated:
+        await asyncio.to_thread(migrate, db.connect(f"sqlite:///{path}", pool_size=1))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("BEGIN IMMEDIATE")
+        with starting(tmp_path, settings_of(f"sqlite:///{path}")) as (service, address):
+            await open_port(service, address)
+            token = run(tmp_path, str(PROJECT / "main.py"), "token", "alice", BETTER_AUTH_SECRET=SECRET)
+            headers = {"Authorization": f"Bearer {token.stdout.strip()}"}
+            async with httpx.AsyncClient(base_url=address, headers=headers, timeout=15) as client:
+                assert (await client.get("/health/ready")).status_code in ((200, 503) if migrated else (503,))
+                assert (await client.post("/api/alice/tasks", json={"title": "Buy milk"})).status_code == 503
+
+            await assert_stops(service)
+
+
+async def test_a_file_that_another_process_held_is_served_when_that_ends(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")  # not yet a file of ours, which could be read meanwhile
+        with starting(tmp_path, settings_of(f"sqlite:///{path}")) as (service, address):
+            await open_port(service, address)
+            assert not await is_ready(address)
+
+            other.execute("COMMIT")
+
+            await eventually(partial(is_ready, address))
+            await assert_stops(service)
+
+
+async def test_a_signal_before_the_server_listens_for_signals_is_not_lost(tmp_path: Path) -> None:
+    code = (
+        "import main, os, signal\n"
+        "main._inherited_sockets = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"  # the last that is asked
+        "main.main([])"
+    )
+    with running_service(tmp_path, "-c", code, PORT=str(free_port())) as service:
+        assert await asyncio.to_thread(service.process.wait, STARTED_WITHIN_S) == 0
