@@ -290,8 +290,7 @@ async def test_what_is_done_for_a_client_that_hangs_up_is_cancelled(tmp_path: Pa
             writer.close()
 
         # In less than the four seconds that the statement alone would take.
-        await _until_true(2, lambda: _are_cancelled(service, 3))
-        assert not await _waits_for_a_lock(locking)
+        await _until_true(2, lambda: _are_cancelled(service, locking, 3))
 
         await locking.execute("ROLLBACK")
         reader, writer = await _connected(port, list_request())
@@ -305,8 +304,8 @@ async def _waits_for_a_lock(connection: asyncpg.Connection) -> bool:
     return bool(await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
 
 
-async def _are_cancelled(service: Service, count: int) -> bool:
-    return service.logged.count("status=499") == count
+async def _are_cancelled(service: Service, locking: asyncpg.Connection, count: int) -> bool:
+    return service.logged.count("status=499") == count and not await _waits_for_a_lock(locking)
 
 
 async def _until_true(timeout_s: float, happened: Callable[[], Awaitable[bool]]) -> None:
