@@ -8,7 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 from sqlalchemy import BigInteger, ColumnElement, bindparam, delete, func, insert, not_, select, update
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import NULLTYPE
 
 import listing
 from arrays import Member, any_of, list_of, records
@@ -112,6 +116,7 @@ class _Workbench:
         match operation:
             case Delete():
                 del self.rows[operation.id]
+                self.room += 1
                 self.deleted.append(operation.id)
                 return Outcome("deleted")
             case Complete():
@@ -175,6 +180,7 @@ async def _room(owner: Owner) -> int:
     """Return how many more tasks *owner* may have."""
     if not owner.limit.most:
         return maxsize
+    await owner.one(_WAIT_FOR_OTHERS)  # so that the count sees what they have added
     count = await owner.one(_COUNT)
     assert count is not None  # noqa: S101 - an aggregate has one row
     return owner.limit.most - int(count["count"])
@@ -258,6 +264,24 @@ def _complete_all(shape: listing.Shape, *, in_series: bool) -> Executable:
     return named("complete_all_in_series", statement.values(values).returning(*COLUMNS, TASKS.c.series_day))
 
 
+class _Lock(FunctionElement[None]):
+    """Holds back others of the owner until the transaction ends; a writer of SQLite is alone anyway."""
+
+    type = NULLTYPE
+    inherit_cache = True
+
+
+@compiles(_Lock)
+def _lock(element: _Lock, compiler: SQLCompiler, **options: Any) -> str:
+    return f"pg_advisory_xact_lock(hashtextextended({compiler.process(element.clauses, **options)}, 1))"
+
+
+@compiles(_Lock, "sqlite")
+def _lock_sqlite(_element: _Lock, _compiler: SQLCompiler, **_: Any) -> str:
+    return "1"
+
+
+_WAIT_FOR_OTHERS = named("wait_for_others", select(_Lock(OWNED.right).label("locked")))
 _COUNT = named("count_all", select(func.count().label("count")).select_from(TASKS).where(OWNED))
 _SELECT_FOR_UPDATE = named(
     "lock_tasks",

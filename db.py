@@ -215,7 +215,7 @@ class Postgres(Database):
         try:
             return await self.fetch(self.pool, statement, values)
         except Unavailable as error:
-            if not error.lost or not _is_repeatable(statement):
+            if not error.lost or not _is_repeatable(statement, values):
                 raise
             return await self.fetch(self.pool, statement, values)
 
@@ -307,6 +307,7 @@ class SQLite(Database):
         self._turns: Iterator[aiosqlite.Connection] = iter(_not_open, None)
         self._writing = asyncio.Lock()  # so that whoever waits, waits no longer than for a connection
         self._reading = self._waiting = 0
+        self._ending: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
         while len(self._connections) < 1 + SQLITE_READERS:
@@ -341,10 +342,34 @@ class SQLite(Database):
             if self._reading >= SQLITE_QUEUE_MAX:
                 raise PoolBusy(f"{self._reading} requests are reading")
         self._reading += 1
+        connection = next(self._turns)
+        with self._then(connection, self._leave_reading):
+            return await self.fetch(connection, statement, values)
+
+    def _leave_reading(self) -> None:
+        self._reading -= 1
+
+    def _ended(self, leave: Callable[[], None], ending: "asyncio.Task[Any]") -> None:
+        self._ending.discard(ending)
+        if not ending.cancelled():
+            ending.exception()  # it may have been closed meanwhile, which is all the same
+        leave()
+
+    @contextlib.contextmanager
+    def _then(self, connection: aiosqlite.Connection, leave: Callable[[], None]) -> Iterator[None]:
+        """Call *leave* when the block has ended and, if it was cancelled, its statement too."""
         try:
-            return await self.fetch(next(self._turns), statement, values)
-        finally:
-            self._reading -= 1
+            yield
+        except asyncio.CancelledError:
+            # The thread works on for who has gone, and takes calls in order.
+            ending = asyncio.create_task(connection.execute_fetchall("SELECT 1"))
+            self._ending.add(ending)
+            ending.add_done_callback(partial(self._ended, leave))
+            raise
+        except BaseException:
+            leave()
+            raise
+        leave()
 
     async def fetch(self, connection: aiosqlite.Connection, statement: Executable, values: Row) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
@@ -383,10 +408,8 @@ class SQLite(Database):
                     await self._writing.acquire()
         finally:
             self._waiting -= 1
-        try:
+        with self._then(self.writer, self._writing.release):
             yield
-        finally:
-            self._writing.release()
 
     def engine(self) -> AsyncEngine:
         connect = partial(self._connect, patient=True)
@@ -525,9 +548,12 @@ class _Translated:
 _translated = _Translated()  # one for all: it keeps nothing, and a generator for each statement would cost
 
 
-def _is_repeatable(statement: Executable) -> bool:
-    """Whether to run *statement* twice is the same as once."""
-    return statement.is_select or bool(statement.get_execution_options().get("repeatable"))
+def _is_repeatable(statement: Executable, values: Row) -> bool:
+    """Whether *statement* can do nothing wrong when it may have been done already.
+
+    With a version it finds no row then; without, it could undo what somebody else has done since.
+    """
+    return statement.is_select or values.get("versions") is not None
 
 
 def _unavailable(error: Exception, kind: type[Unavailable] = Unavailable) -> Unavailable:

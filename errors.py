@@ -332,9 +332,9 @@ def _clause(mistake: Mapping[str, Any]) -> str:
         case "list_type" | "tuple_type":
             return "must be a list"
         case "too_short":
-            return f"must have at least {ctx['min_length']}"
+            return f"must have at least {ctx['min_length']} element"
         case "too_long":
-            return f"must have at most {ctx['max_length']}"
+            return f"must have at most {ctx['max_length']} elements"
         case "model_type" | "model_attributes_type" | "dict_type":
             return "must be a JSON object"
         case _:

@@ -16,6 +16,7 @@ from db import ConstraintViolated, Row, named
 from errors import Unavailable
 from models import TIMESTAMP, IdempotencyKey
 from queries import NOW, Owner
+from task_limit import TooManyTasks
 
 KEPT = timedelta(hours=24)
 ATTEMPTS = 2  # another request may answer just before the lock is ours
@@ -51,6 +52,9 @@ async def create_task_once(
         except ConstraintViolated as error:
             if error.name not in _TAKEN or attempt + 1 == ATTEMPTS:
                 raise
+        except TooManyTasks:
+            if attempt + 1 == ATTEMPTS:
+                raise  # otherwise the last one may be of the first request with this key
         except Unavailable as error:
             if not error.lost or attempt + 1 == ATTEMPTS:
                 raise  # otherwise the key tells whether it was done

@@ -387,10 +387,7 @@ _COUNT = named("count_tasks", _count_statement())
 _INSERT = named("create_task", insert(TASKS).values(**_NEW_ROW).returning(*COLUMNS))
 _INSERT_WITHIN_LIMIT = named("create_task_within_limit", _insert_within_limit())
 _SELECT_ONE = named("get_task", select(*COLUMNS).where(OWNED, _THIS))
-_UPDATE = named(
-    "update_task",
-    _update_statement(in_series=False).execution_options(repeatable=True),  # what is so already stays
-)
+_UPDATE = named("update_task", _update_statement(in_series=False))
 _COMPLETE_IN_SERIES = named("complete_in_series", _update_statement(in_series=True))
 _TOGGLE = named("toggle_task", _toggle_statement())
 _DELETE = named("delete_task", delete(TASKS).where(OWNED, _THIS, _EXPECTED).returning(TASKS.c.id))

@@ -15,8 +15,8 @@ class TooManyTasks(Exception):
 class TaskLimit:
     """A user with *count* tasks may add a tenth of what is left before they are counted again.
 
-    So most of the statements need not count. Requests that run at the same time do not see what the others
-    add, each by a limit's worth of its own at worst; the next one does.
+    So most of the statements need not count. Of single tasks that are created at the same time, none sees
+    the others; what adds several waits for its turn.
     """
 
     def __init__(self, most: int) -> None:
@@ -34,7 +34,7 @@ class TaskLimit:
 
     def counted(self, user_id: str, count: int) -> None:
         """Remember that *user_id* has *count* tasks."""
-        if len(self._unchecked) >= USERS_REMEMBERED:
+        if user_id not in self._unchecked and len(self._unchecked) >= USERS_REMEMBERED:
             del self._unchecked[next(iter(self._unchecked))]
         self._unchecked[user_id] = max(0, (self.most - count) // RECOUNT_SHARE)
 

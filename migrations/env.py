@@ -32,7 +32,6 @@ def run(connection: Connection) -> None:
         target_metadata=SQLModel.metadata,
         version_table="task_schema_version",
         include_name=is_ours,
-        render_as_batch=True,  # SQLite alters a table by making it anew
         transactional_ddl=True,
     )
     with context.begin_transaction():

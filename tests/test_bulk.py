@@ -150,8 +150,8 @@ async def test_another_users_task_looks_absent_in_bulk(alice: Person, bob: Perso
     ("body", "pointer", "detail"),
     [
         ({}, "/operations", "is required"),
-        ({"operations": []}, "/operations", "must have at least 1"),
-        ({"operations": [create()] * 101}, "/operations", "must have at most 100"),
+        ({"operations": []}, "/operations", "must have at least 1 element"),
+        ({"operations": [create()] * 101}, "/operations", "must have at most 100 elements"),
         ({"operations": {}}, "/operations", "must be a list"),
         ({"operations": [{}]}, "/operations/0", "must have an op: create, update, complete or delete"),
         ({"operations": ["x"]}, "/operations/0", "must have an op: create, update, complete or delete"),

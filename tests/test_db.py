@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import random
 import sqlite3
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import Select, func, literal, literal_column, select, text
+from sqlalchemy import Integer, Select, func, literal, literal_column, select, text
 
 import db
 import listing
@@ -284,6 +285,35 @@ async def test_what_would_wait_too_long_for_sqlite_is_told_at_once(
         assert len(await _titles(owner)) == 3
 
 
+async def _served_within(timeout_s: float, database: db.Database) -> db.Row | None:
+    async with asyncio.timeout(timeout_s):
+        while True:
+            with contextlib.suppress(Overloaded):
+                return await database.one(select(literal(1).label("one")))
+            await asyncio.sleep(0.01)
+
+
+async def test_who_hangs_up_leaves_no_queue_behind_on_sqlite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "SQLITE_QUEUE_MAX", 8)
+    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.TimeLimits(statement_s=0.2)) as database:
+        endless: Select[Any] = select(literal_column("n")).select_from(
+            text(f"({COUNTING.format(10**12)}) AS counted")
+        )
+        refused = 0
+        for _ in range(5):
+            reading = [asyncio.create_task(database.all(endless)) for _ in range(8)]
+            await asyncio.sleep(0.01)
+            for task in reading:
+                task.cancel()
+            ended = await asyncio.gather(*reading, return_exceptions=True)
+            refused += sum(isinstance(error, Overloaded) for error in ended)
+        assert refused == 4 * 8  # the first eight are still being read, for nobody
+
+        assert await _served_within(2, database) == {"one": 1}
+
+
 COUNTING = """
 WITH RECURSIVE n(i) AS (SELECT CAST(1 AS BIGINT) UNION ALL SELECT i + 1 FROM n WHERE i < {})
 SELECT count(*) AS n FROM n
@@ -518,6 +548,33 @@ async def test_who_waits_too_long_to_write_is_told_to_come_back(tmp_path: Path) 
                 async with owner.transaction():
                     pass
         await _write_at_once(owner)
+
+
+CUT_OFF = """
+CREATE SEQUENCE tries;
+CREATE FUNCTION cut_off() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN PERFORM nextval('tries'); PERFORM pg_terminate_backend(pg_backend_pid(), 1000); RETURN NULL; END $$;
+CREATE TRIGGER cut_off AFTER UPDATE ON task FOR EACH ROW EXECUTE FUNCTION cut_off();
+"""
+
+
+@pytest.mark.parametrize(("versions", "tries"), [(None, 1), ([1], 2)])
+async def test_a_write_that_may_have_been_done_is_sent_again_only_with_a_version(
+    postgres: Server, versions: list[int] | None, tries: int
+) -> None:
+    name = await postgres.create_database()
+    server = Server(postgres.url_of(name))
+    async with _opened(server.url) as database:
+        owner = Owner("alice", database)
+        task = await queries.create_task(owner, dict(TaskCreate(title="Buy milk")))
+        await server.execute(CUT_OFF)
+
+        with pytest.raises(Unavailable):
+            await queries.update_task(owner, task["id"], {"title": "changed"}, versions)
+
+        counted = select(literal_column("last_value", Integer).label("tries")).select_from(text("tries"))
+        assert await database.one(counted) == {"tries": tries}
+    await postgres.drop_database(name)
 
 
 ON_COMMIT = """

@@ -130,6 +130,29 @@ async def test_completing_all_again_and_again_makes_no_more_than_the_limit(datab
         assert len((await alice.get()).json()) == 20
 
 
+async def test_what_adds_several_waits_for_its_turn(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=20))) as client:
+        alice = person("alice", client)
+        filling = {"operations": [{"op": "create", "task": {"title": "x"}}] * 10}
+
+        answers = await asyncio.gather(*(alice.post("/bulk", json=filling) for _ in range(8)))
+
+        assert sorted(answer.status_code for answer in answers) == [200] * 2 + [409] * 6
+        assert len((await alice.get()).json()) == 20
+
+
+async def test_what_a_bulk_request_deletes_makes_room_for_what_it_creates(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=2))) as client:
+        alice = person("alice", client)
+        task, _ = await alice.create(), await alice.create()
+        create = {"op": "create", "task": {"title": "in its place"}}
+
+        one = await alice.post("/bulk", json={"operations": [{"op": "delete", "id": task["id"]}, create]})
+        two = await alice.post("/bulk", json={"operations": [create]})
+
+        assert (one.status_code, two.status_code) == (200, 409)
+
+
 async def test_no_limit_is_none(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=0))) as client:
         alice = person("alice", client)

@@ -96,7 +96,7 @@ async def test_create_ignores_members_that_are_not_writable(alice: Person) -> No
         ({"title": "x", "tags": ["a", " "]}, "/tags/1", "must be 1 to 30 characters"),
         ({"title": "x", "tags": ["x" * 31]}, "/tags/0", "must be 1 to 30 characters"),
         ({"title": "x", "tags": ["a\0"]}, "/tags/0", "must not contain U+0000 or unpaired surrogates"),
-        ({"title": "x", "tags": list("abcdef")}, "/tags", "must have at most 5"),
+        ({"title": "x", "tags": list("abcdef")}, "/tags", "must have at most 5 elements"),
         ({"title": "x", "due_date": "2026-02-30"}, "/due_date", "must be a day like 2026-02-28"),
         ({"title": "x", "due_date": "28.02.2026"}, "/due_date", "must be a day like 2026-02-28"),
         ({"title": "x", "due_date": "2026-02-28T00:00:00Z"}, "/due_date", "must be a day like 2026-02-28"),
