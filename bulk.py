@@ -264,30 +264,30 @@ def _complete_all(shape: listing.Shape, *, in_series: bool) -> Executable:
     return named("complete_all_in_series", statement.values(values).returning(*COLUMNS, TASKS.c.series_day))
 
 
-class _Lock(FunctionElement[None]):
-    """Holds back others of the owner until the transaction ends; a writer of SQLite is alone anyway."""
+class _Turn(FunctionElement[None]):
+    """Waits for others of the owner, until they have ended; a writer of SQLite is alone anyway."""
 
     type = NULLTYPE
     inherit_cache = True
 
 
-@compiles(_Lock)
-def _lock(element: _Lock, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(_Turn)
+def _turn(element: _Turn, compiler: SQLCompiler, **options: Any) -> str:
     return f"pg_advisory_xact_lock(hashtextextended({compiler.process(element.clauses, **options)}, 1))"
 
 
-@compiles(_Lock, "sqlite")
-def _lock_sqlite(_element: _Lock, _compiler: SQLCompiler, **_: Any) -> str:
+@compiles(_Turn, "sqlite")
+def _turn_sqlite(_element: _Turn, _compiler: SQLCompiler, **_: Any) -> str:
     return "1"
 
 
-_WAIT_FOR_OTHERS = named("wait_for_others", select(_Lock(OWNED.right).label("locked")))
+_WAIT_FOR_OTHERS = named("wait_for_others", select(_Turn(OWNED.right).label("waited")))
 _COUNT = named("count_all", select(func.count().label("count")).select_from(TASKS).where(OWNED))
 _SELECT_FOR_UPDATE = named(
     "lock_tasks",
     select(*COLUMNS, TASKS.c.series_day, TASKS.c.succeeded)
     .where(OWNED, _IDS)
-    .order_by(TASKS.c.id)
+    .order_by(TASKS.c.id)  # as `_locked` does
     .with_for_update(),
 )
 _DELETE_SOME = named("delete_some", delete(TASKS).where(OWNED, _IDS).returning(TASKS.c.id))

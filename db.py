@@ -343,7 +343,7 @@ class SQLite(Database):
                 raise PoolBusy(f"{self._reading} requests are reading")
         self._reading += 1
         connection = next(self._turns)
-        with self._then(connection, self._leave_reading):
+        with self._place_on(connection, self._leave_reading):
             return await self.fetch(connection, statement, values)
 
     def _leave_reading(self) -> None:
@@ -356,7 +356,7 @@ class SQLite(Database):
         leave()
 
     @contextlib.contextmanager
-    def _then(self, connection: aiosqlite.Connection, leave: Callable[[], None]) -> Iterator[None]:
+    def _place_on(self, connection: aiosqlite.Connection, leave: Callable[[], None]) -> Iterator[None]:
         """Call *leave* when the block has ended and, if it was cancelled, its statement too."""
         try:
             yield
@@ -408,7 +408,7 @@ class SQLite(Database):
                     await self._writing.acquire()
         finally:
             self._waiting -= 1
-        with self._then(self.writer, self._writing.release):
+        with self._place_on(self.writer, self._writing.release):
             yield
 
     def engine(self) -> AsyncEngine:
