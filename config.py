@@ -226,6 +226,12 @@ class Settings(BaseModel):
     trusted_proxies: Annotated[str, AfterValidator(_network_list)] | None = Field(
         None, description="whose `X-Forwarded-For` and `-Proto` count: addresses or networks"
     )
+    # A connection is an open file, of which a process usually may have 1,024.
+    max_connections: int = Field(900, ge=1, le=1_000_000, description="of one process; beyond it 503")
+    # A browser opens six: 40 of them behind one address at the same moment.
+    max_connections_per_address: int = Field(
+        256, ge=1, le=1_000_000, description="of one client address, proxies excepted; beyond it 429"
+    )
     # A front end that loads ten things at once may do so every second.
     rate_limit: Annotated[str, BeforeValidator(_lower), AfterValidator(_rate)] = Field(
         "600/minute", description="requests of one user; `off` for any number"

@@ -33,6 +33,7 @@ import telemetry
 import tokens
 from attempts import Attempts
 from config import Settings, load_settings, refuse
+from connections import Connections
 from cursors import CursorSigner
 from middleware.access_log import AccessLogMiddleware
 from middleware.allowed_hosts import AllowedHostsMiddleware
@@ -360,6 +361,11 @@ def main(arguments: list[str]) -> None:
 def serve(settings: Settings) -> None:
     """Serve until a signal asks to stop; what has begun is finished first."""
     logs.configure(settings.resolved_log_level, settings.resolved_log_format)
+    connections = Connections(
+        most=settings.max_connections,
+        most_per_client=settings.max_connections_per_address,
+        proxies=settings.proxies,
+    )
     config = uvicorn.Config(
         load_app(settings),
         settings.host,
@@ -368,7 +374,8 @@ def serve(settings: Settings) -> None:
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_grace_s,
         server_header=False,
-        http=Protocol,
+        http=partial(Protocol, connections=connections),  # type: ignore[arg-type] # it is called and no more
+        ws="none",
         # By itself uvicorn would believe whoever calls from this machine.
         proxy_headers=bool(settings.proxies),
         forwarded_allow_ips=settings.proxies,

@@ -1,9 +1,7 @@
 """How often a user, or an address without a valid token, may ask: `RateLimit` headers, and 429 beyond it."""
 
-import ipaddress
 import math
 import time
-from functools import lru_cache
 from zlib import crc32
 
 import limits
@@ -12,10 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import errors
 import metrics
+from connections import client_of
 from errors import QuotaExceeded
 from readiness import PROBES
-
-IPV6_HOST_BITS = 64  # what one customer has to choose from (RFC 6177): all of it is one client
 
 
 class Limit:
@@ -108,17 +105,4 @@ class RateLimitMiddleware:
 
 def client_address(scope: Scope) -> str:
     """Return who counts as one client: an IPv4 address, or the /64 of an IPv6 one."""
-    return _client(scope["client"][0]) if scope.get("client") else ""
-
-
-@lru_cache(4096)
-def _client(host: str) -> str:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:  # a socket of Unix has none
-        return host
-    if isinstance(address, ipaddress.IPv4Address):
-        return host
-    if address.ipv4_mapped:
-        return str(address.ipv4_mapped)
-    return f"{ipaddress.IPv6Address(int(address) >> IPV6_HOST_BITS << IPV6_HOST_BITS)}/{IPV6_HOST_BITS}"
+    return client_of(scope["client"][0]) if scope.get("client") else ""

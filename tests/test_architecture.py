@@ -9,8 +9,8 @@ FLOORS = [
     {"strict_json", "metrics"},
     {"config", "errors", "models", "jwks", "cursors", "logs", "database_url", "pool"}
     | {"telemetry", "passwords", "attempts", "counts", "arrays", "recurring", "task_limit"},
-    {"tokens", "schemas", "db", "openapi", "etags", "protocol"},
-    {"listing"},
+    {"tokens", "schemas", "db", "openapi", "etags", "connections", "heads"},
+    {"listing", "protocol"},
     {"queries", "accounts", "readiness"},
     {"bulk", "idempotency"},
     {"middleware"},

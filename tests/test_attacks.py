@@ -1,9 +1,7 @@
 """What hostile clients send, and the exact refusal of each; nothing of it changes anything."""
 
-import asyncio
 import gzip
 import time
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -13,8 +11,6 @@ import pytest
 from main import create_app
 from tests.conftest import SECRET, Person, person, running, settings_for
 from tests.issuer import new_key
-from tests.postgres import free_port
-from tests.service import Service, running_service
 
 JSON = {"Content-Type": "application/json"}
 SQL = "x'; DROP TABLE task; --"
@@ -280,47 +276,3 @@ async def test_the_key_and_the_cursor_of_another_are_worth_nothing(database_url:
     assert same.json()["id"] != secret.json()["id"]
     assert same.json()["user_id"] == bob.user_id
     assert stolen.status_code == 422
-
-
-SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" % (5 + len(SMUGGLED)),
-        b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
-        b"Transfer-Encoding: xchunked\r\n\r\n",
-        b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
-        b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n",
-        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
-        b"Content-Length: 0\r\nContent-Length: 44\r\n\r\n",
-        b"Content-Length: +0\r\n\r\n",
-        b"Content-Length: 0x0\r\n\r\n",
-        b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n",
-        b"Transfer-Encoding: chunked\r\n\r\n0;\n\r\n\r\n",
-    ],
-)
-async def test_no_second_request_is_smuggled_in(target: tuple[Service, int], head: bytes) -> None:
-    service, port = target
-    before = len(service.logged)
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"POST /health HTTP/1.1\r\nHost: x\r\n" + head + SMUGGLED)
-    async with asyncio.timeout(5):
-        answer = await reader.read()
-    writer.close()
-
-    assert b"HTTP/1.1 400" in answer or b"HTTP/1.1 405" in answer
-    await asyncio.to_thread(service.wait_for, f"http://127.0.0.1:{port}")
-    async with asyncio.timeout(5):
-        while "method=GET path=/health" not in (logged := service.logged[before:]):  # noqa: ASYNC110 - in another process
-            await asyncio.sleep(0.01)
-    assert "smuggled" not in logged
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, int]]:
-    port = free_port()
-    with running_service(tmp_path_factory.mktemp("target"), PORT=str(port)) as service:
-        service.wait_for(f"http://127.0.0.1:{port}")
-        yield service, port

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 import db
+from heads import HEAD_MAX_BYTES
 from main import create_app, migrate
-from protocol import HEAD_MAX_BYTES
 from tests.conftest import SECRET, Person, person, running, settings_for
 from tests.postgres import Server, free_port, own_server
 from tests.service import PROJECT, running_service_on
