@@ -10,7 +10,7 @@ from logs import BoundedLog
 
 IPV6_HOST_BITS = 64  # what one customer has to choose from (RFC 6177): all of it is one client
 REFUSED_MAX = 50  # refused connections stay open until their client has read why; the next ones are reset
-UNREAD_MAX_BYTES = 64 * 1024 * 1024  # with it a process stays below 256 MB
+UNREAD_MAX_BYTES = 32 * 1024 * 1024  # with it a process stays below 256 MB
 PATIENCE_S = 30.0  # for a client that reads nothing
 SHORT_PATIENCE_S = 5.0  # while more than half of `UNREAD_MAX_BYTES` waits
 

@@ -9,7 +9,7 @@ from sqlalchemy import String, column, select, table
 from db import Database, named
 from errors import NotMigrated, Unavailable
 
-PROBES = ("/health", "/health/ready")  # whoever asks them must not be refused
+PROBES = ("/health", "/health/ready")  # never refused: a restart may depend on their answer
 TIMEOUT_S = 1.5  # so that the answer has left within 2 s, whatever the database does
 AWAY = "The database cannot be used right now"
 OUTDATED = "The database's schema is not migrated: run alembic upgrade head"
@@ -18,6 +18,11 @@ VERSIONS = Path(__file__).parent / "migrations" / "versions"
 _SELECT_REVISION = named(
     "schema_version", select(column("version_num", String())).select_from(table("task_schema_version"))
 )
+
+
+def is_probe(path: str) -> bool:
+    """Return whether *path* is that of a probe, with or without the slash behind it that routes ignore."""
+    return path.removesuffix("/") in PROBES
 
 
 class Readiness:

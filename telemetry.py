@@ -6,9 +6,10 @@ from typing import Any
 
 from fastapi.telemetry import TelemetryConfig
 
+from readiness import is_probe
+
 PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter")
 SIGNALS = ("TRACES", "METRICS")
-PROBES = ("/health", "/health/ready", "/metrics")
 
 
 def is_wanted(environment: Mapping[str, str]) -> bool:
@@ -46,4 +47,4 @@ def _has_endpoint(environment: Mapping[str, str]) -> bool:
 
 
 def _is_probe(scope: MutableMapping[str, Any]) -> bool:
-    return scope["path"] in PROBES
+    return is_probe(scope["path"]) or scope["path"].removesuffix("/") == "/metrics"

@@ -2,15 +2,17 @@
 
 import ipaddress
 import re
-from functools import lru_cache
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import errors
-from readiness import PROBES
+from readiness import is_probe
 
 # RFC 9110, section 7.2: a name or address, an IPv6 one in brackets, and perhaps a port.
 _HOST = re.compile(r"([^\[\]:@/?#\s]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
+
+SPELLINGS_REMEMBERED = 256  # `*.example.com` and ports allow any number of them
+SPELLING_MAX_BYTES = 259  # the longest name of DNS (RFC 1035) and a port
 
 
 class WrongHost(errors.Problem):
@@ -28,9 +30,10 @@ class AllowedHostsMiddleware:
         self.app = app
         self._exact = {_name(host) for host in hosts}
         self._suffixes = tuple(host[1:] for host in hosts if host.startswith("*."))
+        self._ours: set[bytes] = set()  # spellings that were found to be ours; others are not kept
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in PROBES or self._is_ours(scope):
+        if scope["type"] != "http" or is_probe(scope["path"]) or self._is_ours(scope):
             await self.app(scope, receive, send)
             return
         await errors.render(scope, WrongHost())(scope, receive, send)
@@ -39,11 +42,15 @@ class AllowedHostsMiddleware:
         sent = [value for name, value in scope["headers"] if name == b"host"]
         if len(sent) != 1:
             return False
+        if sent[0] in self._ours:
+            return True
         host = _name(sent[0].decode("latin-1"))
-        return host in self._exact or host.endswith(self._suffixes)
+        is_ours = host in self._exact or host.endswith(self._suffixes)
+        if is_ours and len(self._ours) < SPELLINGS_REMEMBERED and len(sent[0]) <= SPELLING_MAX_BYTES:
+            self._ours.add(sent[0])
+        return is_ours
 
 
-@lru_cache(1024)
 def _name(host: str) -> str:
     """Return *host* without its port and spelt in one way; nothing of what is no host."""
     if not (parts := _HOST.fullmatch(host)):

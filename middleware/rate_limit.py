@@ -12,7 +12,7 @@ import errors
 import metrics
 from connections import client_of
 from errors import QuotaExceeded
-from readiness import PROBES
+from readiness import is_probe
 
 
 class Limit:
@@ -84,7 +84,7 @@ class RateLimitMiddleware:
         self._rate_limits = rate_limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in PROBES:
+        if scope["type"] != "http" or is_probe(scope["path"]):
             await self.app(scope, receive, send)
             return
         is_refused = False

@@ -1,7 +1,11 @@
+import tracemalloc
+
 import httpx
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from main import create_app
+from middleware.allowed_hosts import AllowedHostsMiddleware
 from tests.conftest import raw_status, running, settings_for
 from tests.test_errors import assert_problem
 
@@ -67,9 +71,38 @@ async def test_two_names_are_none(database_url: str) -> None:
             assert await raw_status(app, "GET", "/docs", b"", (b"host", other)) == 400
 
 
-async def test_health_is_asked_by_address(database_url: str) -> None:
+@pytest.mark.parametrize("path", ["/health", "/health/", "/health/ready", "/health/ready/"])
+async def test_health_is_asked_by_address(database_url: str, path: str) -> None:
     async with running(create_app(settings_for(database_url, allowed_hosts=HOSTS))) as client:
-        assert (await client.get("/health", headers={"Host": "10.1.2.3:8000"})).status_code == 200
+        assert (await client.get(path, headers={"Host": "10.1.2.3:8000"})).status_code == 200
+
+
+async def test_hosts_that_were_seen_hold_little_memory() -> None:
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        pass
+
+    async def ignore(message: Message) -> None:
+        pass
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    middleware = AllowedHostsMiddleware(serve, ["*.internal.example"])
+    tracemalloc.start()
+    try:
+        for number in range(2_000):
+            for host in (
+                f"{number}{'x' * 30_000}",
+                f"{number}.internal.example:{'0' * 30_000}",
+                f"{number}.x",
+            ):
+                headers = [(b"host", host.encode())]
+                await middleware({"type": "http", "path": "/", "headers": headers}, receive, ignore)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert held < 1_000_000
 
 
 async def test_any_name_is_served_by_default(client: httpx.AsyncClient) -> None:

@@ -8,11 +8,11 @@ PROJECT = Path(__file__).parent.parent
 FLOORS = [
     {"strict_json", "metrics"},
     {"config", "errors", "models", "jwks", "cursors", "logs", "database_url", "pool"}
-    | {"telemetry", "passwords", "attempts", "counts", "arrays", "recurring", "task_limit"},
+    | {"passwords", "attempts", "counts", "arrays", "recurring", "task_limit"},
     {"tokens", "schemas", "db", "openapi", "etags", "connections", "heads"},
     {"listing", "protocol"},
     {"queries", "accounts", "readiness"},
-    {"bulk", "idempotency"},
+    {"bulk", "idempotency", "telemetry"},
     {"middleware"},
     {"routes"},
     {"main", "migrations"},

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 
 import tokens
 from heads import HEAD_MAX_BYTES
-from protocol import OVERLOADED_PAUSE_S
+from protocol import OVERLOADED_PAUSE_S, PIPELINED_MAX
 from tests.conftest import SECRET
 from tests.postgres import Server, free_port
 from tests.service import Service, running_service
@@ -215,6 +216,53 @@ def test_a_trailer_is_no_header(port: int) -> None:
     assert b"trailed" not in answer
 
 
+def test_a_refusal_is_logged_with_the_id_of_its_answer(tmp_path: Path) -> None:
+    port = free_port()
+    broken = (
+        b"PUT /api/x/tasks/1 HTTP/1.1\r\nHost: x\r\nX-Request-ID: mine\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    with running_service(tmp_path, PORT=str(port)) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        head = exchange(port, b"\0\r\n\r\n")
+        after_another = exchange(port, HEALTH + b"\r\n", b"\0\r\n\r\n", pause_s=0.1)
+        body = exchange(port, broken + b"no chunk")
+
+    lines = [line for line in service.logged.splitlines() if "request refused" in line]
+    logged = [re.findall(r"request_id=(\S+)", line) for line in lines]
+    answered = [
+        [json.loads(each.rpartition(b"\r\n\r\n")[2])["instance"]] for each in (head, after_another, body)
+    ]
+    assert logged == answered
+    assert answered[2] == ["mine"]
+
+
+def test_a_request_whose_body_is_known_to_be_broken_is_not_begun(tmp_path: Path) -> None:
+    port = free_port()
+    with running_service(tmp_path, PORT=str(port)) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        head = b"GET /broken HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        assert problem(exchange(port, head + b"no chunk"))[0] == 400
+
+    assert "path=/broken" not in service.logged
+
+
+def test_a_request_that_was_answered_gets_no_second_answer(port: int) -> None:
+    """Its body breaks off only then: a proxy would take another answer for that of its next request."""
+    head = b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    answer = exchange(port, head, b"no chunk", pause_s=0.2)
+
+    assert answer.count(b"HTTP/1.1") == 1
+    assert not answer.endswith(b"<not closed>")
+
+
+def test_beyond_twenty_pipelined_requests_the_rest_is_429(port: int) -> None:
+    *answers, refusal = exchange(port, (HEALTH + b"\r\n") * 30).split(b"HTTP/1.1 ")[1:]
+
+    assert [each[:3] for each in answers] == [b"200"] * (1 + PIPELINED_MAX)
+    assert problem(b"HTTP/1.1 " + refusal)[0] == 429
+
+
 def test_a_client_that_does_not_read_is_given_up(port: int) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -266,11 +314,11 @@ def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path
 
 @asynccontextmanager
 async def locked_out(
-    tmp_path: Path, postgres: Server, *program: str
+    tmp_path: Path, postgres: Server, *program: str, **settings: str
 ) -> AsyncIterator[tuple[int, Service, asyncpg.Connection]]:
     """A service with one database connection, and a transaction that lets nobody read tasks."""
     name, port = await postgres.create_database(), free_port()
-    settings = {
+    settings |= {
         "DATABASE_URL": postgres.url_of(name),
         "DATABASE_POOL_SIZE": "1",
         "BETTER_AUTH_SECRET": SECRET,
@@ -291,11 +339,14 @@ def list_request() -> bytes:
     return f"GET /api/alice/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
 
 
+@pytest.mark.parametrize("proxies", ["", "127.0.0.1"], ids=["a client", "a trusted proxy"])
 async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
-    tmp_path: Path, postgres: Server
+    tmp_path: Path, postgres: Server, proxies: str
 ) -> None:
+    """Unless it is a proxy's, on which the requests of other clients follow."""
     code = "import main, pool; pool.WAITING_MAX_AT_LEAST = pool.WAITING_MAX_PER_CONNECTION = 0; main.main([])"
-    async with locked_out(tmp_path, postgres, "-c", code) as (port, _, locking):
+    locked = locked_out(tmp_path, postgres, "-c", code, TRUSTED_PROXIES=proxies)
+    async with locked as (port, _, locking):
         _, waiting = await _connected(port, list_request())
         await _until_true(5, lambda: _waits_for_a_lock(locking))  # now the only connection is taken
         started = time.monotonic()
@@ -311,7 +362,7 @@ async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
     assert b"The service is busy" in refused
     assert refused_s < 0.5
     assert answered.startswith(b"HTTP/1.1 200")
-    assert answered_s >= OVERLOADED_PAUSE_S
+    assert (answered_s >= OVERLOADED_PAUSE_S) == (not proxies)
 
 
 async def test_what_is_done_for_a_client_that_hangs_up_is_cancelled(tmp_path: Path, postgres: Server) -> None:
