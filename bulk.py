@@ -23,7 +23,7 @@ from queries import NEXT_IS_OPEN, NOW, WRITABLE, Owner, new_task, successor
 from schemas import Complete, Create, Delete, Filter, Operation, Update
 from task_limit import TooManyTasks
 
-Kind = Literal["created", "changed", "deleted", "missing", "stale", "untimed", "full"]
+Kind = Literal["created", "changed", "deleted", "missing", "stale", "full"]
 DONE = ("created", "changed", "deleted")
 
 
@@ -125,8 +125,6 @@ class _Workbench:
                 return self._update(task, operation.changes.changes())
 
     def _create(self, fields: Mapping[str, Any]) -> Outcome:
-        if self.room > 0 and _is_untimed(fields):
-            return Outcome("untimed")
         if not self._add(new_task(fields, self._now)):
             return Outcome("full")
         return Outcome("created", new=len(self.new) - 1)
@@ -144,8 +142,6 @@ class _Workbench:
         if not changed:
             return Outcome("changed", _shown(task))
         after = task | changed | {"version": task["version"] + 1, "updated_at": self._now}
-        if _is_untimed(after):
-            return Outcome("untimed")
         if "due_date" in changed:
             after |= {"series_day": after["due_date"] and after["due_date"].day, "succeeded": False}
         if "completed" in changed:
@@ -158,10 +154,6 @@ class _Workbench:
         self.rows[task["id"]] = after
         self.changed.add(task["id"])
         return Outcome("changed", _shown(after))
-
-
-def _is_untimed(fields: Mapping[str, Any]) -> bool:
-    return fields["due_time"] is not None and fields["due_date"] is None
 
 
 def _shown(task: Row) -> Row:
@@ -211,7 +203,7 @@ def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in row.items()
         if isinstance(value, datetime)
     }
-    return times | {"priority": row["priority"] and PRIORITY.rank(row["priority"])}
+    return times | {"priority": PRIORITY.rank(row["priority"]) if row["priority"] else None}
 
 
 def _json(rows: Any) -> str:

@@ -133,7 +133,9 @@ def _states(shape: Shape) -> Iterable[ColumnElement[bool]]:
 def _optional(shape: Shape) -> Iterable[tuple[bool, ColumnElement[bool]]]:
     task = TASKS.c
     ranks = bindparam("priorities", type_=list_of(SmallInteger()))
-    yield shape.priorities, any_of(task.priority, ranks)
+    # A task without a priority is found by `none`.
+    rank = func.coalesce(task.priority, literal_column(str(PRIORITY.rank("none"))))
+    yield shape.priorities, any_of(rank, ranks)
     yield shape.categories, any_of(task.category, bindparam("categories", type_=list_of(Text())))
     yield shape.tags, has_all(task.tags, bindparam("tags", type_=list_of(Text())))
     yield shape.due_date_from, task.due_date >= bindparam("due_date_from", type_=DAY)

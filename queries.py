@@ -84,7 +84,6 @@ async def create_task(owner: Owner, fields: Mapping[str, Any]) -> Row:
 
     Raises:
         TooManyTasks: there are as many as they may have.
-        ConstraintViolated: there would be a `due_time` without a `due_date`.
     """
     return await _insert(owner, new_task(fields, datetime.now(UTC)))
 
@@ -102,7 +101,6 @@ async def update_task(
 
     Raises:
         Stale: the task's version is not one of *versions*.
-        ConstraintViolated: there would be a `due_time` without a `due_date`.
         TooManyTasks: the next task of its series would be one too many.
     """
     if not changes:
@@ -163,7 +161,7 @@ async def count_tasks(owner: Owner, today: date | None) -> dict[str, Any]:
     """Return how many tasks there are of each kind, as `schemas.Stats` has it."""
     rows = await owner.all(_COUNT, today=today)
     tags = {row["tag"]: row["count"] for row in rows if row["tag"] is not None}
-    kinds = [row for row in rows if row["tag"] is None]
+    kinds = [row | {"priority": row["priority"] or "none"} for row in rows if row["tag"] is None]
 
     def total(**wanted: Any) -> int:
         return sum(row["count"] for row in kinds if all(row[name] == value for name, value in wanted.items()))
@@ -173,7 +171,7 @@ async def count_tasks(owner: Owner, today: date | None) -> dict[str, Any]:
         "pending": total(completed=False),
         "completed": total(completed=True),
         "overdue": None if today is None else total(overdue=True),
-        "priorities": {name or "none": total(priority=name) for name in (*get_args(Priority), None)},
+        "priorities": {name: total(priority=name) for name in get_args(Priority)},
         "tags": tags,
     }
 

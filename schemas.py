@@ -26,8 +26,7 @@ from models import (
     Title,
 )
 
-LIMIT_DEFAULT = 200
-LIMIT_MAX = 1000
+LIMIT_MAX = 1000  # also the default: a front end that does not page would lose what a shorter list leaves out
 SEARCH_MAX = 200
 REPEATED_MAX = 100
 OPERATIONS_MAX = 100
@@ -60,19 +59,11 @@ def digits(value: object) -> object:
 Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 
 
-# What a check of both fields says, in the words of JSON Schema.
-TIMED_OR_NOT: list[JsonValue] = [
-    {"properties": {"due_time": {"type": "null"}}},
-    {"properties": {"due_date": {"type": "string"}}, "required": ["due_date"]},
-]
-
-
 class TaskCreate(TaskFields):
     """A new task."""
 
     model_config = {
         "json_schema_extra": {
-            "anyOf": TIMED_OR_NOT,
             "examples": [
                 {
                     "title": "Buy milk",
@@ -251,7 +242,7 @@ class Stats(BaseModel):
     pending: int
     completed: int
     overdue: int | None = Field(description="Pending and due before `today`; null when no day is named.")
-    priorities: dict[Priority | Literal["none"], int]
+    priorities: dict[Priority, int] = Field(description="`none` counts tasks without a priority too.")
     tags: dict[str, int] = Field(description=f"The {STATS_TAGS_MAX} most used, the most used first.")
 
 
@@ -332,7 +323,9 @@ class TaskFilter(BaseModel):
         "", description="Words that are all in the title or the description, in any case."
     )
     q: Annotated[str, Length(0, SEARCH_MAX)] = Field("", description="The same as `search`.")
-    priority: tuple[Priority, ...] = Field((), max_length=REPEATED_MAX, description="Any of these.")
+    priority: tuple[Priority, ...] = Field(
+        (), max_length=REPEATED_MAX, description="Any of these. `none` finds tasks without a priority too."
+    )
     category: tuple[Category, ...] = Field((), max_length=REPEATED_MAX, description="Any of these.")
     tags: tuple[Tag, ...] = Field((), max_length=REPEATED_MAX, description="All of these.")
     due_date_from: Day | None = Field(None, description="The first day.")
@@ -360,11 +353,11 @@ class TaskListQuery(TaskFilter):
     sort: Sort | None = Field(
         None,
         description="Newest first without it. A leading `-` means descending. Ties break by `id`, and what "
-        "has no value comes last. By `priority`, high comes first.",
+        "has no value comes last. By `priority`, urgent comes first.",
     )
     sort_by: Sort | None = Field(None, description="The same as `sort`.")
     order: Literal["asc", "desc"] | None = Field(None, description="`asc` when `sort` is given.")
-    limit: Annotated[int, BeforeValidator(digits)] = Field(LIMIT_DEFAULT, ge=1, le=LIMIT_MAX)
+    limit: Annotated[int, BeforeValidator(digits)] = Field(LIMIT_MAX, ge=1, le=LIMIT_MAX)
     cursor: str | None = Field(None, description="From the `Link` header of the page before.")
     count: Flag = Field(False, description="Answer with `X-Total-Count`.")
 

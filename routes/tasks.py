@@ -16,7 +16,7 @@ import etags
 import idempotency
 import queries
 from cursors import CursorInvalid, CursorSigner
-from db import ConstraintViolated, Row
+from db import Row
 from errors import (
     Conflict,
     ContentTooLarge,
@@ -45,9 +45,7 @@ from schemas import (
     BulkQuery,
     Completion,
     Counted,
-    Create,
     Filter,
-    Operation,
     Order,
     Stats,
     StatsQuery,
@@ -101,7 +99,6 @@ MergePatch = Annotated[TaskUpdate, Body(media_type=MERGE_PATCH)]
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
-UNTIMED = "needs a due_date"
 KEY_IN_USE = "A request with this Idempotency-Key is still running"
 
 
@@ -260,11 +257,8 @@ async def change_tasks(owner: OwnerDep, query: Annotated[BulkQuery, Query()], bo
     try:
         outcomes = await bulk.run(owner, body.operations, atomic=query.atomic)
     except bulk.Failed as error:
-        raise _problem(error.outcome, owner.limit, error.index, body.operations[error.index]) from error
-    results = [
-        _result(outcome, owner.limit, index, operation)
-        for index, (outcome, operation) in enumerate(zip(outcomes, body.operations, strict=True))
-    ]
+        raise _problem(error.outcome, owner.limit, error.index) from error
+    results = [_result(outcome, owner.limit, index) for index, outcome in enumerate(outcomes)]
     return _json({"results": results}, 200 if query.atomic else 207)
 
 
@@ -288,10 +282,6 @@ def _refusals() -> Iterator[None]:
         raise _stale(error.version) from error
     except TooManyTasks as error:
         raise _too_many(error.most) from error
-    except ConstraintViolated as error:
-        if error.name != "ck_task_due_time_has_due_date":
-            raise
-        raise Unprocessable([{"pointer": "/due_time", "detail": UNTIMED}]) from error
     except idempotency.KeyInUse as error:
         raise Conflict(KEY_IN_USE, headers={"Retry-After": "1"}) from error
     except idempotency.KeyReused as error:
@@ -308,21 +298,17 @@ def _too_many(most: int, **members: Any) -> Problem:
     return Conflict(f"There would be more tasks than the {most} that you may have", **members)
 
 
-def _problem(outcome: bulk.Outcome, limit: TaskLimit, index: int, operation: Operation) -> Problem:
-    """Return why *operation*, the one of *index*, could not be done."""
+def _problem(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> Problem:
+    """Return why the operation *index* could not be done."""
     match outcome.kind:
         case "missing":
             return NotFound(index=index)
         case "stale" if outcome.task:
             return PreconditionFailed(index=index, etag=etags.write(outcome.task["version"]))
-        case "full":
-            return _too_many(limit.most, index=index)
-    member = "task" if isinstance(operation, Create) else "changes"
-    pointer = f"/operations/{index}/{member}/due_time"
-    return Unprocessable([{"pointer": pointer, "detail": UNTIMED}], index=index)
+    return _too_many(limit.most, index=index)
 
 
-def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int, operation: Operation) -> dict[str, Any]:
+def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> dict[str, Any]:
     match outcome.kind:
         case "created":
             return {"status": 201, "task": outcome.task}
@@ -330,7 +316,7 @@ def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int, operation: Oper
             return {"status": 200, "task": outcome.task}
         case "deleted":
             return {"status": 204}
-    problem = _problem(outcome, limit, index, operation)
+    problem = _problem(outcome, limit, index)
     etag = {name: value for name, value in problem.extensions.items() if name == "etag"}
     return {"status": problem.status, "detail": problem.detail, **etag}
 
