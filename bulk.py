@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
 from sys import maxsize
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,7 @@ from sqlalchemy.types import NULLTYPE
 
 import listing
 from arrays import Member, any_of, list_of, records
-from db import Row, named
+from db import Deferred, Row, named
 from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, PRIORITY
 from queries import NEXT_IS_OPEN, NOW, WRITABLE, Owner, new_task, successor
@@ -70,8 +69,8 @@ async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) ->
 
 async def delete_tasks(owner: Owner, wanted: Filter) -> int:
     """Delete the tasks that *wanted* names and return how many there were."""
-    shape, values = listing.shape_of(wanted), listing.values_of(wanted)
-    return len(await owner.all(_delete_all(shape), **values))
+    statement = Deferred(_delete_all, (listing.shape_of(wanted),))
+    return len(await owner.all(statement, **listing.values_of(wanted)))
 
 
 async def complete_tasks(owner: Owner, wanted: Filter, *, completed: bool) -> int:
@@ -83,10 +82,10 @@ async def complete_tasks(owner: Owner, wanted: Filter, *, completed: bool) -> in
     shape, values = listing.shape_of(wanted), listing.values_of(wanted)
     now = datetime.now(UTC)
     if not completed:
-        return len(await owner.all(_reopen_all(shape), now=now, **values))
+        return len(await owner.all(Deferred(_reopen_all, (shape,)), now=now, **values))
     async with owner.transaction() as within:
-        series = await within.all(_complete_all(shape, in_series=True), now=now, **values)
-        others = await within.all(_complete_all(shape, in_series=False), now=now, **values)
+        series = await within.all(Deferred(_complete_all, (shape, True)), now=now, **values)
+        others = await within.all(Deferred(_complete_all, (shape, False)), now=now, **values)
         if next_tasks := list(filter(None, (successor(task, now) for task in series))):
             if len(next_tasks) > await _room(within):
                 raise TooManyTasks(owner.limit.most)
@@ -234,20 +233,17 @@ def _locked(shape: listing.Shape) -> list[ColumnElement[bool]]:
     return [OWNED, TASKS.c.id.in_(ids)]
 
 
-@lru_cache(maxsize=128)
 def _delete_all(shape: listing.Shape) -> Executable:
     statement = delete(TASKS).where(*_locked(shape)).returning(TASKS.c.id)
     return named("delete_tasks", statement)
 
 
-@lru_cache(maxsize=128)
 def _reopen_all(shape: listing.Shape) -> Executable:
     statement = update(TASKS).where(*_locked(shape), TASKS.c.completed)
     return named("reopen_tasks", statement.values(_completion(False)).returning(TASKS.c.id))
 
 
-@lru_cache(maxsize=128)
-def _complete_all(shape: listing.Shape, *, in_series: bool) -> Executable:
+def _complete_all(shape: listing.Shape, in_series: bool) -> Executable:
     condition = NEXT_IS_OPEN if in_series else not_(NEXT_IS_OPEN)
     statement = update(TASKS).where(*_locked(shape), not_(TASKS.c.completed), condition)
     if not in_series:

@@ -111,7 +111,7 @@ class Ranked(TypeDecorator[str]):
 PRIORITY = Ranked(*get_args(Priority))
 
 
-class _DayText(TypeDecorator[date]):
+class DayText(TypeDecorator[date]):
     impl = Text
     cache_ok = True
 
@@ -126,7 +126,7 @@ class _PostgresDay(TypeDecorator[date]):
     cache_ok = True
 
     def bind_expression(self, bindparam: BindParameter[date]) -> ColumnElement[date]:
-        return cast(type_coerce(bindparam, _DayText()), Date())
+        return cast(type_coerce(bindparam, DayText()), Date())
 
 
 DAY: TypeEngine[date] = Date().with_variant(_PostgresDay(), "postgresql")

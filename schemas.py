@@ -6,7 +6,17 @@ from datetime import date, datetime
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, StrictBool
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    StrictBool,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic import Tag as Tagged
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
@@ -28,6 +38,7 @@ from models import (
 
 LIMIT_MAX = 1000  # also the default: a front end that does not page would lose what a shorter list leaves out
 SEARCH_MAX = 200
+WORDS_MAX = 8  # each is looked for in every task of the user
 REPEATED_MAX = 100
 OPERATIONS_MAX = 100
 STATS_TAGS_MAX = 100
@@ -310,6 +321,10 @@ def _distinct(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
+def _words(*texts: str) -> tuple[str, ...]:
+    return _distinct(" ".join(texts).split())
+
+
 class TaskFilter(BaseModel):
     """Which tasks. Several filters narrow one another down."""
 
@@ -320,7 +335,7 @@ class TaskFilter(BaseModel):
     )
     completed: Flag | None = Field(None, description="The same filter by its other name.")
     search: Annotated[str, Length(0, SEARCH_MAX)] = Field(
-        "", description="Words that are all in the title or the description, in any case."
+        "", description=f"Up to {WORDS_MAX} words that are all in the title or the description, in any case."
     )
     q: Annotated[str, Length(0, SEARCH_MAX)] = Field("", description="The same as `search`.")
     priority: tuple[Priority, ...] = Field(
@@ -331,6 +346,13 @@ class TaskFilter(BaseModel):
     due_date_from: Day | None = Field(None, description="The first day.")
     due_date_to: Day | None = Field(None, description="The last day.")
 
+    @field_validator("search", "q")
+    @classmethod
+    def _of_few_words(cls, value: str, info: ValidationInfo) -> str:
+        if len(_words(info.data.get("search", ""), value)) > WORDS_MAX:
+            raise PydanticCustomError("words", f"must have at most {WORDS_MAX} words")
+        return value
+
     @cached_property
     def filter(self) -> Filter:
         states = {"all": {False, True}, "completed": {True}}.get(self.status, {False})
@@ -338,7 +360,7 @@ class TaskFilter(BaseModel):
             states &= {self.completed}
         return Filter(
             frozenset(states),
-            _distinct(f"{self.search} {self.q}".split()),
+            _words(self.search, self.q),
             _distinct(self.priority),
             _distinct(self.category),
             _distinct(self.tags),

@@ -99,6 +99,8 @@ MergePatch = Annotated[TaskUpdate, Body(media_type=MERGE_PATCH)]
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
+JSON = "application/json"
+PAGE_MAX_BYTES = 1024 * 1024  # an answer is held whole until its client has read it
 KEY_IN_USE = "A request with this Idempotency-Key is still running"
 
 
@@ -141,10 +143,10 @@ async def list_tasks(owner: OwnerDep, request: Request, query: Annotated[TaskLis
         headers["X-Total-Count"] = str(total)
     else:
         rows = await queries.list_tasks(owner, wanted, order, query.limit + 1, after)
-    if len(rows) > query.limit:
-        del rows[query.limit :]
-        headers["Link"] = _link_to_next(request, queries.position(rows[-1], order), binding)
-    return _json(rows, headers=headers)
+    body, length = _page(rows[: query.limit])
+    if len(rows) > length:
+        headers["Link"] = _link_to_next(request, queries.position(rows[length - 1], order), binding)
+    return Response(body, 200, headers, JSON)
 
 
 @router.post(
@@ -269,8 +271,27 @@ def _task(row: Row | None, status: int = 200, headers: dict[str, str] | None = N
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Answer with rows as they come: what the database returned needs no second validation."""
-    return Response(orjson.dumps(content, option=orjson.OPT_UTC_Z), status, headers, "application/json")
+    return Response(_dump(content), status, headers, JSON)
+
+
+def _dump(content: Any) -> bytes:
+    """Return rows as they come: what the database returned needs no second validation."""
+    return orjson.dumps(content, option=orjson.OPT_UTC_Z)
+
+
+def _page(rows: list[Row]) -> tuple[bytes, int]:
+    """Return the JSON array of the first of *rows* that fit into a page, and how many these are."""
+    body = _dump(rows)
+    if len(body) <= PAGE_MAX_BYTES:
+        return body, len(rows)
+    parts: list[bytes] = []
+    size = 1
+    for part in map(_dump, rows):
+        size += len(part) + 1
+        if size > PAGE_MAX_BYTES and parts:
+            break
+        parts.append(part)
+    return b"[" + b",".join(parts) + b"]", len(parts)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import re
+from typing import get_args
 
 import pytest
 from sqlalchemy import select, update
@@ -8,8 +9,8 @@ from sqlalchemy.sql.base import Executable
 import bulk
 import idempotency
 import queries
-from listing import OWNED, TASKS
-from tests.statements import bulks, constants, every_statement, lists, shapes
+from listing import OWNED, TASKS, Shape
+from tests.statements import bulks, constants, every_statement, lists
 
 NAMED = PGDialect_asyncpg(paramstyle="named")  # type: ignore[no-untyped-call] # not in its stubs
 _TABLES = "(?:task|idempotency_key)"
@@ -38,7 +39,7 @@ def test_every_statement_is_bound_to_its_owner() -> None:
     assert len(constants(queries)) >= 8
     assert len(constants(bulk)) >= 5
     assert len(constants(idempotency)) >= 3
-    assert all(len(lists(shape)) == 48 and len(bulks(shape)) == 4 for shape in shapes())
+    assert all(len(lists(shape)) == 48 and len(bulks(shape)) == 4 for shape in get_args(Shape))
 
     for statement in every_statement():
         assert is_bound_to_its_owner(sql_of(statement)), sql_of(statement)
