@@ -43,6 +43,25 @@ def test_what_is_no_list_of_tags_is_refused(header: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("header", "detail"),
+    [
+        ('"1"' + " " * 4094, "must be at most 4096 characters"),
+        (", ".join(['"1"'] * 101), "must be at most 100 entity tags"),
+    ],
+)
+def test_a_list_of_tags_has_a_longest_length_and_a_largest_number(header: str, detail: str) -> None:
+    with pytest.raises(Unprocessable, match=f"If-Match: {detail}"):
+        etags.expected_versions(header)
+    with pytest.raises(Unprocessable, match=f"If-None-Match: {detail}"):
+        etags.is_known(1, header)
+
+
+@pytest.mark.parametrize("header", ['"1"' + " " * 4093, ", ".join(['"1"'] * 100)])
+def test_the_longest_list_of_tags_is_read(header: str) -> None:
+    assert set(etags.expected_versions(header) or ()) == {1}
+
+
+@pytest.mark.parametrize(
     ("header", "known"),
     [(None, False), ("*", True), ('"3"', True), ('W/"3"', True), ('"1", "3"', True), ('"2"', False)],
 )
