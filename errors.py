@@ -306,7 +306,9 @@ def _field_error(mistake: Mapping[str, Any]) -> FieldError:
 
 
 def _name(error: FieldError) -> str:
-    return error.get("parameter") or error["pointer"].lstrip("/") or "body"
+    if "parameter" in error:
+        return error["parameter"] or "query"  # `?=x` has a parameter without a name
+    return error["pointer"].lstrip("/") or "body"
 
 
 def _clause(mistake: Mapping[str, Any]) -> str:
@@ -317,6 +319,8 @@ def _clause(mistake: Mapping[str, Any]) -> str:
     match mistake["type"]:
         case "missing":
             return "is required"
+        case "extra_forbidden":
+            return "is not a parameter of this operation"
         case "bool_type" | "bool_parsing":
             return "must be true or false"
         case "string_type" | "string_unicode":

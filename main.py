@@ -33,7 +33,7 @@ import telemetry
 import tokens
 from attempts import Attempts
 from config import Settings, load_settings, refuse
-from cursors import CursorSigner
+from cursors import CursorSealer
 from middleware.access_log import AccessLogMiddleware
 from middleware.allowed_hosts import AllowedHostsMiddleware
 from middleware.cors import ProblemCORSMiddleware
@@ -132,7 +132,8 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
         leeway_s=settings.jwt_leeway_s,
     )
     app.state.task_limit = TaskLimit(settings.max_tasks_per_user)
-    app.state.cursors = CursorSigner(settings.cursor_secrets)
+    app.state.cursors = CursorSealer(settings.cursor_secrets)
+    app.state.delete_status = int(settings.delete_status)
     app.state.account_keeper = keeper
     app.state.rate_limits = rate_limits
 

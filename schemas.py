@@ -217,7 +217,7 @@ class Done(BaseModel):
 
 
 class BulkQuery(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     atomic: Flag = Field(
         True,
@@ -242,6 +242,12 @@ class Counted(BaseModel):
     """How many tasks were changed or deleted."""
 
     count: int
+
+
+class Deleted(BaseModel):
+    """What `DELETE_STATUS=200` answers."""
+
+    ok: Literal[True] = True
 
 
 class Stats(BaseModel):
@@ -352,6 +358,12 @@ class TaskFilter(BaseModel):
             self.due_date_from,
             self.due_date_to,
         )
+
+
+class TaskSelection(TaskFilter):
+    """Which tasks to change or to delete. A misspelt filter would select too many, so it is a mistake."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TaskListQuery(TaskFilter):

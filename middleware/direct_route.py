@@ -6,6 +6,7 @@ calling (docs/decisions/0006). The declarations stay the framework's, and so doe
 
 import asyncio
 import inspect
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import lru_cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -41,7 +42,7 @@ class DirectRoute(APIRoute):
       takes are parts of the path as they are,
     - `Annotated[T, Path(...)]`: a part of the path,
     - `Annotated[Model, Query()]`: the query as a frozen model; a parameter sent twice is a tuple where the
-      model has one, else the last one counts,
+      model has one, else the last one counts, unless the model forbids unknown parameters and so these too,
     - `Annotated[str | None, Header()]`: a header, joined by commas if it was sent more than once,
     - `Request`,
     - anything else: the body, as strict JSON of at most `BODY_MAX_BYTES`; with a default it may be left out.
@@ -133,13 +134,16 @@ def _path_reader(name: str, hint: Any) -> Reader:
 def _query_reader(hint: Any) -> Reader:
     validate = TypeAdapter(hint).validate_python
 
-    fields = get_args(hint)[0].model_fields
-    repeatable = {name for name, field in fields.items() if get_origin(field.annotation) is tuple}
+    model = get_args(hint)[0]
+    repeatable = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is tuple}
+    strict = model.model_config.get("extra") == "forbid"
 
     @lru_cache(QUERIES_REMEMBERED)
     def parse(query: bytes) -> Any:
         sent = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
         values: dict[str, Any] = dict(sent)
+        if strict and len(sent) > len(values):
+            _refuse_repeated([name for name, _ in sent if name not in repeatable])
         for several in repeatable & values.keys():
             values[several] = [value for name, value in sent if name == several]
         return validate(values)
@@ -151,6 +155,14 @@ def _query_reader(hint: Any) -> Reader:
         return parse(query)
 
     return read
+
+
+def _refuse_repeated(names: list[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise RequestValidationError(
+            [{"type": "repeated", "loc": ("query", name), "msg": "must be sent once"} for name in repeated]
+        )
 
 
 def _header_reader(name: str) -> Reader:

@@ -15,7 +15,7 @@ import bulk
 import etags
 import idempotency
 import queries
-from cursors import CursorInvalid, CursorSigner
+from cursors import CursorInvalid, CursorSealer
 from db import ConstraintViolated, Row
 from errors import (
     Conflict,
@@ -46,15 +46,16 @@ from schemas import (
     Completion,
     Counted,
     Create,
+    Deleted,
     Filter,
     Operation,
     Order,
     Stats,
     StatsQuery,
     TaskCreate,
-    TaskFilter,
     TaskListQuery,
     TaskOut,
+    TaskSelection,
     TaskUpdate,
     digits,
 )
@@ -83,7 +84,7 @@ IfNoneMatch = Annotated[
     str | None,
     Header(
         alias="If-None-Match",
-        description="304 if the task still has one of these `ETag`s.",
+        description="Only if the task has none of these `ETag`s; else 304 for a GET, 412 for a change.",
         examples=['"3"'],
         json_schema_extra={"pattern": etags.LIST_PATTERN},
     ),
@@ -160,6 +161,7 @@ async def create_task(
     owner: OwnerDep, request: Request, body: TaskCreate, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """Create a task."""
+    _refuse_conditions(request)
     headers = {}
     with _refusals():
         if idempotency_key is None:
@@ -174,22 +176,32 @@ async def create_task(
 @router.get(
     "/{task_id:task}",
     response_model=TaskOut,
-    responses=responses(NotFound) | {304: {"description": "The client has it already"}},
+    responses=responses(NotFound, PreconditionFailed) | {304: {"description": "The client has it already"}},
 )
-async def get_task(owner: OwnerDep, task_id: TaskId, if_none_match: IfNoneMatch = None) -> Response:
+async def get_task(
+    owner: OwnerDep, task_id: TaskId, if_match: IfMatch = None, if_none_match: IfNoneMatch = None
+) -> Response:
     """Return one task."""
+    versions = etags.expected_versions(if_match)
     row = await queries.get_task(owner, task_id)
-    if row is not None and etags.is_known(row["version"], if_none_match):
-        return Response(status_code=304, headers={"ETag": etags.write(row["version"])})
+    if row is not None:
+        if versions is not None and row["version"] not in versions:
+            raise _stale(row["version"])
+        if etags.is_known(row["version"], if_none_match):
+            return Response(status_code=304, headers={"ETag": etags.write(row["version"])})
     return _task(row)
 
 
 @router.patch("/{task_id:task}/complete", response_model=TaskOut, responses=CHANGE_PROBLEMS)
 async def complete_task(
-    owner: OwnerDep, task_id: TaskId, body: Completion | None = None, if_match: IfMatch = None
+    owner: OwnerDep,
+    task_id: TaskId,
+    body: Completion | None = None,
+    if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """Set `completed`, which is safe to retry, or toggle it when no body names it."""
-    versions = etags.expected_versions(if_match)
+    versions = await _versions(owner, task_id, if_match, if_none_match)
     with _refusals():
         if body and (changes := body.changes()):
             return _task(await queries.update_task(owner, task_id, changes, versions))
@@ -198,10 +210,14 @@ async def complete_task(
 
 @router.put("/{task_id:task}", response_model=TaskOut, responses=CHANGE_PROBLEMS)
 async def update_task(
-    owner: OwnerDep, task_id: TaskId, body: TaskUpdate, if_match: IfMatch = None
+    owner: OwnerDep,
+    task_id: TaskId,
+    body: TaskUpdate,
+    if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """Set the fields that are sent; the others keep their value."""
-    versions = etags.expected_versions(if_match)
+    versions = await _versions(owner, task_id, if_match, if_none_match)
     with _refusals():
         return _task(await queries.update_task(owner, task_id, body.changes(), versions))
 
@@ -212,19 +228,41 @@ async def update_task(
     responses=CHANGE_PROBLEMS,
 )
 async def patch_task(
-    owner: OwnerDep, task_id: TaskId, body: MergePatch, if_match: IfMatch = None
+    owner: OwnerDep,
+    task_id: TaskId,
+    body: MergePatch,
+    if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """Set the fields that are sent (JSON Merge Patch, RFC 7396): null clears."""
-    return await update_task(owner, task_id, body, if_match)
+    return await update_task(owner, task_id, body, if_match, if_none_match)
 
 
-@router.delete("/{task_id:task}", status_code=204, responses=responses(NotFound, PreconditionFailed))
-async def delete_task(owner: OwnerDep, task_id: TaskId, if_match: IfMatch = None) -> Response:
+@router.delete(
+    "/{task_id:task}",
+    status_code=204,
+    responses=responses(NotFound, PreconditionFailed)
+    | {
+        200: {
+            "model": Deleted,
+            "description": "With `DELETE_STATUS=200`, for clients that parse every answer.",
+        }
+    },
+)
+async def delete_task(
+    owner: OwnerDep,
+    request: Request,
+    task_id: TaskId,
+    if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
     """Delete a task for good."""
-    versions = etags.expected_versions(if_match)
+    versions = await _versions(owner, task_id, if_match, if_none_match)
     with _refusals():
         if not await queries.delete_task(owner, task_id, versions):
             raise NotFound
+    if request.app.state.delete_status == 200:
+        return _json({"ok": True})
     return Response(status_code=204)
 
 
@@ -236,16 +274,20 @@ async def get_stats(owner: OwnerDep, query: Annotated[StatsQuery, Query()]) -> R
 
 @router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS, Conflict))
 async def complete_tasks(
-    owner: OwnerDep, query: Annotated[TaskFilter, Query()], body: AllCompleted
+    owner: OwnerDep, request: Request, query: Annotated[TaskSelection, Query()], body: AllCompleted
 ) -> Response:
     """Set `completed` for all tasks that a filter names."""
+    _refuse_conditions(request)
     with _refusals():
         return _json({"count": await bulk.complete_tasks(owner, _some(query), completed=body.completed)})
 
 
 @router.delete("", response_model=Counted)
-async def delete_tasks(owner: OwnerDep, query: Annotated[TaskFilter, Query()]) -> Response:
+async def delete_tasks(
+    owner: OwnerDep, request: Request, query: Annotated[TaskSelection, Query()]
+) -> Response:
     """Delete all tasks that a filter names, for good."""
+    _refuse_conditions(request)
     return _json({"count": await bulk.delete_tasks(owner, _some(query))})
 
 
@@ -255,8 +297,11 @@ async def delete_tasks(owner: OwnerDep, query: Annotated[TaskFilter, Query()]) -
     responses=responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
     | {207: {"model": BulkDone, "description": "With `atomic=false`: each has a status of its own."}},
 )
-async def change_tasks(owner: OwnerDep, query: Annotated[BulkQuery, Query()], body: Bulk) -> Response:
+async def change_tasks(
+    owner: OwnerDep, request: Request, query: Annotated[BulkQuery, Query()], body: Bulk
+) -> Response:
     """Do up to 100 operations in their order: all of them or, with the index of the one that failed, none."""
+    _refuse_conditions(request)
     try:
         outcomes = await bulk.run(owner, body.operations, atomic=query.atomic)
     except bulk.Failed as error:
@@ -266,6 +311,38 @@ async def change_tasks(owner: OwnerDep, query: Annotated[BulkQuery, Query()], bo
         for index, (outcome, operation) in enumerate(zip(outcomes, body.operations, strict=True))
     ]
     return _json({"results": results}, 200 if query.atomic else 207)
+
+
+async def _versions(
+    owner: Owner, task_id: int, if_match: str | None, if_none_match: str | None
+) -> list[int] | None:
+    """Return which versions of the task may be changed; None for any.
+
+    The change itself compares them again: a task that changes in between has not got the version that
+    If-None-Match was compared with, so it is a 412 as well.
+
+    Raises:
+        NotFound: If-None-Match needs the task's version, and there is no task.
+        PreconditionFailed: it is one that a condition excludes (RFC 9110, section 13.2.2).
+    """
+    versions = etags.expected_versions(if_match)
+    if if_none_match is None:
+        return versions
+    row = await queries.get_task(owner, task_id)
+    if row is None:
+        raise NotFound
+    version: int = row["version"]
+    if (versions is not None and version not in versions) or etags.is_known(version, if_none_match):
+        raise _stale(version)
+    return [version]
+
+
+def _refuse_conditions(request: Request) -> None:
+    """Refuse conditions on what has no `ETag`: passed over, they would protect nothing."""
+    for name, _ in request.scope["headers"]:
+        if name in (b"if-match", b"if-none-match"):
+            header_name = "If-Match" if name == b"if-match" else "If-None-Match"
+            raise Unprocessable([{"parameter": header_name, "detail": "is for single tasks only"}])
 
 
 def _task(row: Row | None, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -335,7 +412,7 @@ def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int, operation: Oper
     return {"status": problem.status, "detail": problem.detail, **etag}
 
 
-def _some(query: TaskFilter) -> Filter:
+def _some(query: TaskSelection) -> Filter:
     """Return the filter, which must filter something: nobody deletes everything by leaving a word out."""
     if query.filter == Filter():
         raise Unprocessable([{"parameter": "status", "detail": "or another filter must be given"}])
@@ -363,10 +440,10 @@ def _binding(owner: Owner, wanted: Filter, order: Order) -> str:
 def _position(request: Request, cursor: str | None, binding: str, order: Order) -> tuple[Any, int] | None:
     if cursor is None:
         return None
-    signer: CursorSigner = request.app.state.cursors
+    sealer: CursorSealer = request.app.state.cursors
     try:
-        key, task_id = signer.read(cursor, binding)
-        # Signed or not: what goes into a statement is checked.
+        key, task_id = sealer.read(cursor, binding)
+        # Sealed or not: what goes into a statement is checked.
         if not _is_key(key, order) or not isinstance(task_id, int) or not 1 <= task_id <= ID_MAX:
             raise CursorInvalid
     except (ValueError, KeyError) as error:
@@ -388,8 +465,8 @@ def _is_key(key: object, order: Order) -> bool:
 
 def _link_to_next(request: Request, position: tuple[Any, int], binding: str) -> str:
     """Return a `Link` (RFC 8288) to the page after *position*, every other parameter as it was sent."""
-    signer: CursorSigner = request.app.state.cursors
+    sealer: CursorSealer = request.app.state.cursors
     sent = request.scope["query_string"].decode("latin-1").split("&")
     kept = [parameter for parameter in sent if parameter and not parameter.startswith("cursor=")]
-    query = quote("&".join([*kept, f"cursor={signer.write(position, binding)}"]), safe="%&=+,:/?-._~!$'()*;@")
+    query = quote("&".join([*kept, f"cursor={sealer.write(position, binding)}"]), safe="%&=+,:/?-._~!$'()*;@")
     return f'<{quote(request.scope["path"])}?{query}>; rel="next"'

@@ -25,10 +25,10 @@ OPERATIONS = {
     "delete_tasks": ("delete", TASKS, {"200"} | EVERY_TASK),
     "get_stats": ("get", f"{TASKS}/stats", {"200"} | EVERY_TASK),
     "change_tasks": ("post", f"{TASKS}/bulk", {"200", "207", "404", "409", "412"} | BODY | EVERY_TASK),
-    "get_task": ("get", f"{TASKS}/{{task_id}}", {"200", "304", "404"} | EVERY_TASK),
+    "get_task": ("get", f"{TASKS}/{{task_id}}", {"200", "304", "404", "412"} | EVERY_TASK),
     "update_task": ("put", f"{TASKS}/{{task_id}}", {"200", "404", "409", "412"} | BODY | EVERY_TASK),
     "patch_task": ("patch", f"{TASKS}/{{task_id}}", {"200", "404", "409", "412"} | BODY | EVERY_TASK),
-    "delete_task": ("delete", f"{TASKS}/{{task_id}}", {"204", "404", "412"} | EVERY_TASK),
+    "delete_task": ("delete", f"{TASKS}/{{task_id}}", {"200", "204", "404", "412"} | EVERY_TASK),
     "complete_task": (
         "patch",
         f"{TASKS}/{{task_id}}/complete",
@@ -48,11 +48,11 @@ PARAMETERS = {
     "delete_tasks": PARAMETERS_OF_A_FILTER,
     "get_stats": {"user_id", "today"},
     "change_tasks": {"user_id", "atomic"},
-    "get_task": {"user_id", "task_id", "If-None-Match"},
-    "update_task": {"user_id", "task_id", "If-Match"},
-    "patch_task": {"user_id", "task_id", "If-Match"},
-    "delete_task": {"user_id", "task_id", "If-Match"},
-    "complete_task": {"user_id", "task_id", "If-Match"},
+    "get_task": {"user_id", "task_id", "If-Match", "If-None-Match"},
+    "update_task": {"user_id", "task_id", "If-Match", "If-None-Match"},
+    "patch_task": {"user_id", "task_id", "If-Match", "If-None-Match"},
+    "delete_task": {"user_id", "task_id", "If-Match", "If-None-Match"},
+    "complete_task": {"user_id", "task_id", "If-Match", "If-None-Match"},
 }
 # Beside X-Request-ID, which every answer has.
 HEADERS_OF_PROBLEMS = {"401": {"WWW-Authenticate"}, "429": {"Retry-After"}, "503": {"Retry-After"}}
@@ -62,6 +62,7 @@ HEADERS = {
     ("create_task", "409"): {"Retry-After"},
     ("get_task", "200"): {"ETag"},
     ("get_task", "304"): {"ETag"},
+    ("get_task", "412"): {"ETag"},
     ("update_task", "200"): {"ETag"},
     ("update_task", "412"): {"ETag"},
     ("patch_task", "200"): {"ETag"},
