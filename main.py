@@ -25,6 +25,7 @@ from fastapi import FastAPI
 import counts
 import db
 import errors
+import idempotency
 import jwks
 import logs
 import metrics
@@ -93,6 +94,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
         preparing = asyncio.create_task(
             _prepare(database, readiness, tried, migrates=settings.migrates_on_start)
         )
+        sweeping = asyncio.create_task(idempotency.sweep(database))
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(tried, START_WAIT_S)
@@ -101,7 +103,8 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
         finally:
             end_metrics()
             preparing.cancel()
-            await asyncio.wait({preparing, asyncio.create_task(database.close())}, timeout=END_S)
+            sweeping.cancel()
+            await asyncio.wait({preparing, sweeping, asyncio.create_task(database.close())}, timeout=END_S)
             await storage.close()
             if keys:
                 await keys.close()

@@ -160,7 +160,8 @@ class Delete(BaseModel):
 
 
 def _tag(operation: object) -> str:
-    name = operation.get("op") if isinstance(operation, dict) else None
+    # A body that is read is a dict, one that is written for the fingerprint of an Idempotency-Key a model.
+    name = operation.get("op") if isinstance(operation, dict) else getattr(operation, "op", None)
     return f"<{name}>" if isinstance(name, str) else ""
 
 

@@ -1,6 +1,6 @@
 """/api/{user_id}/tasks: the operations on a user's tasks."""
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import date, datetime
 from typing import Annotated, Any, get_args
@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import orjson
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator
 from starlette.convertors import Convertor, register_url_convertor
 
 import bulk
@@ -26,6 +26,7 @@ from errors import (
     Problem,
     QuotaExceeded,
     RequestTimeout,
+    TooManyRequests,
     Unauthorized,
     Unavailable,
     Unprocessable,
@@ -103,6 +104,10 @@ MergePatch = Annotated[TaskUpdate, Body(media_type=MERGE_PATCH)]
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
 UNTIMED = "needs a due_date"
+KEYS_RETRY_S = 3600  # each of the keys expires a day after its request
+TOO_MANY_KEYS = (
+    "You have sent as many Idempotency-Keys as are kept for a day. Please try again later or without one."
+)
 KEY_IN_USE = "A request with this Idempotency-Key is still running"
 
 
@@ -162,14 +167,12 @@ async def create_task(
 ) -> Response:
     """Create a task."""
     _refuse_conditions(request)
-    headers = {}
+
+    async def create(owner: Owner) -> Row:
+        return await queries.create_task(owner, dict(body))
+
     with _refusals():
-        if idempotency_key is None:
-            row = await queries.create_task(owner, dict(body))
-        else:
-            key, sent = _idempotency_key(request), body.model_dump(mode="json", exclude_unset=True)
-            row, repeated = await idempotency.create_task_once(owner, dict(body), key, sent)
-            headers = {"Idempotent-Replayed": "true"} if repeated else {}
+        row, headers = await _once(owner, request, idempotency_key, body, create)
     return _task(row, 201, headers | {"Location": f"{quote(request.scope['path'])}/{row['id']}"})
 
 
@@ -295,22 +298,56 @@ async def delete_tasks(
     "/bulk",
     response_model=BulkDone,
     responses=responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
-    | {207: {"model": BulkDone, "description": "With `atomic=false`: each has a status of its own."}},
+    | {
+        200: {"headers": header("Idempotent-Replayed")},
+        207: {
+            "model": BulkDone,
+            "description": "With `atomic=false`: each has a status of its own.",
+            "headers": header("Idempotent-Replayed"),
+        },
+    },
 )
 async def change_tasks(
-    owner: OwnerDep, request: Request, query: Annotated[BulkQuery, Query()], body: Bulk
+    owner: OwnerDep,
+    request: Request,
+    query: Annotated[BulkQuery, Query()],
+    body: Bulk,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Do up to 100 operations in their order: all of them or, with the index of the one that failed, none."""
     _refuse_conditions(request)
-    try:
+
+    async def change(owner: Owner) -> dict[str, Any]:
         outcomes = await bulk.run(owner, body.operations, atomic=query.atomic)
+        done = enumerate(zip(outcomes, body.operations, strict=True))
+        return {
+            "results": [
+                _result(outcome, owner.limit, index, operation) for index, (outcome, operation) in done
+            ]
+        }
+
+    try:
+        with _refusals():
+            content, headers = await _once(owner, request, idempotency_key, body, change, atomic=query.atomic)
     except bulk.Failed as error:
         raise _problem(error.outcome, owner.limit, error.index, body.operations[error.index]) from error
-    results = [
-        _result(outcome, owner.limit, index, operation)
-        for index, (outcome, operation) in enumerate(zip(outcomes, body.operations, strict=True))
-    ]
-    return _json({"results": results}, 200 if query.atomic else 207)
+    return _json(content, 200 if query.atomic else 207, headers)
+
+
+async def _once(
+    owner: Owner,
+    request: Request,
+    idempotency_key: str | None,
+    body: BaseModel,
+    work: Callable[[Owner], Awaitable[Any]],
+    **parameters: Any,
+) -> tuple[Any, dict[str, str]]:
+    """Return the answer of *work* or the one that this key got before, and the header that tells which."""
+    if idempotency_key is None:
+        return await work(owner), {}
+    sent = body.model_dump(mode="json", exclude_unset=True) | parameters
+    content, repeated = await idempotency.once(owner, _idempotency_key(request), sent, work)
+    return content, {"Idempotent-Replayed": "true"} if repeated else {}
 
 
 async def _versions(
@@ -371,6 +408,8 @@ def _refusals() -> Iterator[None]:
         raise Unprocessable([{"pointer": "/due_time", "detail": UNTIMED}]) from error
     except idempotency.KeyInUse as error:
         raise Conflict(KEY_IN_USE, headers={"Retry-After": "1"}) from error
+    except idempotency.TooManyKeys as error:
+        raise TooManyRequests(TOO_MANY_KEYS, retry_after_s=KEYS_RETRY_S) from error
     except idempotency.KeyReused as error:
         mistake = "was used for another request"
         raise Unprocessable([{"parameter": "Idempotency-Key", "detail": mistake}]) from error
