@@ -153,7 +153,9 @@ _EXPIRED = _KEYS.c.created_at <= bindparam("expiry", type_=TIMESTAMP)
 def _lock_and_find() -> Any:
     lock = select(_TryLock(_OWNED.right, _THIS.right).label("mine")).subquery("lock")
     kept = select(_KEYS, _EXPIRED.label("expired")).where(_OWNED, _THIS).subquery("kept")
-    used = select(func.coalesce(func.sum(_KEYS.c.weight), 0)).where(_OWNED).scalar_subquery()
+    # As each counts at least once, more of them need not be read to see that there are too many.
+    counted = select(_KEYS.c.weight).where(_OWNED).limit(KEYS_MAX).subquery("counted")
+    used = select(func.coalesce(func.sum(counted.c.weight), 0)).scalar_subquery()
     return select(
         lock.c.mine, kept.c.fingerprint, kept.c.answer, kept.c.expired, used.label("used")
     ).select_from(lock.outerjoin(kept, true()))
