@@ -3,6 +3,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from config import Settings
 from middleware import direct_route
 from middleware.direct_route import BODY_MAX_BYTES
 from tests.conftest import Person
@@ -120,3 +121,7 @@ async def test_a_body_that_does_not_arrive_is_408(alice: Person, monkeypatch: py
     answer = await alice.post(content=stall(), headers=JSON)
 
     assert (answer.status_code, answer.json()["detail"]) == (408, "The request body did not arrive in time")
+
+
+def test_a_body_that_is_late_is_the_clients_408_and_not_the_services_503() -> None:
+    assert 4 <= direct_route.BODY_TIMEOUT_S < Settings.model_fields["request_deadline_s"].default

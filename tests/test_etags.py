@@ -27,7 +27,11 @@ from tests.conftest import Person
         ('""', []),
         ('"03"', []),
         ('"-3"', []),
+        ('"999999999"', [999_999_999]),
+        ('"1000000000"', []),  # more than a column of 32 bits may hold
         (f'"{"9" * 30}"', []),
+        ('"\xe9", "3"', [3]),
+        ('"3"\t,\t"5"\t', [3, 5]),
     ],
 )
 def test_if_match_names_versions(header: str | None, versions: list[int] | None) -> None:
@@ -35,7 +39,23 @@ def test_if_match_names_versions(header: str | None, versions: list[int] | None)
 
 
 @pytest.mark.parametrize(
-    "header", ["", "3", '"3', '3"', '"3" "5"', ",", " , ,", '"3", 5', "W/3", '"a"b"', "*, *", '"\x00"']
+    "header",
+    [
+        "",
+        "3",
+        '"3',
+        '3"',
+        '"3" "5"',
+        ",",
+        " , ,",
+        '"3", 5',
+        "W/3",
+        '"a"b"',
+        "*, *",
+        '"\x00"',
+        '"a b"',
+        '"\t"',
+    ],
 )
 def test_what_is_no_list_of_tags_is_refused(header: str) -> None:
     with pytest.raises(Unprocessable, match="If-Match: must be entity tags"):
@@ -65,7 +85,15 @@ def test_the_longest_list_of_tags_is_read(header: str) -> None:
 
 @pytest.mark.parametrize(
     ("header", "known"),
-    [(None, False), ("*", True), ('"3"', True), ('W/"3"', True), ('"1", "3"', True), ('"2"', False)],
+    [
+        (None, False),
+        ("*", True),
+        (" * ", True),
+        ('"3"', True),
+        ('W/"3"', True),
+        ('"1", "3"', True),
+        ('"2"', False),
+    ],
 )
 def test_if_none_match_compares_weakly(header: str | None, known: bool) -> None:
     assert etags.is_known(3, header) is known

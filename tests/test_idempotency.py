@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from sqlalchemy import select
 from sqlalchemy.sql.base import Executable
 
+import db
 import idempotency
 from db import Database, Postgres, Row, compile_statement
 from errors import Unavailable
@@ -142,9 +143,24 @@ async def test_what_still_runs_is_409(alice: Person, database_url: str) -> None:
 
 
 class Tomorrow(datetime):
+    after = timedelta(hours=24, seconds=1)
+
     @classmethod
     def now(cls, tz: Any = None) -> datetime:  # type: ignore[override] # it returns the parent
-        return datetime.now(tz) + timedelta(hours=24, seconds=1)
+        return datetime.now(tz) + cls.after
+
+
+class JustBefore(Tomorrow):
+    after = timedelta(hours=23, minutes=59)
+
+
+async def test_a_key_is_good_for_a_day(app: FastAPI, alice: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = await post_once(alice, "a")
+    monkeypatch.setattr(idempotency, "datetime", JustBefore)
+
+    await idempotency.remove_expired(app.state.database)
+
+    assert (await post_once(alice, "a")).content == first.content
 
 
 async def test_after_a_day_a_key_is_free(
@@ -407,6 +423,45 @@ async def test_an_answer_that_was_kept_just_after_we_looked_is_repeated(
     assert looks == ["missed", "seen"]
     assert (again.status_code, again.content) == (first.status_code, first.content)
     assert again.headers["idempotent-replayed"] == "true"
+
+
+@pytest.mark.parametrize(("lost", "status", "tried"), [(True, 201, 2), (False, 503, 1)])
+async def test_only_a_lost_connection_is_worth_a_second_attempt(
+    alice: Person, monkeypatch: pytest.MonkeyPatch, lost: bool, status: int, tried: int
+) -> None:
+    attempts = 0
+    one = Owner.one
+
+    async def fail_once(self: Owner, statement: Executable, **values: Any) -> Row | None:
+        nonlocal attempts
+        if statement is idempotency._KEEP:
+            attempts += 1
+            if attempts == 1:
+                error = Unavailable()
+                error.lost = lost
+                raise error
+        return await one(self, statement, **values)
+
+    # Of PostgreSQL a transaction ends with its connection; here it has to be undone.
+    monkeypatch.setattr(db, "Unavailable", ZeroDivisionError)
+    monkeypatch.setattr(Owner, "one", fail_once)
+
+    answer = await post_once(alice, "a")
+
+    assert (answer.status_code, attempts) == (status, tried)
+    assert len((await alice.get()).json()) == tried - 1
+
+
+async def test_a_key_of_another_request_is_looked_at_once(
+    alice: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await post_once(alice, "a")
+    looks = _miss_the_first_look(monkeypatch)
+    looks.append("not missed")
+
+    answer = await post_once(alice, "a", title="Another")
+
+    assert (answer.status_code, looks) == (422, ["not missed", "seen"])
 
 
 def _miss_the_first_look(monkeypatch: pytest.MonkeyPatch) -> list[str]:
