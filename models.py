@@ -313,6 +313,11 @@ class IdempotencyKey(SQLModel, table=True):
     key: str = Field(primary_key=True, sa_type=String(IDEMPOTENCY_KEY_MAX))
     fingerprint: str = Field(sa_type=String(64), description="Of the body, in hexadecimal.")
     answer: str = Field(sa_type=Text, description="The body of the answer.")
+    weight: int = Field(
+        sa_type=SmallInteger,
+        sa_column_kwargs={"server_default": text("1")},
+        description="As how many keys it counts, by its size.",
+    )
     created_at: datetime = Field(sa_type=TIMESTAMP)
 
 
@@ -346,4 +351,6 @@ Index(
     postgresql_where=not_(_task.completed),
     sqlite_where=not_(_task.completed),
 )
+_key = IdempotencyKey.__table__.c  # type: ignore[attr-defined] # SQLModel adds it
+Index("ix_idempotency_key_created_at", _key.created_at)
 Index("ix_task_user_id_due_date_id", _task.user_id, _task.due_date, _task.id)

@@ -162,7 +162,8 @@ class Delete(BaseModel):
 
 
 def _tag(operation: object) -> str:
-    name = operation.get("op") if isinstance(operation, dict) else None
+    # A body that is read is a dict, one that is written for the fingerprint of an Idempotency-Key a model.
+    name = operation.get("op") if isinstance(operation, dict) else getattr(operation, "op", None)
     return f"<{name}>" if isinstance(name, str) else ""
 
 
@@ -219,7 +220,7 @@ class Done(BaseModel):
 
 
 class BulkQuery(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     atomic: Flag = Field(
         True,
@@ -244,6 +245,12 @@ class Counted(BaseModel):
     """How many tasks were changed or deleted."""
 
     count: int
+
+
+class Deleted(BaseModel):
+    """What `DELETE_STATUS=200` answers."""
+
+    ok: Literal[True] = True
 
 
 class Stats(BaseModel):
@@ -367,6 +374,12 @@ class TaskFilter(BaseModel):
             self.due_date_from,
             self.due_date_to,
         )
+
+
+class TaskSelection(TaskFilter):
+    """Which tasks to change or to delete. A misspelt filter would select too many, so it is a mistake."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TaskListQuery(TaskFilter):

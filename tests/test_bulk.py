@@ -270,3 +270,80 @@ async def test_changes_of_many_at_the_same_time_do_not_stand_in_one_anothers_way
         return int(answer.status_code)
 
     assert set(await asyncio.gather(*(change(number) for number in range(60)))) == {200}
+
+
+CHANGES_OF_MANY = [("DELETE", None), ("PATCH", {"completed": True})]
+
+
+@pytest.mark.parametrize(
+    ("query", "named"),
+    [
+        ("status=completed&categories=drop&limit=1", ["categories", "limit"]),
+        ("status=completed&Status=pending", ["Status"]),
+        ("status=completed&sort=title", ["sort"]),
+        ("status=completed&=", [""]),
+    ],
+)
+@pytest.mark.parametrize(("method", "body"), CHANGES_OF_MANY)
+async def test_a_change_of_many_names_parameters_that_it_does_not_know(
+    alice: Person, method: str, body: object, query: str, named: list[str]
+) -> None:
+    tasks = [await alice.create(completed=True, category="keep") for _ in range(2)]
+    options = {} if body is None else {"json": body}
+
+    answer = await alice.send(method, f"?{query}", **options)
+
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [
+        {"parameter": name, "detail": "is not a parameter of this operation"} for name in named
+    ]
+    assert (await alice.get()).json() == tasks[::-1]
+
+
+@pytest.mark.parametrize(
+    ("query", "named"),
+    [
+        ("status=pending&status=completed", ["status"]),
+        ("status=pending&status=pending", ["status"]),
+        ("q=a&search=b&q=c&search=d", ["q", "search"]),
+    ],
+)
+@pytest.mark.parametrize(("method", "body"), CHANGES_OF_MANY)
+async def test_a_change_of_many_takes_a_parameter_with_one_value_once(
+    alice: Person, method: str, body: object, query: str, named: list[str]
+) -> None:
+    task = await alice.create(title="abcd")
+    options = {} if body is None else {"json": body}
+
+    answer = await alice.send(method, f"?{query}", **options)
+
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [{"parameter": name, "detail": "must be sent once"} for name in named]
+    assert (await alice.get()).json() == [task]
+
+
+async def test_a_change_of_many_takes_repeatable_parameters_several_times(alice: Person) -> None:
+    await alice.create(category="a", tags=["x", "y"])
+    await alice.create(category="b", tags=["x", "y"])
+    await alice.create(category="c", tags=["x", "y"])
+
+    answer = await alice.delete("?category=a&category=b&tags=x&tags=y")
+
+    assert answer.json() == {"count": 2}
+
+
+@pytest.mark.parametrize("query", ["atomic=true&atomic=false", "atomc=false"])
+async def test_bulk_names_parameters_that_it_does_not_know_or_knows_once(alice: Person, query: str) -> None:
+    answer = await alice.post(
+        f"/bulk?{query}", json={"operations": [{"op": "create", "task": {"title": "x"}}]}
+    )
+
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["parameter"] == query.partition("=")[0]
+    assert (await alice.get()).json() == []
+
+
+async def test_a_list_still_ignores_parameters_that_it_does_not_know(alice: Person) -> None:
+    task = await alice.create()
+
+    assert (await alice.get("?status=completed&status=pending&categories=x")).json() == [task]

@@ -7,9 +7,10 @@ from urllib.parse import quote
 import pytest
 
 import tokens
-from cursors import CursorSigner
+from cursors import CursorSealer
+from main import create_app
 from schemas import Order
-from tests.conftest import SECRET, Person
+from tests.conftest import SECRET, Person, person, running, settings_for
 
 FIELDS = [
     "id",
@@ -753,12 +754,28 @@ async def test_a_number_is_written_in_digits(alice: Person, query: str) -> None:
 async def test_a_cursor_that_is_signed_and_wrong_is_refused(alice: Person, position: list[object]) -> None:
     wanted = ((), (), (), (), None, None)
     binding = f"{alice.user_id}\n[False, True]\n{wanted}\n{Order('title', descending=False)}"
-    signer = CursorSigner([SECRET])
+    sealer = CursorSealer([SECRET])
 
-    right = await alice.get(f"?sort=title&cursor={signer.write(['x', 2], binding)}")
-    wrong = await alice.get(f"?sort=title&cursor={signer.write(position, binding)}")
+    right = await alice.get(f"?sort=title&cursor={sealer.write(['x', 2], binding)}")
+    wrong = await alice.get(f"?sort=title&cursor={sealer.write(position, binding)}")
 
-    by_time = signer.write(["x", 2], binding.replace("title", "created_at"))
+    by_time = sealer.write(["x", 2], binding.replace("title", "created_at"))
 
     assert (right.status_code, wrong.status_code) == (200, 422)
     assert (await alice.get(f"?order=asc&cursor={by_time}")).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("setting", "status", "content"), [({}, 204, b""), ({"delete_status": "200"}, 200, b'{"ok":true}')]
+)
+async def test_delete_status_chooses_the_answer_to_a_delete(
+    database_url: str, setting: dict[str, str], status: int, content: bytes
+) -> None:
+    async with running(create_app(settings_for(database_url, **setting))) as client:
+        alice = person("alice", client)
+        task = await alice.create()
+
+        answer = await alice.delete(f"/{task['id']}")
+        again = await alice.delete(f"/{task['id']}")
+
+    assert (answer.status_code, answer.content, again.status_code) == (status, content, 404)
