@@ -334,9 +334,9 @@ async def locked_out(
     await postgres.drop_database(name)
 
 
-def list_request() -> bytes:
-    token = tokens.issue("alice", SECRET, 900)
-    return f"GET /api/alice/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+def list_request(user: str = "alice") -> bytes:
+    token = tokens.issue(user, SECRET, 900)
+    return f"GET /api/{user}/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
 
 
 @pytest.mark.parametrize("proxies", ["", "127.0.0.1"], ids=["a client", "a trusted proxy"])
@@ -350,7 +350,7 @@ async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
         _, waiting = await _connected(port, list_request())
         await _until_true(5, lambda: _waits_for_a_lock(locking))  # now the only connection is taken
         started = time.monotonic()
-        reader, writer = await _connected(port, list_request())
+        reader, writer = await _connected(port, list_request("bob"))
         refused, refused_s = await reader.readuntil(b"}"), time.monotonic() - started
         writer.write(HEALTH + b"\r\n")
         answered, answered_s = await reader.read(65536), time.monotonic() - started
