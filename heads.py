@@ -51,7 +51,9 @@ class Head:
         self._has_host = self._is_chunked = False
 
     def add_url(self, url: bytes) -> None:
-        self._add_bytes(len(url))
+        self._size_bytes += len(url)
+        if self._size_bytes > HEAD_MAX_BYTES:
+            raise HeadTooLarge
 
     def add_field(self, name: bytes, value: bytes) -> None:
         self.add_trailer(name, value)
@@ -69,9 +71,9 @@ class Head:
     def add_trailer(self, name: bytes, value: bytes) -> None:
         """Count a field behind the body; it means nothing (RFC 9110, section 6.5.1)."""
         self._fields += 1
-        if self._fields > FIELDS_MAX:
+        self._size_bytes += len(name) + len(value)
+        if self._fields > FIELDS_MAX or self._size_bytes > HEAD_MAX_BYTES:
             raise HeadTooLarge
-        self._add_bytes(len(name) + len(value))
 
     def complete(self, version: str) -> None:
         """Check what only the whole head shows."""
@@ -80,11 +82,6 @@ class Head:
                 raise HostInvalid
         elif version != "1.0" or self._is_chunked:  # HTTP/1.0 has no chunks (RFC 9112, section 6.1)
             raise MalformedRequest
-
-    def _add_bytes(self, size_bytes: int) -> None:
-        self._size_bytes += size_bytes
-        if self._size_bytes > HEAD_MAX_BYTES:
-            raise HeadTooLarge
 
 
 def split_target(url: bytes) -> tuple[bytes, bytes]:

@@ -98,7 +98,6 @@ class Protocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._watch_writing()
         self._connections.remove_unread(self.transport)
         if self.pipeline and (self._answered is None or self._answered.response_complete):
             self._start_asgi_task(*self.pipeline.pop())

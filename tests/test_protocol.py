@@ -65,8 +65,10 @@ def exchange(port: int, *pieces: bytes, pause_s: float = 0.0) -> bytes:
                 time.sleep(pause_s)
             while data := connection.recv(65536):
                 received += data
-        except (TimeoutError, ConnectionError):
-            received += b"<not closed>" if isinstance(data if received else None, bytes) else b""
+        except TimeoutError:
+            received += b"<not closed>"
+        except ConnectionError:  # it was reset
+            pass
         return received
 
 
@@ -283,15 +285,15 @@ def test_a_client_that_reads_slowly_gets_everything(port: int) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         connection.settimeout(5)
         connection.connect(("127.0.0.1", port))
-        connection.sendall(SCRIPT * 3 + HEALTH + b"Connection: close\r\n\r\n")
+        connection.sendall(SCRIPT * 8 + HEALTH + b"Connection: close\r\n\r\n")
         received = b""
-        while data := connection.recv(100_000):
+        while data := connection.recv(200_000):
             received += data
             time.sleep(0.02)
 
     length = int(received.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-    assert received.count(b"HTTP/1.1 200") == 4
-    assert len(received) > 3 * length
+    assert received.count(b"HTTP/1.1 200") == 9
+    assert len(received) > 8 * length  # more than the kernel takes before any of it is read
 
 
 def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path) -> None:

@@ -175,7 +175,8 @@ async def test_crashes_carry_the_headers_too(database_url: str, monkeypatch: pyt
 async def test_health_and_preflights_are_never_limited(database_url: str) -> None:
     asked = {"Origin": "https://app.example.com", "Access-Control-Request-Method": "GET"}
     async with limited(database_url) as client:
-        answers = [await client.get("/health") for _ in range(10)]
+        probes = ("/health", "/health/", "/health/ready", "/health/ready/")
+        answers = [await client.get(path) for path in probes * 3]
         answers += [await client.options("/api/alice/tasks", headers=asked) for _ in range(10)]
 
     assert {answer.status_code for answer in answers} == {200}

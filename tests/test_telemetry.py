@@ -49,6 +49,7 @@ def test_requests_are_spans_of_the_callers_trace(tmp_path: Path) -> None:
         service.wait_for(address)
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
         httpx.get(f"{address}/api/alice/tasks/7", headers=headers)
+        httpx.get(f"{address}/health/ready/")
         assert service.stop() == 0
 
     spans = bodies["/v1/traces"]
