@@ -16,6 +16,7 @@ from jwt.exceptions import PyJWTError
 
 import metrics
 import strict_json
+import tls
 
 FETCH_TIMEOUT_S = 3.0
 DOCUMENT_MAX_BYTES = 256 * 1024
@@ -161,7 +162,8 @@ class FetchedKeys:
     async def open(self) -> None:
         """Begin to fetch the keys, without waiting for them."""
         # No redirects: the address is a setting, and nobody else decides where keys come from.
-        self._client = httpx.AsyncClient(timeout=FETCH_TIMEOUT_S, follow_redirects=False)
+        context = tls.with_minimum_version(httpx.create_ssl_context())
+        self._client = httpx.AsyncClient(verify=context, timeout=FETCH_TIMEOUT_S, follow_redirects=False)
         self._begin_fetch()
 
     async def close(self) -> None:
