@@ -1,4 +1,4 @@
-"""The lowest version of TLS that the service speaks as a client: to its database, its issuer and its Redis."""
+"""The lowest version of TLS that the service speaks to its database, its issuer and its Redis."""
 
 import ssl
 

@@ -295,6 +295,24 @@ async def test_static_keys_need_no_issuer(database_url: str, tmp_path: Path) -> 
         assert answer.status_code == 200
 
 
+async def test_an_issuer_with_one_key_without_an_id_signs_tokens_without_kid(database_url: str) -> None:
+    one, other = new_key("ES256"), new_key("ES256", "other")
+    nameless = {name: value for name, value in one.public.items() if name != "kid"}
+    async with running_issuer() as issuer:
+        settings = settings_for(
+            database_url, jwks_url=issuer.url, jwt_issuer=ORIGIN, jwt_audience=ORIGIN, better_auth_secret=None
+        )
+        statuses = []
+        for published in ([nameless], [nameless, other], [other]):
+            issuer.publish(*published)
+            async with running(create_app(settings)) as client:
+                for token in (one.token({"kid": None}), one.token({"kid": "x"}), other.token({"kid": None})):
+                    headers = {"Authorization": f"Bearer {token}"}
+                    statuses.append((await client.get("/api/alice/tasks", headers=headers)).status_code)
+
+    assert statuses == [200, 401, 401] + [401] * 6
+
+
 async def test_paging_works_without_any_secret(database_url: str) -> None:
     key = new_key("EdDSA")
     settings = settings_for(

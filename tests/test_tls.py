@@ -21,7 +21,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[ssl.SSLContext]:
     new, wrap_bio = ssl.SSLContext.__new__, ssl.SSLContext.wrap_bio
 
     def new_without_minimum(*args: Any, **options: Any) -> ssl.SSLContext:
-        context = new(*args, **options)
+        context: ssl.SSLContext = new(*args, **options)
         context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
         return context
 
