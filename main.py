@@ -38,6 +38,7 @@ from middleware.access_log import AccessLogMiddleware
 from middleware.allowed_hosts import AllowedHostsMiddleware
 from middleware.cors import ProblemCORSMiddleware
 from middleware.deadline import DeadlineMiddleware
+from middleware.encoded_slash import EncodedSlashMiddleware
 from middleware.head import HeadMiddleware
 from middleware.rate_limit import RateLimitMiddleware, RateLimits
 from middleware.security_headers import SecurityHeadersMiddleware
@@ -151,6 +152,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
 
     # The last added is the outermost.
     app.add_middleware(TrailingSlashMiddleware)
+    app.add_middleware(EncodedSlashMiddleware)
     app.add_middleware(RateLimitMiddleware, rate_limits=rate_limits)
     if settings.hosts:
         app.add_middleware(AllowedHostsMiddleware, hosts=settings.hosts)

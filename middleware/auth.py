@@ -7,7 +7,7 @@ from fastapi.security import HTTPBearer
 
 import jwks
 import metrics
-from errors import Forbidden, Unauthorized, Unavailable, request_id
+from errors import Forbidden, InvalidToken, Unauthorized, Unavailable, request_id
 from logs import BoundedLog
 from queries import Owner
 from tokens import Claims, TokenInvalid, Verifier
@@ -51,7 +51,7 @@ async def verify(request: Request, token: str) -> Claims:
     """Return the claims of *token*, which came with *request*.
 
     Raises:
-        Unauthorized: it is not acceptable.
+        InvalidToken: it is not acceptable.
         Unavailable: the issuer's keys cannot be fetched.
         QuotaExceeded: its user has sent too many requests.
     """
@@ -61,7 +61,7 @@ async def verify(request: Request, token: str) -> Claims:
     except TokenInvalid as error:
         metrics.token_refused(str(error))
         _log.warning("token refused", reason=str(error), request_id=request_id(request.scope))
-        raise Unauthorized(str(error)) from error
+        raise InvalidToken(str(error)) from error
     except jwks.KeysUnavailable as error:
         raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
     request.scope.setdefault("state", {})["user_id"] = claims.sub  # for the line in the log

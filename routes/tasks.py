@@ -34,6 +34,7 @@ from errors import (
 )
 from middleware.auth import OwnerDep
 from middleware.direct_route import DirectRoute
+from middleware.encoded_slash import PartConvertor, quoted_path
 from models import IDEMPOTENCY_KEY_MAX, Priority
 from openapi import MERGE_PATCH, header
 from queries import Owner
@@ -118,9 +119,10 @@ class _TaskConvertor(Convertor[str]):
 
 
 register_url_convertor("task", _TaskConvertor())
+register_url_convertor("part", PartConvertor())
 
 router = APIRouter(
-    prefix="/{user_id}/tasks",
+    prefix="/{user_id:part}/tasks",
     tags=["tasks"],
     route_class=DirectRoute,
     responses=responses(Unauthorized, Forbidden, Unprocessable, QuotaExceeded, Unavailable),
@@ -168,7 +170,7 @@ async def create_task(
             key, sent = _idempotency_key(request), body.model_dump(mode="json", exclude_unset=True)
             row, repeated = await idempotency.create_task_once(owner, dict(body), key, sent)
             headers = {"Idempotent-Replayed": "true"} if repeated else {}
-    return _task(row, 201, headers | {"Location": f"{quote(request.scope['path'])}/{row['id']}"})
+    return _task(row, 201, headers | {"Location": f"{quoted_path(request.scope)}/{row['id']}"})
 
 
 @router.get(
@@ -392,4 +394,4 @@ def _link_to_next(request: Request, position: tuple[Any, int], binding: str) -> 
     sent = request.scope["query_string"].decode("latin-1").split("&")
     kept = [parameter for parameter in sent if parameter and not parameter.startswith("cursor=")]
     query = quote("&".join([*kept, f"cursor={signer.write(position, binding)}"]), safe="%&=+,:/?-._~!$'()*;@")
-    return f'<{quote(request.scope["path"])}?{query}>; rel="next"'
+    return f'<{quoted_path(request.scope)}?{query}>; rel="next"'

@@ -35,7 +35,33 @@ async def test_what_is_no_bearer_token_is_401(alice: Person, value: str) -> None
     answer = await alice.client.get(alice.tasks, headers={b"Authorization": value.encode("latin-1")})
 
     assert answer.status_code == 401
-    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("value", [None, "", "Bearer", "Bearer ", "Basic YTpi"])
+async def test_without_a_token_the_challenge_names_the_scheme_only(alice: Person, value: str | None) -> None:
+    answer = await alice.client.get(alice.tasks, headers={} if value is None else {"Authorization": value})
+
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+
+
+@pytest.mark.parametrize("token", ["a b", "x.y.z", "a" * 20_000, signed(part({"alg": "HS256"}), part({}))])
+async def test_a_refused_token_is_called_invalid_and_the_challenge_says_why(
+    alice: Person, token: str
+) -> None:
+    answer = await alice.get(headers={"Authorization": f"Bearer {token}"})
+
+    assert answer.status_code == 401
+    said = f'error="invalid_token", error_description="{answer.json()["detail"]}"'
+    assert answer.headers["www-authenticate"] == f"Bearer {said}"
+
+
+async def test_the_401_for_a_token_without_sub_says_so(alice: Person) -> None:
+    token = jwt.encode({"id": alice.user_id, "exp": int(time.time()) + 60}, SECRET, "HS256")
+
+    answer = await alice.get(headers={"Authorization": f"Bearer {token}"})
+
+    sentence = "Token has no sub claim, which must be the user's id"
+    assert (answer.status_code, answer.json()["detail"]) == (401, sentence)
 
 
 async def test_two_authorization_headers_are_401(alice: Person) -> None:

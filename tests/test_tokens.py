@@ -3,6 +3,7 @@
 import base64
 import hmac
 import json
+import re
 import string
 import traceback
 from collections.abc import AsyncIterator, Mapping
@@ -12,7 +13,9 @@ import pytest
 
 import jwks
 import tokens
+from errors import InvalidToken
 from jwks import FetchedKeys, KeysUnavailable
+from openapi import CHALLENGE_PATTERN
 from tests import test_jwks
 from tests.conftest import SECRET
 from tests.issuer import Issuer, SigningKey, new_key, running_issuer
@@ -358,6 +361,11 @@ async def test_a_token_is_refused_for_its_reason(verifier: Verifier, reason: str
 
         assert type(refusal.value) is TokenInvalid
         assert str(refusal.value) == reason
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_reason_may_stand_in_a_challenge(reason: str) -> None:
+    assert re.fullmatch(CHALLENGE_PATTERN, InvalidToken(reason).headers["WWW-Authenticate"])  # type: ignore[index] # it has some
 
 
 @pytest.mark.parametrize(("reason", "refused"), ALL_REFUSED)
