@@ -32,7 +32,7 @@ from errors import (
     responses,
 )
 from logs import BoundedLog
-from middleware.auth import bearer_token, verify
+from middleware.auth import bearer_token, refusal, verify
 from middleware.dialects import (
     FORM,
     BetterAuthProblem,
@@ -135,11 +135,11 @@ async def _caller(request: Request) -> Caller:
     """
     token = bearer_token(request)
     claims = await verify(request, token)
-    if not claims.by_secret:
-        raise Unauthorized  # an issuer's short-lived token is not to become a long one of ours
+    if not claims.by_secret:  # an issuer's short-lived token is not to become a long one of ours
+        raise refusal(request, "Token is of another issuer")
     account = await accounts.account_of_id(request.app.state.database, claims.sub)
     if account is None:
-        raise Unauthorized
+        raise refusal(request, "Token is of no account")
     return Caller(account, token, claims)
 
 

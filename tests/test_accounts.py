@@ -380,14 +380,25 @@ async def test_without_an_account_there_is_neither_token_nor_session(
     deleted = await _alice(client, f"gone.{email}")
     await _delete_account(app, deleted.user_id)
 
-    for token in (expired, forged, elsewhere, deleted.token, "x.y.z", "é", "a" * 20_000):
+    reasons = {
+        expired: "Token has expired",
+        forged: "Token signature is invalid",
+        elsewhere: "Token is of no account",
+        deleted.token: "Token is of no account",
+        "x.y.z": "Token is malformed",
+        "é": "Token is malformed",
+        "a" * 20_000: "Token is larger than 16 KiB",
+    }
+    for token, reason in reasons.items():
         headers = {b"Authorization": f"Bearer {token}".encode()}
         refused = await client.get(TOKEN, headers=headers)
         session = await client.get(SESSION, headers=headers)
         assert (refused.status_code, refused.json()["code"]) == (401, "UNAUTHORIZED")
-        assert refused.headers["www-authenticate"] == "Bearer"
+        challenge = f'Bearer error="invalid_token", error_description="{reason}"'
+        assert (refused.json()["detail"], refused.headers["www-authenticate"]) == (reason, challenge)
         assert (session.status_code, session.text) == (200, "null")
-    assert (await client.get(TOKEN)).status_code == 401
+    without = await client.get(TOKEN)
+    assert (without.status_code, without.headers["www-authenticate"]) == (401, "Bearer")
     assert (await client.get(SESSION)).text == "null"
     assert (await alice.get(TOKEN)).status_code == 200
 
