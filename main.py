@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +177,13 @@ def _keys(settings: Settings) -> jwks.StaticKeys | jwks.FetchedKeys | None:
 def _account_keeper(settings: Settings, attempts: Attempts) -> accounts.AccountKeeper | None:
     if not settings.keeps_accounts:
         return None
-    lifetime_s = settings.jwt_expiration_s
-    issue = partial(tokens.issue, secret=settings.secrets[0], lifetime_s=lifetime_s, **settings.own_claims)
-    return accounts.AccountKeeper(Passwords(), attempts, issue, lifetime_s)
+
+    def issue(user_id: str, lifetime_s: float, **claims: str | float) -> str:
+        return tokens.issue(user_id, settings.secrets[0], lifetime_s, **settings.own_claims, **claims)
+
+    return accounts.AccountKeeper(
+        Passwords(), attempts, issue, settings.jwt_expiration_s, settings.session_max_age_s
+    )
 
 
 async def _say_what_hinders(readiness: Readiness) -> None:

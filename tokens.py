@@ -37,12 +37,14 @@ class TokenExpired(TokenInvalid):
 class Claims:
     """What a verified token says: `sub`, the user's id, and `exp`, seconds since 1970.
 
-    `by_secret` tells that whoever signed it has a secret of ours, and is no issuer with keys of its own.
+    `by_secret`: signed with one of our shared secrets (HS256), not with an issuer's key. `auth_time` is when
+    the user signed in (OpenID Connect Core, section 2), or `iat` in a token that does not say so.
     """
 
     sub: str
     exp: float
     by_secret: bool = False
+    auth_time: float | None = None
 
 
 class KeySource(Protocol):
@@ -184,7 +186,7 @@ class Verifier:
         latest = time.time() + self._leeway_s
         if any((_numeric_date(payload, name) or 0) > latest for name in ("nbf", "iat")):
             raise TokenInvalid("Token is not valid yet")
-        return Claims(subject, expires, by_secret)
+        return Claims(subject, expires, by_secret, _auth_time(payload) if by_secret else None)
 
     def _remember(self, digest: bytes, claims: Claims, signer: _Signer) -> None:
         if len(self._remembered) >= self._remembered_max:
@@ -192,7 +194,7 @@ class Verifier:
         self._remembered[digest] = claims, signer
 
 
-def issue(user_id: str, secret: str, lifetime_s: float, **claims: str) -> str:
+def issue(user_id: str, secret: str, lifetime_s: float, **claims: str | float) -> str:
     """Return a token for *user_id* that is good for *lifetime_s* seconds, with further *claims*."""
     now = int(time.time())
     return jwt.encode({**claims, "sub": user_id, "iat": now, "exp": now + int(lifetime_s)}, secret, "HS256")
@@ -217,6 +219,10 @@ def _check_header(header: dict[str, Any]) -> None:
         raise TokenInvalid("Token is not an access token")
     if any(name in header for name in _FORBIDDEN_HEADERS):
         raise TokenInvalid("Token header is not accepted")
+
+
+def _auth_time(payload: dict[str, Any]) -> float | None:
+    return _numeric_date(payload, "auth_time" if "auth_time" in payload else "iat")
 
 
 def _numeric_date(payload: dict[str, Any], name: str) -> float | None:
