@@ -222,7 +222,10 @@ def _check_header(header: dict[str, Any]) -> None:
 
 
 def _auth_time(payload: dict[str, Any]) -> float | None:
-    return _numeric_date(payload, "auth_time" if "auth_time" in payload else "iat")
+    try:
+        return _numeric_date(payload, "auth_time" if "auth_time" in payload else "iat")
+    except TokenInvalid:  # only renewing a token needs it: tasks do not
+        return None
 
 
 def _numeric_date(payload: dict[str, Any], name: str) -> float | None:

@@ -685,7 +685,7 @@ async def test_a_token_for_a_user_is_issued(verifier: Verifier, clock: Clock) ->
     header, payload, _ = (base64.urlsafe_b64decode(part + "==") for part in issued.split("."))
     assert json.loads(header) == {"alg": "HS256", "typ": "JWT"}
     assert json.loads(payload) == {"sub": "alice", "iat": NOW, "exp": NOW + 900}
-    assert (await verifier.verify(issued)) == Claims("alice", NOW + 900, by_secret=True)
+    assert (await verifier.verify(issued)) == Claims("alice", NOW + 900, by_secret=True, auth_time=NOW)
     clock.now = NOW + 910
     with pytest.raises(TokenExpired):
         await verifier.verify(issued)
@@ -693,9 +693,8 @@ async def test_a_token_for_a_user_is_issued(verifier: Verifier, clock: Clock) ->
 
 @pytest.mark.parametrize("user_id", ["42", "ü@example.com", "😀" * 255])
 async def test_an_issued_token_is_accepted_for_any_user(verifier: Verifier, user_id: str) -> None:
-    assert (await verifier.verify(tokens.issue(user_id, SECRET, 0.5 * 3600))) == Claims(
-        user_id, NOW + 1800, by_secret=True
-    )
+    expected = Claims(user_id, NOW + 1800, by_secret=True, auth_time=NOW)
+    assert (await verifier.verify(tokens.issue(user_id, SECRET, 0.5 * 3600))) == expected
 
 
 async def test_a_token_issued_with_another_secret_is_refused(verifier: Verifier) -> None:
