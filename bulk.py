@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
 from sys import maxsize
 from typing import Any, Literal, NamedTuple
 
@@ -16,14 +15,14 @@ from sqlalchemy.types import NULLTYPE
 
 import listing
 from arrays import Member, any_of, list_of, records
-from db import Row, named
+from db import Deferred, Row, named
 from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, PRIORITY
 from queries import NEXT_IS_OPEN, NOW, WRITABLE, Owner, new_task, successor
 from schemas import Complete, Create, Delete, Filter, Operation, Update
 from task_limit import TooManyTasks
 
-Kind = Literal["created", "changed", "deleted", "missing", "stale", "untimed", "full"]
+Kind = Literal["created", "changed", "deleted", "missing", "stale", "full"]
 DONE = ("created", "changed", "deleted")
 
 
@@ -70,8 +69,8 @@ async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) ->
 
 async def delete_tasks(owner: Owner, wanted: Filter) -> int:
     """Delete the tasks that *wanted* names and return how many there were."""
-    shape, values = listing.shape_of(wanted), listing.values_of(wanted)
-    return len(await owner.all(_delete_all(shape), **values))
+    statement = Deferred(_delete_all, (listing.shape_of(wanted),))
+    return len(await owner.all(statement, **listing.values_of(wanted)))
 
 
 async def complete_tasks(owner: Owner, wanted: Filter, *, completed: bool) -> int:
@@ -83,10 +82,10 @@ async def complete_tasks(owner: Owner, wanted: Filter, *, completed: bool) -> in
     shape, values = listing.shape_of(wanted), listing.values_of(wanted)
     now = datetime.now(UTC)
     if not completed:
-        return len(await owner.all(_reopen_all(shape), now=now, **values))
+        return len(await owner.all(Deferred(_reopen_all, (shape,)), now=now, **values))
     async with owner.transaction() as within:
-        series = await within.all(_complete_all(shape, in_series=True), now=now, **values)
-        others = await within.all(_complete_all(shape, in_series=False), now=now, **values)
+        series = await within.all(Deferred(_complete_all, (shape, True)), now=now, **values)
+        others = await within.all(Deferred(_complete_all, (shape, False)), now=now, **values)
         if next_tasks := list(filter(None, (successor(task, now) for task in series))):
             if len(next_tasks) > await _room(within):
                 raise TooManyTasks(owner.limit.most)
@@ -125,8 +124,6 @@ class _Workbench:
                 return self._update(task, operation.changes.changes())
 
     def _create(self, fields: Mapping[str, Any]) -> Outcome:
-        if self.room > 0 and _is_untimed(fields):
-            return Outcome("untimed")
         if not self._add(new_task(fields, self._now)):
             return Outcome("full")
         return Outcome("created", new=len(self.new) - 1)
@@ -144,8 +141,6 @@ class _Workbench:
         if not changed:
             return Outcome("changed", _shown(task))
         after = task | changed | {"version": task["version"] + 1, "updated_at": self._now}
-        if _is_untimed(after):
-            return Outcome("untimed")
         if "due_date" in changed:
             after |= {"series_day": after["due_date"] and after["due_date"].day, "succeeded": False}
         if "completed" in changed:
@@ -158,10 +153,6 @@ class _Workbench:
         self.rows[task["id"]] = after
         self.changed.add(task["id"])
         return Outcome("changed", _shown(after))
-
-
-def _is_untimed(fields: Mapping[str, Any]) -> bool:
-    return fields["due_time"] is not None and fields["due_date"] is None
 
 
 def _shown(task: Row) -> Row:
@@ -211,7 +202,7 @@ def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in row.items()
         if isinstance(value, datetime)
     }
-    return times | {"priority": row["priority"] and PRIORITY.rank(row["priority"])}
+    return times | {"priority": PRIORITY.rank(row["priority"]) if row["priority"] else None}
 
 
 def _json(rows: Any) -> str:
@@ -242,20 +233,17 @@ def _locked(shape: listing.Shape) -> list[ColumnElement[bool]]:
     return [OWNED, TASKS.c.id.in_(ids)]
 
 
-@lru_cache(maxsize=128)
 def _delete_all(shape: listing.Shape) -> Executable:
     statement = delete(TASKS).where(*_locked(shape)).returning(TASKS.c.id)
     return named("delete_tasks", statement)
 
 
-@lru_cache(maxsize=128)
 def _reopen_all(shape: listing.Shape) -> Executable:
     statement = update(TASKS).where(*_locked(shape), TASKS.c.completed)
     return named("reopen_tasks", statement.values(_completion(False)).returning(TASKS.c.id))
 
 
-@lru_cache(maxsize=128)
-def _complete_all(shape: listing.Shape, *, in_series: bool) -> Executable:
+def _complete_all(shape: listing.Shape, in_series: bool) -> Executable:
     condition = NEXT_IS_OPEN if in_series else not_(NEXT_IS_OPEN)
     statement = update(TASKS).where(*_locked(shape), not_(TASKS.c.completed), condition)
     if not in_series:

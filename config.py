@@ -198,7 +198,7 @@ class Settings(BaseModel):
         None, description="accepted algorithms, separated by commas; all that fit the keys"
     )
     cursor_secret: Annotated[str, AfterValidator(_secret)] | None = Field(
-        None, repr=False, description="signs the positions between pages where there is no shared secret"
+        None, repr=False, description="seals the positions between pages where there is no shared secret"
     )
     jwt_leeway_s: float = Field(10, ge=0, le=300, description="how far clocks may differ, in seconds")
     jwt_expiration: Annotated[str, AfterValidator(_duration)] = Field(
@@ -206,6 +206,9 @@ class Settings(BaseModel):
     )
     max_tasks_per_user: int = Field(
         10_000, ge=0, description="how many tasks a user may have; 0 for any number"
+    )
+    delete_status: Literal["204", "200"] = Field(
+        "204", description='answer to `DELETE` of a task; `200` with `{"ok": true}` for clients that parse it'
     )
     local_accounts: bool | None = Field(
         None,

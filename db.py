@@ -9,10 +9,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import cycle
 from math import inf
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import aiosqlite
 import asyncpg
@@ -30,6 +29,7 @@ from sqlalchemy.types import TypeEngine
 import database_url
 import metrics
 from errors import NotMigrated, Overloaded, Unavailable
+from fair_share import UNLIMITED, FairShare
 from logs import BoundedLog
 from pool import Connection as PooledConnection
 from pool import Pool, PoolBusy
@@ -66,11 +66,25 @@ def named(name: str, statement: S) -> S:
     return statement.execution_options(name=name)
 
 
+class Deferred(NamedTuple):
+    """A statement that *build* makes of *arguments*, for its compilation only.
+
+    An expression takes some 200 KB, its SQL 5 KB: one of which there are many is not kept.
+    """
+
+    build: Callable[..., Executable]
+    arguments: tuple[Any, ...]
+
+
+Statement = Executable | Deferred
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A statement as one driver wants it: SQL, values in order, and conversions both ways."""
 
     sql: str
+    reads: bool
     parameters: Sequence[tuple[str, Any, Callable[[Any], Any] | None]]
     columns: Sequence[tuple[str, Callable[[Any], Any] | None]]
     name: str = UNNAMED
@@ -94,8 +108,10 @@ class Compiled:
 
 
 @lru_cache(maxsize=1024)
-def compile_statement(statement: Executable, dialect: Dialect) -> Compiled:
+def compile_statement(statement: Statement, dialect: Dialect) -> Compiled:
     """Compile once; statements are built once too, so identity is the key."""
+    if isinstance(statement, Deferred):
+        statement = statement.build(*statement.arguments)
     compiled = statement.compile(dialect=dialect)  # type: ignore[attr-defined] # not in its stubs
     assert isinstance(compiled, SQLCompiler)  # noqa: S101 - for the type checker
     parameters = []
@@ -108,7 +124,7 @@ def compile_statement(statement: Executable, dialect: Dialect) -> Compiled:
         for column in statement.exported_columns  # type: ignore[attr-defined] # not in its stubs
     ]
     name = statement.get_execution_options().get("name", UNNAMED)
-    return Compiled(compiled.string, parameters, columns, name)
+    return Compiled(compiled.string, statement.is_select, parameters, columns, name)
 
 
 def _result_processor(kind: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
@@ -137,8 +153,10 @@ class ConstraintViolated(Exception):
 class Runner(ABC):
     """Runs statements. Values are named as its `bindparam`s are."""
 
+    share = UNLIMITED  # of one user
+
     @abstractmethod
-    async def all(self, statement: Executable, **values: Any) -> list[Row]:
+    async def all(self, statement: Statement, **values: Any) -> list[Row]:
         """Return every row of *statement*.
 
         Raises:
@@ -146,7 +164,7 @@ class Runner(ABC):
             Unavailable: the database cannot be used right now.
         """
 
-    async def one(self, statement: Executable, **values: Any) -> Row | None:
+    async def one(self, statement: Statement, **values: Any) -> Row | None:
         """Return the first row of *statement*, or None."""
         rows = await self.all(statement, **values)
         return rows[0] if rows else None
@@ -189,6 +207,7 @@ class Postgres(Database):
     def __init__(self, url: str, pool_size: int, limits: TimeLimits = TimeLimits()) -> None:
         self.dialect = PGDialect_asyncpg()  # type: ignore[no-untyped-call] # not in its stubs
         self.target = database_url.parse(url)
+        self.share = FairShare(_share_of(pool_size))
         self._pool_size = pool_size
         self._limits = limits
         # A pooler refuses settings at the start, and a role's own setting is its owner's choice.
@@ -211,18 +230,18 @@ class Postgres(Database):
     async def close(self) -> None:
         await self.pool.close()
 
-    async def all(self, statement: Executable, **values: Any) -> list[Row]:
+    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+        compiled = compile_statement(statement, self.dialect)
         try:
-            return await self.fetch(self.pool, statement, values)
+            return await self.fetch(self.pool, compiled, values)
         except Unavailable as error:
-            if not error.lost or not _is_repeatable(statement, values):
+            if not error.lost or not compiled.reads:  # a write may have been done
                 raise
-            return await self.fetch(self.pool, statement, values)
+            return await self.fetch(self.pool, compiled, values)
 
     async def fetch(
-        self, connection: "Pool | PooledConnection", statement: Executable, values: Row
+        self, connection: "Pool | PooledConnection", compiled: Compiled, values: Row
     ) -> list[Row]:
-        compiled = compile_statement(statement, self.dialect)
         with _translated:
             records = await connection.fetch(
                 compiled.sql, compiled.arguments(values), partial(self.took, compiled)
@@ -279,8 +298,9 @@ class _PostgresTransaction(Runner):
         self._database = database
         self._connection = connection
 
-    async def all(self, statement: Executable, **values: Any) -> list[Row]:
-        return await self._database.fetch(self._connection, statement, values)
+    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+        compiled = compile_statement(statement, self._database.dialect)
+        return await self._database.fetch(self._connection, compiled, values)
 
 
 class SQLite(Database):
@@ -303,51 +323,65 @@ class SQLite(Database):
         except OSError as error:
             raise ValueError("names a folder that cannot be made") from error
         _check_file(self.path)
+        self.share = FairShare(_share_of(SQLITE_READERS))
         self._connections: list[aiosqlite.Connection] = []
-        self._turns: Iterator[aiosqlite.Connection] = iter(_not_open, None)
+        self._free_readers: asyncio.LifoQueue[aiosqlite.Connection] = asyncio.LifoQueue()
         self._writing = asyncio.Lock()  # so that whoever waits, waits no longer than for a connection
-        self._reading = self._waiting = 0
+        self._waiting_to_read = self._waiting_to_write = 0
         self._ending: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
         while len(self._connections) < 1 + SQLITE_READERS:
             self._connections.append(await self._connect())
-        self._turns = cycle(self.readers)
+        for reader in self.readers:
+            self._free_readers.put_nowait(reader)
 
     @property
     def usage(self) -> dict[str, int]:
         in_use = int(self._writing.locked())
-        return {"in use": in_use, "idle": 1 - in_use, "waiting": self._waiting}
+        return {"in use": in_use, "idle": 1 - in_use, "waiting": self._waiting_to_write}
 
     @property
     def writer(self) -> aiosqlite.Connection:
-        return self._connections[0] if self._connections else _not_open()
+        if not self._connections:
+            raise Unavailable
+        return self._connections[0]
 
     @property
     def readers(self) -> list[aiosqlite.Connection]:
         return self._connections[1:]
 
     async def close(self) -> None:
+        self._free_readers = asyncio.LifoQueue()
         while self._connections:
             await self._connections.pop().close()  # each is a thread that would keep the process alive
 
-    async def all(self, statement: Executable, **values: Any) -> list[Row]:
-        if statement.is_select:
-            return await self._read(statement, values)
+    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+        compiled = compile_statement(statement, self.dialect)
+        if compiled.reads:
+            return await self._read(compiled, values)
         async with self._turn_to_write():
-            return await self.fetch(self.writer, statement, values)
+            return await self.fetch(self.writer, compiled, values)
 
-    async def _read(self, statement: Executable, values: Row) -> list[Row]:
+    async def _read(self, compiled: Compiled, values: Row) -> list[Row]:
+        connection = await self._free_reader()
+        with self._place_on(connection, partial(self._free_readers.put_nowait, connection)):
+            return await self.fetch(connection, compiled, values)
+
+    async def _free_reader(self) -> aiosqlite.Connection:
+        if not self._connections:
+            raise Unavailable
+        if not self._free_readers.empty():
+            return self._free_readers.get_nowait()
         with _translated:
-            if self._reading >= SQLITE_QUEUE_MAX:
-                raise PoolBusy(f"{self._reading} requests are reading")
-        self._reading += 1
-        connection = next(self._turns)
-        with self._place_on(connection, self._leave_reading):
-            return await self.fetch(connection, statement, values)
-
-    def _leave_reading(self) -> None:
-        self._reading -= 1
+            if self._waiting_to_read >= SQLITE_QUEUE_MAX:
+                raise PoolBusy(f"{self._waiting_to_read} requests are waiting to read")
+            self._waiting_to_read += 1
+            try:
+                async with asyncio.timeout(self._limits.wait_s):
+                    return await self._free_readers.get()
+            finally:
+                self._waiting_to_read -= 1
 
     def _ended(self, leave: Callable[[], None], ending: "asyncio.Task[Any]") -> None:
         self._ending.discard(ending)
@@ -361,8 +395,7 @@ class SQLite(Database):
         try:
             yield
         except asyncio.CancelledError:
-            # The thread works on for who has gone, and takes calls in order.
-            ending = asyncio.create_task(connection.execute_fetchall("SELECT 1"))
+            ending = asyncio.create_task(_interrupt(connection))
             self._ending.add(ending)
             ending.add_done_callback(partial(self._ended, leave))
             raise
@@ -371,8 +404,7 @@ class SQLite(Database):
             raise
         leave()
 
-    async def fetch(self, connection: aiosqlite.Connection, statement: Executable, values: Row) -> list[Row]:
-        compiled = compile_statement(statement, self.dialect)
+    async def fetch(self, connection: aiosqlite.Connection, compiled: Compiled, values: Row) -> list[Row]:
         with _translated:
             began = time.perf_counter()
             try:
@@ -399,15 +431,15 @@ class SQLite(Database):
     @asynccontextmanager
     async def _turn_to_write(self) -> AsyncIterator[None]:
         with _translated:
-            if self._waiting >= SQLITE_QUEUE_MAX:
-                raise PoolBusy(f"{self._waiting} requests are waiting to write")
-        self._waiting += 1
+            if self._waiting_to_write >= SQLITE_QUEUE_MAX:
+                raise PoolBusy(f"{self._waiting_to_write} requests are waiting to write")
+        self._waiting_to_write += 1
         try:
             with _translated:
                 async with asyncio.timeout(self._limits.wait_s):
                     await self._writing.acquire()
         finally:
-            self._waiting -= 1
+            self._waiting_to_write -= 1
         with self._place_on(self.writer, self._writing.release):
             yield
 
@@ -431,7 +463,7 @@ class SQLite(Database):
         connection.execute("PRAGMA foreign_keys = ON")
         # What PostgreSQL has and SQLite has not: lower case beyond ASCII, order by code point.
         connection.create_function("lower", 1, _lower, deterministic=True)
-        connection.create_function("has_words", 2, _has_words, deterministic=True)
+        connection.create_function("has_words", 3, _has_words, deterministic=True)
         connection.create_collation("C", lambda a, b: (a > b) - (a < b))
         return connection
 
@@ -458,8 +490,9 @@ class _SQLiteTransaction(Runner):
     def __init__(self, database: SQLite) -> None:
         self._database = database
 
-    async def all(self, statement: Executable, **values: Any) -> list[Row]:
-        return await self._database.fetch(self._database.writer, statement, values)
+    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+        compiled = compile_statement(statement, self._database.dialect)
+        return await self._database.fetch(self._database.writer, compiled, values)
 
 
 def connect(url: str, *, pool_size: int, limits: TimeLimits = TimeLimits()) -> Database:
@@ -502,8 +535,15 @@ def _check_file(path: Path) -> None:
             raise ValueError(f"{clause}: {path}") from error
 
 
-def _not_open() -> aiosqlite.Connection:
-    raise Unavailable
+async def _interrupt(connection: aiosqlite.Connection) -> None:
+    """Return when the thread of *connection* has ended the statement of a request that was cancelled."""
+    await connection.interrupt()
+    await connection.execute_fetchall("SELECT 1")  # the thread takes calls in order
+
+
+def _share_of(connections: int) -> int:
+    """Return how many of *connections* one user may occupy: a third, and at least one."""
+    return max(1, connections // 3)
 
 
 def _begin_immediately(connection: Connection) -> None:
@@ -516,8 +556,9 @@ def _lower(value: str | None) -> str | None:
     return value.replace("\u03a3", "\u03c3").replace("\u0130", "i").lower() if value is not None else None
 
 
-def _has_words(text: str, words: str) -> bool:
-    """Whether *text*, in lower case, holds each of *words*, a JSON array, in any case."""
+def _has_words(title: str, description: str | None, words: str) -> bool:
+    """Whether *title* or *description* holds each of *words*, a JSON array, in any case."""
+    text = _lower(f"{title} {description or ''}") or ""
     return all(word in text for word in _lowered(words))
 
 
@@ -546,14 +587,6 @@ class _Translated:
 
 
 _translated = _Translated()  # one for all: it keeps nothing, and a generator for each statement would cost
-
-
-def _is_repeatable(statement: Executable, values: Row) -> bool:
-    """Whether *statement* can do nothing wrong when it may have been done already.
-
-    With a version it finds no row then; without, it could undo what somebody else has done since.
-    """
-    return statement.is_select or values.get("versions") is not None
 
 
 def _unavailable(error: Exception, kind: type[Unavailable] = Unavailable) -> Unavailable:

@@ -123,15 +123,15 @@ class TooManyRequests(Problem):
     status = 429
     sentence = "Too many requests. Please try again later."
 
-    def __init__(self, *, retry_after_s: int, **members: Any) -> None:
-        super().__init__(headers={"Retry-After": str(retry_after_s)}, **members)
+    def __init__(self, detail: str | None = None, *, retry_after_s: int, **members: Any) -> None:
+        super().__init__(detail, headers={"Retry-After": str(retry_after_s)}, **members)
 
 
 class QuotaExceeded(TooManyRequests):
     """More requests than a policy admits (draft-ietf-httpapi-ratelimit-headers-10, section 4)."""
 
     def __init__(self, policy: str, *, retry_after_s: int) -> None:
-        super().__init__(retry_after_s=retry_after_s, **{"violated-policies": [policy]})
+        super().__init__(None, retry_after_s=retry_after_s, **{"violated-policies": [policy]})
 
     @classmethod
     def members(cls) -> dict[str, Any]:
@@ -306,7 +306,9 @@ def _field_error(mistake: Mapping[str, Any]) -> FieldError:
 
 
 def _name(error: FieldError) -> str:
-    return error.get("parameter") or error["pointer"].lstrip("/") or "body"
+    if "parameter" in error:
+        return error["parameter"] or "query"  # `?=x` has a parameter without a name
+    return error["pointer"].lstrip("/") or "body"
 
 
 def _clause(mistake: Mapping[str, Any]) -> str:
@@ -317,6 +319,8 @@ def _clause(mistake: Mapping[str, Any]) -> str:
     match mistake["type"]:
         case "missing":
             return "is required"
+        case "extra_forbidden":
+            return "is not a parameter of this operation"
         case "bool_type" | "bool_parsing":
             return "must be true or false"
         case "string_type" | "string_unicode":

@@ -4,8 +4,13 @@ import re
 
 from errors import Unprocessable
 
-_TAG = r'\s*(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*'
-_LIST = re.compile(rf"(?:\s*,)*{_TAG}(?:,(?:{_TAG}|\s*))*")  # commas may stand in a tag, too, and alone
+LIST_MAX = 4096  # characters of a header; a tag of ours has at most 11
+TAGS_MAX = 100  # each that names a version becomes a value of the statement
+
+_TAG = r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"'
+# Commas may stand in a tag, and alone (RFC 9110, section 5.6.1.2). The time grows with the length only: what
+# stands between two tags can be read in one way, as white space, the first comma, and the rest.
+_LIST = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
 # The same for the OpenAPI document, in characters that every client can send.
 LIST_PATTERN = r'^(\*|(W/)?"[!#-~]*"(, ?(W/)?"[!#-~]*")*)$'
 _VERSION = re.compile("[1-9][0-9]{0,8}")
@@ -41,6 +46,15 @@ def is_known(version: int, if_none_match: str | None) -> bool:
 
 
 def _tags(header: str, value: str) -> list[tuple[str, str]]:
+    if len(value) > LIST_MAX:
+        raise _refusal(header, f"must be at most {LIST_MAX} characters")
     if not _LIST.fullmatch(value):
-        raise Unprocessable([{"parameter": header, "detail": 'must be entity tags like "3"'}])
-    return re.findall(_TAG, value)
+        raise _refusal(header, 'must be entity tags like "3"')
+    tags = re.findall(_TAG, value)
+    if len(tags) > TAGS_MAX:
+        raise _refusal(header, f"must be at most {TAGS_MAX} entity tags")
+    return tags
+
+
+def _refusal(header: str, mistake: str) -> Unprocessable:
+    return Unprocessable([{"parameter": header, "detail": mistake}])

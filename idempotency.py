@@ -1,27 +1,33 @@
-"""Requests that may be sent again: the answer is kept for a day, in the transaction of what it tells of."""
+"""Idempotency-Key: the first answer is kept for a day, in the transaction of the tasks that it is about."""
 
+import asyncio
 import hashlib
-from collections.abc import Mapping
+import random
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
-from sqlalchemy import Table, and_, bindparam, delete, exists, insert, select, true
+import structlog
+from sqlalchemy import Integer, Table, bindparam, delete, func, insert, select, true
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-import queries
-from db import ConstraintViolated, Row, named
+from db import Database, named
 from errors import Unavailable
 from models import TIMESTAMP, IdempotencyKey
 from queries import NOW, Owner
-from task_limit import TooManyTasks
 
 KEPT = timedelta(hours=24)
-ATTEMPTS = 2  # another request may answer just before the lock is ours
+KEYS_MAX = 10_000  # of one user at once: as many as tasks by default, and 50 MB
+WEIGHT_BYTES = 5_000  # the largest task; an answer of many counts as one key for each of these
+SWEEP_S = 60.0  # between two looks for expired keys
+PORTION = 500  # keys removed by one statement: 5 ms, in which SQLite's other writers wait
+PAUSE_S = 0.1  # between two portions: 5,000 keys a second are more than requests can add
 
 _KEYS: Table = IdempotencyKey.__table__  # type: ignore[attr-defined] # SQLModel adds it
+_log = structlog.get_logger("idempotency")
 
 
 class KeyInUse(Exception):
@@ -29,57 +35,96 @@ class KeyInUse(Exception):
 
 
 class KeyReused(Exception):
-    """The key belongs to a request with another body."""
+    """The key belongs to another request."""
 
 
-async def create_task_once(
-    owner: Owner, fields: Mapping[str, Any], key: str, sent: Mapping[str, Any]
-) -> tuple[Row, bool]:
-    """Create a task as `queries.create_task` does, or return what was answered to *key* before.
+class TooManyKeys(Exception):
+    """The user has `KEYS_MAX` keys that have not expired."""
 
-    *sent* is what makes the request the same: the fields that the client gave. The second value tells
-    whether the answer is a repetition.
+
+async def once(
+    owner: Owner, key: str, request: Any, work: Callable[[Owner], Awaitable[Any]]
+) -> tuple[Any, bool]:
+    """Return what *work* returns, which becomes JSON, or what it returned for *key* before.
+
+    *request* is what makes two requests the same: what the client gave. The second value tells whether the
+    answer is a repetition. *work* runs in a transaction, which is undone when it raises.
 
     Raises:
         KeyInUse: the first request is still running.
-        KeyReused: the first request had another body.
-        TooManyTasks, ConstraintViolated: as `queries.create_task`.
+        KeyReused: the first request was another one.
+        TooManyKeys: no more can be kept for this user.
     """
-    fingerprint = hashlib.sha256(orjson.dumps(sent, option=orjson.OPT_SORT_KEYS)).hexdigest()
-    for attempt in range(ATTEMPTS):
-        try:
-            return await _create_or_repeat(owner, fields, key, fingerprint)
-        except ConstraintViolated as error:
-            if error.name not in _TAKEN or attempt + 1 == ATTEMPTS:
-                raise
-        except TooManyTasks:
-            if attempt + 1 == ATTEMPTS:
-                raise  # otherwise the last one may be of the first request with this key
-        except Unavailable as error:
-            if not error.lost or attempt + 1 == ATTEMPTS:
-                raise  # otherwise the key tells whether it was done
-    raise KeyInUse
+    fingerprint = hashlib.sha256(orjson.dumps(request, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    try:
+        return await _do_or_repeat(owner, key, fingerprint, work)
+    except Exception as error:
+        if not _may_be_answered(error):
+            raise
+    return await _do_or_repeat(owner, key, fingerprint, work)
 
 
-async def _create_or_repeat(
-    owner: Owner, fields: Mapping[str, Any], key: str, fingerprint: str
-) -> tuple[Row, bool]:
+def _may_be_answered(error: Exception) -> bool:
+    """Whether an answer may be kept that the first attempt, which ended in *error*, did not see."""
+    match error:
+        case KeyInUse() | KeyReused() | TooManyKeys():
+            return False
+        case Unavailable():
+            return error.lost  # the COMMIT may have been done
+    # The first request may have been answered between our look for its key and our lock. Then this one fails
+    # by that key, or by what the first one did: it may have taken the last place in the list.
+    return True
+
+
+async def _do_or_repeat(
+    owner: Owner, key: str, fingerprint: str, work: Callable[[Owner], Awaitable[Any]]
+) -> tuple[Any, bool]:
     now = datetime.now(UTC)
+    expiry = now - KEPT
     async with owner.transaction() as within:
-        found = await within.one(_LOCK_AND_FIND, key=key, expiry=now - KEPT)
+        found = await within.one(_LOCK_AND_FIND, key=key, expiry=expiry)
         assert found is not None  # noqa: S101 - the lock's row is always there
         if not found["mine"]:
             raise KeyInUse
-        if found["answer"] is not None:
+        if found["expired"]:
+            await within.one(_REMOVE, key=key, expiry=expiry)
+        elif found["answer"] is not None:
             if found["fingerprint"] != fingerprint:
                 raise KeyReused
             return orjson.loads(found["answer"]), True
-        if found["any_expired"]:
-            await within.one(_REMOVE_EXPIRED, expiry=now - KEPT)
-        row = await queries.create_task(within, fields)
-        answer = orjson.dumps(row, option=orjson.OPT_UTC_Z).decode()
-        await within.one(_KEEP, key=key, fingerprint=fingerprint, answer=answer, now=now)
-    return row, False
+        if found["used"] >= KEYS_MAX:
+            raise TooManyKeys
+        content = await work(within)
+        answer = orjson.dumps(content, option=orjson.OPT_UTC_Z)
+        weight = 1 + len(answer) // WEIGHT_BYTES
+        await within.one(
+            _KEEP, key=key, fingerprint=fingerprint, answer=answer.decode(), weight=weight, now=now
+        )
+    return content, False
+
+
+async def sweep(database: Database) -> None:
+    """Remove expired keys until cancelled, also those of users who never come back."""
+    await asyncio.sleep(random.uniform(0, SWEEP_S))  # noqa: S311 - so that processes take turns
+    while True:
+        try:
+            more = await remove_expired(database)
+        except Unavailable:  # the database has logged it
+            more = False
+        except Exception:
+            _log.exception("expired keys are not removed")
+            more = False
+        await asyncio.sleep(PAUSE_S if more else SWEEP_S)
+
+
+async def remove_expired(database: Database) -> bool:
+    """Remove the oldest `PORTION` of the expired keys and return whether there may be more."""
+    portion = await database.one(_FIND_PORTION, expiry=datetime.now(UTC) - KEPT)
+    if portion is None or not portion["count"]:
+        return False  # nothing is written, so that a read replica can be asked too
+    # Of two processes that remove the same portion, one waits and then finds nothing.
+    await database.one(_REMOVE_PORTION, expiry=portion["last"])
+    return bool(portion["count"] == PORTION)
 
 
 class _TryLock(FunctionElement[bool]):
@@ -100,9 +145,6 @@ def _try_lock_sqlite(_element: _TryLock, _compiler: SQLCompiler, **_: Any) -> st
     return "1"
 
 
-# What PostgreSQL and SQLite say when another process has kept an answer to the same key just now.
-_TAKEN = ("pk_idempotency_key", "idempotency_key.user_id, idempotency_key.key")
-
 _OWNED = _KEYS.c.user_id == bindparam("owner", type_=_KEYS.c.user_id.type)
 _THIS = _KEYS.c.key == bindparam("key", type_=_KEYS.c.key.type)
 _EXPIRED = _KEYS.c.created_at <= bindparam("expiry", type_=TIMESTAMP)
@@ -110,17 +152,25 @@ _EXPIRED = _KEYS.c.created_at <= bindparam("expiry", type_=TIMESTAMP)
 
 def _lock_and_find() -> Any:
     lock = select(_TryLock(_OWNED.right, _THIS.right).label("mine")).subquery("lock")
-    kept = select(_KEYS).where(_OWNED, _THIS, ~_EXPIRED).subquery("kept")
+    kept = select(_KEYS, _EXPIRED.label("expired")).where(_OWNED, _THIS).subquery("kept")
+    # As each counts at least once, more of them need not be read to see that there are too many.
+    counted = select(_KEYS.c.weight).where(_OWNED).limit(KEYS_MAX).subquery("counted")
+    used = select(func.coalesce(func.sum(counted.c.weight), 0)).scalar_subquery()
     return select(
-        lock.c.mine,
-        kept.c.fingerprint,
-        kept.c.answer,
-        exists().where(and_(_OWNED, _EXPIRED)).label("any_expired"),
+        lock.c.mine, kept.c.fingerprint, kept.c.answer, kept.c.expired, used.label("used")
     ).select_from(lock.outerjoin(kept, true()))
 
 
+def _find_portion() -> Any:
+    portion = (
+        select(_KEYS.c.created_at).where(_EXPIRED).order_by(_KEYS.c.created_at).limit(PORTION).subquery()
+    )
+    last = func.max(portion.c.created_at, type_=TIMESTAMP)
+    return select(last.label("last"), func.count().label("count")).select_from(portion)
+
+
 _LOCK_AND_FIND = named("find_answer", _lock_and_find())
-_REMOVE_EXPIRED = named("remove_expired_answers", delete(_KEYS).where(_OWNED, _EXPIRED))
+_REMOVE = named("remove_answer", delete(_KEYS).where(_OWNED, _THIS, _EXPIRED))
 _KEEP = named(
     "keep_answer",
     insert(_KEYS).values(
@@ -128,6 +178,10 @@ _KEEP = named(
         key=_THIS.right,
         fingerprint=bindparam("fingerprint", type_=_KEYS.c.fingerprint.type),
         answer=bindparam("answer", type_=_KEYS.c.answer.type),
+        weight=bindparam("weight", type_=Integer()),
         created_at=NOW,
     ),
 )
+# The only statements without an owner: they tell nothing of any user, and remove what no request can read.
+_FIND_PORTION = named("find_expired_answers", _find_portion())
+_REMOVE_PORTION = named("remove_expired_answers", delete(_KEYS).where(_EXPIRED))

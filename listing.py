@@ -1,11 +1,11 @@
 """A list of tasks as SQL: its conditions, its order and its pages.
 
-Which conditions there are is the list's shape; a statement is built once per shape and takes the values.
+A list has one of three shapes. The conditions of a filtered one take every filter, absent ones as null: so
+all lists together have 144 statements, however many combinations clients send.
 """
 
-from collections.abc import Iterable
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from sqlalchemy import (
     Boolean,
@@ -20,9 +20,11 @@ from sqlalchemy import (
     func,
     literal_column,
     not_,
+    or_,
     select,
     true,
     tuple_,
+    type_coerce,
     union_all,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -31,7 +33,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from arrays import any_of, has_all, list_of
 from db import named
-from models import BIG_ID, DAY, PRIORITY, Task
+from models import BIG_ID, DAY, PRIORITY, DayText, Task
 from schemas import Filter, Order, TaskOut
 
 TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
@@ -40,27 +42,40 @@ OWNED = TASKS.c.user_id == bindparam("owner", type_=TASKS.c.user_id.type)
 
 # Where a page begins: with the first task, or after one that has a value to sort by or has none.
 Start = Literal["first", "after value", "after null"]
+Shape = Literal["all", "pending", "filtered"]
+PENDING = Filter(states=frozenset((False,)))
 
 _NULLABLE = {column.name for column in COLUMNS if column.nullable}
 _LIMIT = bindparam("limit", type_=Integer)
-# As the index of the migrations has it; a word holds no space, so none is found across both.
-_TEXT = func.lower(
-    TASKS.c.title.op("||")(literal_column("' '")).op("||")(
-        func.coalesce(TASKS.c.description, literal_column("''"))
-    )
-)
-_WORDS = bindparam("words", type_=list_of(Text()))
 
 
-class has_words(FunctionElement[bool]):  # noqa: N801 - used like a function, as SQLAlchemy's are
-    """Whether a text holds all words: `has_words(text, words, pattern, …)`, as a list and one by one.
+class fold_case(FunctionElement[str]):  # noqa: N801 - used like a function, as SQLAlchemy's are
+    """A text in lower case, beyond ASCII too.
 
-    PostgreSQL looks each pattern up in the trigrams' index. It has to plan anew for each value: after five
-    searches it would keep one plan for all words, by the trigrams that a short or frequent word has not,
-    180 ms instead of 0.1 ms among 10,000 tasks. So there is one more condition, which is nothing with the
-    value and looks like the dearest of plans without.
+    On PostgreSQL the function is the migrations': `lower` of a database whose LC_CTYPE is C folds ASCII only.
+    """
 
-    SQLite asks a function of ours, once for all words.
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(fold_case)
+def _fold_case(element: fold_case, compiler: SQLCompiler, **options: Any) -> str:
+    return f"task_fold_case({compiler.process(element.clauses, **options)})"
+
+
+@compiles(fold_case, "sqlite")
+def _fold_case_sqlite(element: fold_case, compiler: SQLCompiler, **options: Any) -> str:
+    return f"lower({compiler.process(element.clauses, **options)})"
+
+
+class has_words(FunctionElement[bool]):  # noqa: N801 - used like a function
+    """Whether a task has all words: `has_words(title, description, words, longest, second, others)`.
+
+    PostgreSQL may look the two longest up in the trigram index and compares the others with the rows that it
+    finds. Folding is what a row costs, so it is done once for all the others. Absent words are null.
+
+    SQLite calls a function of ours with all *words*, once for each row.
     """
 
     type = Boolean()
@@ -69,49 +84,67 @@ class has_words(FunctionElement[bool]):  # noqa: N801 - used like a function, as
 
 @compiles(has_words)
 def _has_words(element: has_words, compiler: SQLCompiler, **options: Any) -> str:
-    text, _, *patterns = element.clauses
-    likes = [compiler.process(text.like(func.lower(each), escape="\\"), **options) for each in patterns]
-    first = compiler.process(patterns[0], **options)
-    planned = f"({first} IS NOT NULL OR (SELECT count(*) FROM generate_series(1, 1000000000)) = 0)"  # noqa: S608 - SQL already
-    return " AND ".join([*likes, planned])
+    parts = [compiler.process(part, **options) for part in element.clauses if part.key != "words"]
+    title, description, *indexed, others = parts
+    # As the index of the migrations has it; a word holds no space, so none is found across both.
+    text = f"task_fold_case({title} || ' ' || coalesce({description}, ''))"
+    found = [f"({word} IS NULL OR {text} LIKE task_fold_case({word}))" for word in indexed]
+    folded = f"ARRAY(SELECT task_fold_case(pattern) FROM unnest({others}) AS pattern)"  # noqa: S608 - SQL already
+    return " AND ".join([*found, f"({others} IS NULL OR {text} LIKE ALL ({folded}))"])
 
 
 @compiles(has_words, "sqlite")
 def _has_words_sqlite(element: has_words, compiler: SQLCompiler, **options: Any) -> str:
-    text, words, *_ = (compiler.process(part, **options) for part in element.clauses)
-    return f"has_words({text}, {words})"
+    title, description, words, *_ = (compiler.process(part, **options) for part in element.clauses)
+    # Unlike OR, CASE never calls it in vain.
+    return f"CASE WHEN {words} IS NULL THEN 1 ELSE has_words({title}, {description}, {words}) END"
 
 
-class Shape(NamedTuple):
-    """A filter without its values."""
+class planned_for(FunctionElement[bool]):  # noqa: N801 - used like a function
+    """True. Makes PostgreSQL plan a statement for its values, one of which is *value* and never null.
 
-    states: frozenset[bool]
-    words: int
-    priorities: bool
-    categories: bool
-    tags: bool
-    due_date_from: bool
-    due_date_to: bool
+    After five executions it would keep a generic plan, which knows neither which filters are absent nor how
+    selective the words are (180 ms, not 0.1, among 10,000 tasks). With the value known this condition folds
+    to true; without, it prices the plan out and, being never null, still runs nothing.
+    """
 
-
-def shape_of(wanted: Filter) -> Shape:
-    # Up to the next power of two, so that there are few statements; the last word is repeated.
-    words = 1 << (len(wanted.words) - 1).bit_length() if wanted.words else 0
-    return Shape(wanted.states, words, *(value not in ((), None) for value in wanted[2:]))
+    type = Boolean()
+    inherit_cache = True
 
 
-def values_of(wanted: Filter) -> dict[str, Any]:
-    """Return the values of *wanted* as `conditions` names them."""
-    words = [f"%{word.translate(_ESCAPES)}%" for word in wanted.words]
-    patterns = words + words[-1:] * (shape_of(wanted).words - len(words))
+@compiles(planned_for)
+def _planned_for(element: planned_for, compiler: SQLCompiler, **options: Any) -> str:
+    value = compiler.process(element.clauses, **options)
+    dear = f"SELECT count(*) FROM generate_series(1, 1000000000) WHERE {value} IS NULL"  # noqa: S608 - SQL already
+    return f"({value} IS NOT NULL OR ({dear}) = 0)"
+
+
+@compiles(planned_for, "sqlite")
+def _planned_for_sqlite(_element: planned_for, _compiler: SQLCompiler, **_: Any) -> str:
+    return "1"
+
+
+def shape_of(filters: Filter) -> Shape:
+    if filters == Filter():
+        return "all"
+    return "pending" if filters == PENDING else "filtered"
+
+
+def values_of(filters: Filter) -> dict[str, Any]:
+    """Return the values of *filters* as `conditions` names them."""
+    patterns = [f"%{word.translate(_ESCAPES)}%" for word in sorted(filters.words, key=len, reverse=True)]
+    longest, second = [*patterns, None, None][:2]
     return {
-        **{f"word_{number}": pattern for number, pattern in enumerate(patterns)},
-        "words": list(wanted.words),
-        "priorities": [PRIORITY.rank(word) for word in wanted.priorities],
-        "categories": list(wanted.categories),
-        "tags": list(wanted.tags),
-        "due_date_from": wanted.due_date_from,
-        "due_date_to": wanted.due_date_to,
+        "states": list(filters.states),
+        "words": list(filters.words) or None,
+        "longest_word": longest,
+        "second_word": second,
+        "other_words": patterns[2:] or None,
+        "priorities": [PRIORITY.rank(word) for word in filters.priorities] or None,
+        "categories": list(filters.categories) or None,
+        "tags": list(filters.tags),
+        "due_date_from": filters.due_date_from,
+        "due_date_to": filters.due_date_to,
     }
 
 
@@ -120,24 +153,33 @@ _ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "\\%_"})
 
 def conditions(shape: Shape) -> list[ColumnElement[bool]]:
     """Return what is true of the tasks in a list of *shape*, the owner first."""
-    patterns = [bindparam(f"word_{number}", type_=Text()) for number in range(shape.words)]
-    words = [has_words(_TEXT, _WORDS, *patterns)] if patterns else []
-    return [OWNED, *_states(shape), *words, *(condition for there, condition in _optional(shape) if there)]
+    match shape:
+        case "all":
+            return [OWNED]
+        case "pending":  # a literal, as the partial index has it
+            return [OWNED, not_(TASKS.c.completed)]
+    return [OWNED, *_filters()]
 
 
-def _states(shape: Shape) -> Iterable[ColumnElement[bool]]:
-    for unwanted in {False, True} - shape.states:
-        yield not_(TASKS.c.completed) if unwanted else TASKS.c.completed
-
-
-def _optional(shape: Shape) -> Iterable[tuple[bool, ColumnElement[bool]]]:
+def _filters() -> Iterator[ColumnElement[bool]]:
     task = TASKS.c
-    ranks = bindparam("priorities", type_=list_of(SmallInteger()))
-    yield shape.priorities, any_of(task.priority, ranks)
-    yield shape.categories, any_of(task.category, bindparam("categories", type_=list_of(Text())))
-    yield shape.tags, has_all(task.tags, bindparam("tags", type_=list_of(Text())))
-    yield shape.due_date_from, task.due_date >= bindparam("due_date_from", type_=DAY)
-    yield shape.due_date_to, task.due_date <= bindparam("due_date_to", type_=DAY)
+    states = bindparam("states", type_=list_of(Boolean()))
+    priorities = bindparam("priorities", type_=list_of(SmallInteger()))
+    categories = bindparam("categories", type_=list_of(Text()))
+    since, until = (bindparam(name, type_=DAY) for name in ("due_date_from", "due_date_to"))
+    # A task without a priority is found by `none`.
+    rank = func.coalesce(task.priority, literal_column(str(PRIORITY.rank("none"))))
+    yield planned_for(states)
+    yield any_of(task.completed, states)
+    yield or_(priorities.is_(None), any_of(rank, priorities))
+    yield or_(categories.is_(None), any_of(task.category, categories))
+    yield has_all(task.tags, bindparam("tags", type_=list_of(Text())))
+    # As text: the planner folds no cast to a date away, and would not use the index for either bound.
+    yield or_(type_coerce(since, DayText()).is_(None), task.due_date >= since)
+    yield or_(type_coerce(until, DayText()).is_(None), task.due_date <= until)
+    words, others = (bindparam(name, type_=list_of(Text())) for name in ("words", "other_words"))
+    longest, second = (bindparam(name, type_=Text()) for name in ("longest_word", "second_word"))
+    yield has_words(task.title, task.description, words, longest, second, others)
 
 
 def start_of(after: tuple[Any, int] | None) -> Start:
@@ -146,7 +188,6 @@ def start_of(after: tuple[Any, int] | None) -> Start:
     return "after null" if after[0] is None else "after value"
 
 
-@lru_cache(maxsize=512)
 def page(shape: Shape, order: Order, start: Start) -> Select[Any]:
     """Return the statement for a page. It takes `owner`, `limit`, `after_key`, `after_id` and the values."""
     return named("list_tasks", _page(shape, order, start))
@@ -165,7 +206,6 @@ def _page(shape: Shape, order: Order, start: Start) -> Select[Any]:
     return select(*both.c).order_by(*_ordering(order, both.c)).limit(_LIMIT)
 
 
-@lru_cache(maxsize=512)
 def counted_page(shape: Shape, order: Order, start: Start) -> Select[Any]:
     """Return the statement for a page with the `total` beside every task, or alone when there is none."""
     tasks = page(shape, order, start).subquery("page")
@@ -207,4 +247,4 @@ def _ordering(order: Order, columns: Any) -> list[ColumnElement[Any]]:
 
 def _sort_key(field: str, value: Any) -> ColumnElement[Any]:
     """Titles are sorted without regard to case and, the same everywhere, by code point."""
-    return collate(func.lower(value), "C") if field == "title" else value
+    return collate(fold_case(value), "C") if field == "title" else value

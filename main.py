@@ -25,6 +25,7 @@ from fastapi import FastAPI
 import counts
 import db
 import errors
+import idempotency
 import jwks
 import logs
 import metrics
@@ -33,7 +34,7 @@ import telemetry
 import tokens
 from attempts import Attempts
 from config import Settings, load_settings, refuse
-from cursors import CursorSigner
+from cursors import CursorSealer
 from middleware.access_log import AccessLogMiddleware
 from middleware.allowed_hosts import AllowedHostsMiddleware
 from middleware.cors import ProblemCORSMiddleware
@@ -93,6 +94,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
         preparing = asyncio.create_task(
             _prepare(database, readiness, tried, migrates=settings.migrates_on_start)
         )
+        sweeping = asyncio.create_task(idempotency.sweep(database))
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(tried, START_WAIT_S)
@@ -101,7 +103,8 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
         finally:
             end_metrics()
             preparing.cancel()
-            await asyncio.wait({preparing, asyncio.create_task(database.close())}, timeout=END_S)
+            sweeping.cancel()
+            await asyncio.wait({preparing, sweeping, asyncio.create_task(database.close())}, timeout=END_S)
             await storage.close()
             if keys:
                 await keys.close()
@@ -132,7 +135,8 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
         leeway_s=settings.jwt_leeway_s,
     )
     app.state.task_limit = TaskLimit(settings.max_tasks_per_user)
-    app.state.cursors = CursorSigner(settings.cursor_secrets)
+    app.state.cursors = CursorSealer(settings.cursor_secrets)
+    app.state.delete_status = int(settings.delete_status)
     app.state.account_keeper = keeper
     app.state.rate_limits = rate_limits
 

@@ -22,7 +22,6 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     BindParameter,
-    CheckConstraint,
     ColumnElement,
     Date,
     DateTime,
@@ -56,7 +55,7 @@ TAG_MAX = 30
 TAGS_MAX = 5
 IDEMPOTENCY_KEY_MAX = 255
 
-Priority = Literal["high", "medium", "low"]
+Priority = Literal["urgent", "high", "medium", "low", "none"]
 Recurring = Literal["daily", "weekly", "monthly"]
 ACCOUNT_ID_LENGTH = 32
 NAME_MAX = 255  # it stands in every token
@@ -90,7 +89,7 @@ TEXTS: TypeEngine[Any] = ARRAY(Text()).with_variant(JSON(), "sqlite")
 
 
 class Ranked(TypeDecorator[str]):
-    """One of a few *words*, stored by its rank, the first as 1, so that it sorts by rank."""
+    """One of a few *words*, stored by its rank, the first as 0, so that it sorts by rank."""
 
     impl = SmallInteger
     cache_ok = True
@@ -100,19 +99,19 @@ class Ranked(TypeDecorator[str]):
         self.words = words
 
     def rank(self, word: str) -> int:
-        return self.words.index(word) + 1
+        return self.words.index(word)
 
     def process_bind_param(self, value: str | None, _: Dialect) -> int | None:
         return None if value is None else self.rank(value)
 
     def process_result_value(self, value: int | None, _: Dialect) -> str | None:
-        return None if value is None else self.words[value - 1]
+        return None if value is None else self.words[value]
 
 
 PRIORITY = Ranked(*get_args(Priority))
 
 
-class _DayText(TypeDecorator[date]):
+class DayText(TypeDecorator[date]):
     impl = Text
     cache_ok = True
 
@@ -127,7 +126,7 @@ class _PostgresDay(TypeDecorator[date]):
     cache_ok = True
 
     def bind_expression(self, bindparam: BindParameter[date]) -> ColumnElement[date]:
-        return cast(type_coerce(bindparam, _DayText()), Date())
+        return cast(type_coerce(bindparam, DayText()), Date())
 
 
 DAY: TypeEngine[date] = Date().with_variant(_PostgresDay(), "postgresql")
@@ -265,7 +264,9 @@ class TaskFields(SQLModel):
     )
     due_date: Day | None = Field(default=None, sa_type=DAY, description="A day, in no time zone.")
     due_time: WallClock | None = Field(
-        default=None, sa_type=String(5), description="On the day of `due_date`, without which it cannot be."
+        default=None,
+        sa_type=String(5),
+        description="A wall-clock time, on the day of `due_date` if there is one.",
     )
     recurring: Recurring | None = Field(
         default=None, sa_type=String(7), description="Completing a task with a `due_date` creates the next."
@@ -300,10 +301,7 @@ class TaskSeries(SQLModel):
 class Task(TaskSeries, TaskState, TaskFields, TaskKey, table=True):
     """One task of one user. There is no foreign key: the user table belongs to the issuer of the tokens."""
 
-    __table_args__ = (
-        CheckConstraint("due_time IS NULL OR due_date IS NOT NULL", name="due_time_has_due_date"),
-        {"sqlite_autoincrement": True},
-    )
+    __table_args__ = {"sqlite_autoincrement": True}
 
 
 class IdempotencyKey(SQLModel, table=True):
@@ -315,6 +313,11 @@ class IdempotencyKey(SQLModel, table=True):
     key: str = Field(primary_key=True, sa_type=String(IDEMPOTENCY_KEY_MAX))
     fingerprint: str = Field(sa_type=String(64), description="Of the body, in hexadecimal.")
     answer: str = Field(sa_type=Text, description="The body of the answer.")
+    weight: int = Field(
+        sa_type=SmallInteger,
+        sa_column_kwargs={"server_default": text("1")},
+        description="As how many keys it counts, by its size.",
+    )
     created_at: datetime = Field(sa_type=TIMESTAMP)
 
 
@@ -348,4 +351,6 @@ Index(
     postgresql_where=not_(_task.completed),
     sqlite_where=not_(_task.completed),
 )
+_key = IdempotencyKey.__table__.c  # type: ignore[attr-defined] # SQLModel adds it
+Index("ix_idempotency_key_created_at", _key.created_at)
 Index("ix_task_user_id_due_date_id", _task.user_id, _task.due_date, _task.id)

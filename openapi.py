@@ -183,7 +183,7 @@ def _link(document: dict[str, Any]) -> None:
                     }
                     for follower in followers
                 }
-            elif status == "200" and "If-None-Match" in _parameters(operation):
+            elif status == "200" and "304" in operation["responses"]:
                 answer["links"] = {
                     f"{follower['operationId']}_if_unchanged": {
                         "operationId": follower["operationId"],
@@ -194,7 +194,7 @@ def _link(document: dict[str, Any]) -> None:
                         },
                     }
                     for follower in followers
-                    if "If-Match" in _parameters(follower)
+                    if "If-Match" in _parameters(follower) and follower is not operation
                 }
 
 

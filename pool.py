@@ -1,6 +1,7 @@
 """A fixed set of PostgreSQL connections that requests take turns with, and that outlives its server."""
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -14,6 +15,8 @@ WAITING_MAX_PER_CONNECTION = 20
 WAITING_MAX_AT_LEAST = 100
 END_TIMEOUT_S = 1.0
 IDLE_MAX_S = 280.0  # Neon suspends after 300 s without a query, and its connections die with it
+STATEMENTS_MAX = 48  # of one connection; each takes the server up to 0.6 MB
+LIFETIME_S = 1800.0  # what a server process has cached ends with it
 UNCHECKED_S = 30.0  # a connection that has been idle for longer may be cut off without a word
 CHECK_TIMEOUT_S = 1.0
 # A database that sleeps (Neon) takes 0.5 to 5 s to wake: who asks it meanwhile waits, and is not refused.
@@ -29,7 +32,7 @@ Took = Callable[[float], None]
 
 
 class Connection:
-    """One connection and the statements it has prepared, each parsed by the server once.
+    """One connection and the statements it used last, each prepared once.
 
     asyncpg's own pool takes prepared statements away whenever a connection is handed back. They must
     outlive that: behind a pooler in transaction mode they are what saves the second round trip.
@@ -38,7 +41,8 @@ class Connection:
     def __init__(self, raw: Any) -> None:
         self.raw = raw
         self.used_at = time.monotonic()
-        self._statements: dict[str, Any] = {}
+        self.expires_at = self.used_at + LIFETIME_S * random.uniform(0.9, 1.1)  # noqa: S311 - not all at once
+        self._statements: dict[str, Any] = {}  # the least recently used first
 
     async def fetch(self, sql: str, arguments: list[Any], took: Took | None = None) -> list[Any]:
         """Run one statement, return its rows and tell *took* how many seconds that took, or failing did."""
@@ -50,9 +54,10 @@ class Connection:
                 took(time.perf_counter() - began)
 
     async def _fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
-        statement = self._statements.get(sql)
-        if statement is None:
-            statement = self._statements[sql] = await self.raw.prepare(sql)
+        statement = self._statements.pop(sql, None) or await self.raw.prepare(sql)
+        self._statements[sql] = statement
+        if len(self._statements) > STATEMENTS_MAX:
+            del self._statements[next(iter(self._statements))]  # the driver closes what nothing refers to
         try:
             rows: list[Any] = await statement.fetch(*arguments)
         except asyncpg.InvalidCachedStatementError:
@@ -154,7 +159,7 @@ class Pool:
         return [result for result in results if isinstance(result, Exception)][:1]
 
     async def close(self) -> None:
-        reconnecting = [task for task in self._tasks if task.get_name() == "reconnect"]
+        reconnecting = [task for task in self._tasks if task.get_name() != "end"]
         for task in reconnecting:
             task.cancel()
         while self._idle:
@@ -268,12 +273,26 @@ class Pool:
                 return
 
     def _release(self, connection: Connection) -> None:
+        connection.used_at = time.monotonic()
         if connection.raw.is_closed():
             self._alive -= 1
+        elif connection.used_at > connection.expires_at:
+            self._replace(connection)
+            return
         else:
-            connection.used_at = time.monotonic()
             self._add_idle(connection)
         self._end_turn()
+
+    def _replace(self, connection: Connection) -> None:
+        """End *connection* and open another one, and then give its turn back."""
+        self._alive -= 1
+        replacing = self._start(self._end_and_open(connection), "replace")
+        replacing.add_done_callback(lambda _: self._end_turn())
+
+    async def _end_and_open(self, connection: Connection) -> None:
+        await _end(connection.raw)
+        with suppress(Exception):  # the next request will see why, and begin an outage
+            self._add_idle(await self._open())
 
     def _drop(self, connection: Connection) -> None:
         self._alive -= 1

@@ -32,7 +32,7 @@ from sqlalchemy.sql.base import Executable
 
 import listing
 from arrays import Elements, any_of, list_of
-from db import Database, Row, Runner, named
+from db import Database, Deferred, Row, Runner, Statement, named
 from errors import Unavailable
 from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, DAY, TAG_MAX, TIMESTAMP, Priority, TaskFields
@@ -65,18 +65,33 @@ class Owner:
     db: Runner
     limit: TaskLimit = NO_LIMIT
 
-    async def one(self, statement: Executable, **values: Any) -> Row | None:
-        return await self.db.one(statement, owner=self.user_id, **values)
+    async def one(self, statement: Statement, **values: Any) -> Row | None:
+        rows = await self.all(statement, **values)
+        return rows[0] if rows else None
 
-    async def all(self, statement: Executable, **values: Any) -> list[Row]:
-        return await self.db.all(statement, owner=self.user_id, **values)
+    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+        share, user_id = self.db.share, self.user_id
+        if not share.enter(user_id):
+            await share.wait(user_id)
+        try:
+            return await self.db.all(statement, owner=user_id, **values)
+        finally:
+            share.leave(user_id)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator["Owner"]:
-        """Lend the same owner for statements that stand or fall together."""
-        assert isinstance(self.db, Database)  # noqa: S101 - transactions are not nested
-        async with self.db.transaction() as runner:
-            yield replace(self, db=runner)
+        """Lend the same owner for statements that stand or fall together, within a transaction or as one."""
+        if not isinstance(self.db, Database):
+            yield self
+            return
+        share, user_id = self.db.share, self.user_id
+        if not share.enter(user_id):
+            await share.wait(user_id)
+        try:
+            async with self.db.transaction() as runner:
+                yield replace(self, db=runner)
+        finally:
+            share.leave(user_id)
 
 
 async def create_task(owner: Owner, fields: Mapping[str, Any]) -> Row:
@@ -84,7 +99,6 @@ async def create_task(owner: Owner, fields: Mapping[str, Any]) -> Row:
 
     Raises:
         TooManyTasks: there are as many as they may have.
-        ConstraintViolated: there would be a `due_time` without a `due_date`.
     """
     return await _insert(owner, new_task(fields, datetime.now(UTC)))
 
@@ -102,7 +116,6 @@ async def update_task(
 
     Raises:
         Stale: the task's version is not one of *versions*.
-        ConstraintViolated: there would be a `due_time` without a `due_date`.
         TooManyTasks: the next task of its series would be one too many.
     """
     if not changes:
@@ -126,18 +139,26 @@ async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | No
     Raises:
         Stale: the task's version is not one of *versions*.
     """
-    if await owner.one(_DELETE, task_id=task_id, versions=_list(versions)):
-        return True
-    if versions is not None:
+    values = {"task_id": task_id, "versions": _list(versions)}
+    try:
+        deleted = await owner.one(_DELETE, **values)
+    except Unavailable as error:
+        task = await _after_loss(owner, task_id, versions, error)
+        if task is None:
+            return True  # the client had read it: it was there
+        if not _is_expected(task, versions):
+            raise
+        deleted = await owner.one(_DELETE, **values)
+    if not deleted and versions is not None:
         await _current(owner, task_id, versions)
-    return False
+    return deleted is not None
 
 
 async def list_tasks(
     owner: Owner, wanted: Filter, order: Order, limit: int, after: tuple[Any, int] | None = None
 ) -> list[Row]:
     """Return up to *limit* tasks of *owner* that come after the position *after*."""
-    statement = listing.page(listing.shape_of(wanted), order, listing.start_of(after))
+    statement = Deferred(listing.page, (listing.shape_of(wanted), order, listing.start_of(after)))
     key, task_id = after or (None, None)
     return await owner.all(
         statement, limit=limit, after_key=key, after_id=task_id, **listing.values_of(wanted)
@@ -148,7 +169,7 @@ async def list_and_count_tasks(
     owner: Owner, wanted: Filter, order: Order, limit: int, after: tuple[Any, int] | None = None
 ) -> tuple[list[Row], int]:
     """Return the page as `list_tasks` does, and how many tasks all pages hold together."""
-    statement = listing.counted_page(listing.shape_of(wanted), order, listing.start_of(after))
+    statement = Deferred(listing.counted_page, (listing.shape_of(wanted), order, listing.start_of(after)))
     key, task_id = after or (None, None)
     rows = await owner.all(
         statement, limit=limit, after_key=key, after_id=task_id, **listing.values_of(wanted)
@@ -163,7 +184,7 @@ async def count_tasks(owner: Owner, today: date | None) -> dict[str, Any]:
     """Return how many tasks there are of each kind, as `schemas.Stats` has it."""
     rows = await owner.all(_COUNT, today=today)
     tags = {row["tag"]: row["count"] for row in rows if row["tag"] is not None}
-    kinds = [row for row in rows if row["tag"] is None]
+    kinds = [row | {"priority": row["priority"] or "none"} for row in rows if row["tag"] is None]
 
     def total(**wanted: Any) -> int:
         return sum(row["count"] for row in kinds if all(row[name] == value for name, value in wanted.items()))
@@ -173,7 +194,7 @@ async def count_tasks(owner: Owner, today: date | None) -> dict[str, Any]:
         "pending": total(completed=False),
         "completed": total(completed=True),
         "overdue": None if today is None else total(overdue=True),
-        "priorities": {name or "none": total(priority=name) for name in (*get_args(Priority), None)},
+        "priorities": {name: total(priority=name) for name in get_args(Priority)},
         "tags": tags,
     }
 
@@ -215,22 +236,48 @@ async def _change(
     """Run *statement*, which leaves a task alone whose completion has to create the next one."""
     for _ in range(SERIES_ATTEMPTS):
         values = _changing(changes) | {"task_id": task_id, "versions": _list(versions)}
-        if row := await owner.one(statement, **values):
-            return row
-        if versions is None and not changes.get("completed"):
-            return None
-        if await _current(owner, task_id, versions) is None:
-            return None
-        if row := await _complete_in_series(owner, values):
-            return row
+        try:
+            if row := await owner.one(statement, **values):
+                return row
+            if versions is None and not changes.get("completed"):
+                return None
+            if await _current(owner, task_id, versions) is None:
+                return None
+            if row := await _complete_in_series(owner, values):
+                return row
+        except Unavailable as error:
+            task = await _after_loss(owner, task_id, versions, error)
+            if task is None or task["updated_at"] == values["now"]:  # to the microsecond: our own change
+                return task
+            if not _is_expected(task, versions):
+                raise
     raise Unavailable
 
 
 async def _current(owner: Owner, task_id: int, versions: Collection[int] | None) -> Row | None:
     task = await get_task(owner, task_id)
-    if task is not None and versions is not None and task["version"] not in versions:
+    if task is not None and not _is_expected(task, versions):
         raise Stale(task["version"])
     return task
+
+
+def _is_expected(task: Row, versions: Collection[int] | None) -> bool:
+    return versions is None or task["version"] in versions
+
+
+async def _after_loss(
+    owner: Owner, task_id: int, versions: Collection[int] | None, error: Unavailable
+) -> Row | None:
+    """Return the task after a connection broke in the middle of its change, which may have been committed.
+
+    The version tells whether it was. Without one, repeating the change could overwrite a later one.
+
+    Raises:
+        Unavailable: *error*, if the connection did not break, or there is no version.
+    """
+    if not error.lost or versions is None:
+        raise error
+    return await get_task(owner, task_id)
 
 
 async def _complete_in_series(owner: Owner, values: dict[str, Any]) -> Row | None:

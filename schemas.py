@@ -6,7 +6,17 @@ from datetime import date, datetime
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, StrictBool
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    StrictBool,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic import Tag as Tagged
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
@@ -26,9 +36,9 @@ from models import (
     Title,
 )
 
-LIMIT_DEFAULT = 200
-LIMIT_MAX = 1000
+LIMIT_MAX = 1000  # also the default: a front end that does not page would lose what a shorter list leaves out
 SEARCH_MAX = 200
+WORDS_MAX = 8  # each is looked for in every task of the user
 REPEATED_MAX = 100
 OPERATIONS_MAX = 100
 STATS_TAGS_MAX = 100
@@ -60,19 +70,11 @@ def digits(value: object) -> object:
 Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 
 
-# What a check of both fields says, in the words of JSON Schema.
-TIMED_OR_NOT: list[JsonValue] = [
-    {"properties": {"due_time": {"type": "null"}}},
-    {"properties": {"due_date": {"type": "string"}}, "required": ["due_date"]},
-]
-
-
 class TaskCreate(TaskFields):
     """A new task."""
 
     model_config = {
         "json_schema_extra": {
-            "anyOf": TIMED_OR_NOT,
             "examples": [
                 {
                     "title": "Buy milk",
@@ -160,7 +162,8 @@ class Delete(BaseModel):
 
 
 def _tag(operation: object) -> str:
-    name = operation.get("op") if isinstance(operation, dict) else None
+    # A body that is read is a dict, one that is written for the fingerprint of an Idempotency-Key a model.
+    name = operation.get("op") if isinstance(operation, dict) else getattr(operation, "op", None)
     return f"<{name}>" if isinstance(name, str) else ""
 
 
@@ -217,7 +220,7 @@ class Done(BaseModel):
 
 
 class BulkQuery(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     atomic: Flag = Field(
         True,
@@ -244,6 +247,12 @@ class Counted(BaseModel):
     count: int
 
 
+class Deleted(BaseModel):
+    """What `DELETE_STATUS=200` answers."""
+
+    ok: Literal[True] = True
+
+
 class Stats(BaseModel):
     """How many tasks there are of each kind."""
 
@@ -251,7 +260,7 @@ class Stats(BaseModel):
     pending: int
     completed: int
     overdue: int | None = Field(description="Pending and due before `today`; null when no day is named.")
-    priorities: dict[Priority | Literal["none"], int]
+    priorities: dict[Priority, int] = Field(description="`none` counts tasks without a priority too.")
     tags: dict[str, int] = Field(description=f"The {STATS_TAGS_MAX} most used, the most used first.")
 
 
@@ -319,6 +328,10 @@ def _distinct(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
+def _words(*texts: str) -> tuple[str, ...]:
+    return _distinct(" ".join(texts).split())
+
+
 class TaskFilter(BaseModel):
     """Which tasks. Several filters narrow one another down."""
 
@@ -329,14 +342,23 @@ class TaskFilter(BaseModel):
     )
     completed: Flag | None = Field(None, description="The same filter by its other name.")
     search: Annotated[str, Length(0, SEARCH_MAX)] = Field(
-        "", description="Words that are all in the title or the description, in any case."
+        "", description=f"Up to {WORDS_MAX} words that are all in the title or the description, in any case."
     )
     q: Annotated[str, Length(0, SEARCH_MAX)] = Field("", description="The same as `search`.")
-    priority: tuple[Priority, ...] = Field((), max_length=REPEATED_MAX, description="Any of these.")
+    priority: tuple[Priority, ...] = Field(
+        (), max_length=REPEATED_MAX, description="Any of these. `none` finds tasks without a priority too."
+    )
     category: tuple[Category, ...] = Field((), max_length=REPEATED_MAX, description="Any of these.")
     tags: tuple[Tag, ...] = Field((), max_length=REPEATED_MAX, description="All of these.")
     due_date_from: Day | None = Field(None, description="The first day.")
     due_date_to: Day | None = Field(None, description="The last day.")
+
+    @field_validator("search", "q")
+    @classmethod
+    def _of_few_words(cls, value: str, info: ValidationInfo) -> str:
+        if len(_words(info.data.get("search", ""), value)) > WORDS_MAX:
+            raise PydanticCustomError("words", f"must have at most {WORDS_MAX} words")
+        return value
 
     @cached_property
     def filter(self) -> Filter:
@@ -345,7 +367,7 @@ class TaskFilter(BaseModel):
             states &= {self.completed}
         return Filter(
             frozenset(states),
-            _distinct(f"{self.search} {self.q}".split()),
+            _words(self.search, self.q),
             _distinct(self.priority),
             _distinct(self.category),
             _distinct(self.tags),
@@ -354,17 +376,23 @@ class TaskFilter(BaseModel):
         )
 
 
+class TaskSelection(TaskFilter):
+    """Which tasks to change or to delete. A misspelt filter would select too many, so it is a mistake."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
 class TaskListQuery(TaskFilter):
     """Which tasks, in which order, and how many at once."""
 
     sort: Sort | None = Field(
         None,
         description="Newest first without it. A leading `-` means descending. Ties break by `id`, and what "
-        "has no value comes last. By `priority`, high comes first.",
+        "has no value comes last. By `priority`, urgent comes first.",
     )
     sort_by: Sort | None = Field(None, description="The same as `sort`.")
     order: Literal["asc", "desc"] | None = Field(None, description="`asc` when `sort` is given.")
-    limit: Annotated[int, BeforeValidator(digits)] = Field(LIMIT_DEFAULT, ge=1, le=LIMIT_MAX)
+    limit: Annotated[int, BeforeValidator(digits)] = Field(LIMIT_MAX, ge=1, le=LIMIT_MAX)
     cursor: str | None = Field(None, description="From the `Link` header of the page before.")
     count: Flag = Field(False, description="Answer with `X-Total-Count`.")
 

@@ -6,6 +6,7 @@ calling (docs/decisions/0006). The declarations stay the framework's, and so doe
 
 import asyncio
 import inspect
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import lru_cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -27,6 +28,7 @@ BODY_MAX_BYTES = 64 * 1024
 BODY_TIMEOUT_S = (
     5.0  # 64 KiB in that time is 105 kbit/s; less than a request's deadline, so it is the client's 408
 )
+ANNOUNCED_MAX = 20  # digits of a Content-Length, which has 64 bits
 QUERIES_REMEMBERED = 1024
 QUERY_REMEMBERED_MAX_BYTES = 128  # longer ones seldom come twice
 
@@ -40,7 +42,7 @@ class DirectRoute(APIRoute):
       takes are parts of the path as they are,
     - `Annotated[T, Path(...)]`: a part of the path,
     - `Annotated[Model, Query()]`: the query as a frozen model; a parameter sent twice is a tuple where the
-      model has one, else the last one counts,
+      model has one, else the last one counts, unless the model forbids unknown parameters and so these too,
     - `Annotated[str | None, Header()]`: a header, joined by commas if it was sent more than once,
     - `Request`,
     - anything else: the body, as strict JSON of at most `BODY_MAX_BYTES`; with a default it may be left out.
@@ -132,13 +134,16 @@ def _path_reader(name: str, hint: Any) -> Reader:
 def _query_reader(hint: Any) -> Reader:
     validate = TypeAdapter(hint).validate_python
 
-    fields = get_args(hint)[0].model_fields
-    repeatable = {name for name, field in fields.items() if get_origin(field.annotation) is tuple}
+    model = get_args(hint)[0]
+    repeatable = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is tuple}
+    strict = model.model_config.get("extra") == "forbid"
 
     @lru_cache(QUERIES_REMEMBERED)
     def parse(query: bytes) -> Any:
         sent = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
         values: dict[str, Any] = dict(sent)
+        if strict and len(sent) > len(values):
+            _refuse_repeated([name for name, _ in sent if name not in repeatable])
         for several in repeatable & values.keys():
             values[several] = [value for name, value in sent if name == several]
         return validate(values)
@@ -150,6 +155,14 @@ def _query_reader(hint: Any) -> Reader:
         return parse(query)
 
     return read
+
+
+def _refuse_repeated(names: list[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise RequestValidationError(
+            [{"type": "repeated", "loc": ("query", name), "msg": "must be sent once"} for name in repeated]
+        )
 
 
 def _header_reader(name: str) -> Reader:
@@ -195,21 +208,23 @@ async def read_body(request: Request) -> bytes:
         RequestTimeout: it takes longer than `BODY_TIMEOUT_S`.
     """
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > BODY_MAX_BYTES:
+    # Python reads no number of more than 4,300 digits, and none of that many is small enough.
+    if announced.isdecimal() and (len(announced) > ANNOUNCED_MAX or int(announced) > BODY_MAX_BYTES):
         raise ContentTooLarge
-    body, more = b"", True
+    body, more = bytearray(), True
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             while more:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
-                body, more = body + message.get("body", b""), message.get("more_body", False)
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
                 if len(body) > BODY_MAX_BYTES:
                     raise ContentTooLarge
     except TimeoutError as error:
         raise RequestTimeout from error
-    return body
+    return bytes(body)
 
 
 def _is_json(media_type: str) -> bool:

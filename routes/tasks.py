@@ -1,6 +1,6 @@
 """/api/{user_id}/tasks: the operations on a user's tasks."""
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import date, datetime
 from typing import Annotated, Any, get_args
@@ -8,15 +8,15 @@ from urllib.parse import quote
 
 import orjson
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator
 from starlette.convertors import Convertor, register_url_convertor
 
 import bulk
 import etags
 import idempotency
 import queries
-from cursors import CursorInvalid, CursorSigner
-from db import ConstraintViolated, Row
+from cursors import CursorInvalid, CursorSealer
+from db import Row
 from errors import (
     Conflict,
     ContentTooLarge,
@@ -26,6 +26,7 @@ from errors import (
     Problem,
     QuotaExceeded,
     RequestTimeout,
+    TooManyRequests,
     Unauthorized,
     Unavailable,
     Unprocessable,
@@ -45,16 +46,15 @@ from schemas import (
     BulkQuery,
     Completion,
     Counted,
-    Create,
+    Deleted,
     Filter,
-    Operation,
     Order,
     Stats,
     StatsQuery,
     TaskCreate,
-    TaskFilter,
     TaskListQuery,
     TaskOut,
+    TaskSelection,
     TaskUpdate,
     digits,
 )
@@ -83,7 +83,7 @@ IfNoneMatch = Annotated[
     str | None,
     Header(
         alias="If-None-Match",
-        description="304 if the task still has one of these `ETag`s.",
+        description="Only if the task has none of these `ETag`s; else 304 for a GET, 412 for a change.",
         examples=['"3"'],
         json_schema_extra={"pattern": etags.LIST_PATTERN},
     ),
@@ -101,7 +101,12 @@ MergePatch = Annotated[TaskUpdate, Body(media_type=MERGE_PATCH)]
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
-UNTIMED = "needs a due_date"
+JSON = "application/json"
+PAGE_MAX_BYTES = 1024 * 1024  # an answer is held whole until its client has read it
+KEYS_RETRY_S = 3600  # each of the keys expires a day after its request
+TOO_MANY_KEYS = (
+    "You have sent as many Idempotency-Keys as are kept for a day. Please try again later or without one."
+)
 KEY_IN_USE = "A request with this Idempotency-Key is still running"
 
 
@@ -144,10 +149,10 @@ async def list_tasks(owner: OwnerDep, request: Request, query: Annotated[TaskLis
         headers["X-Total-Count"] = str(total)
     else:
         rows = await queries.list_tasks(owner, wanted, order, query.limit + 1, after)
-    if len(rows) > query.limit:
-        del rows[query.limit :]
-        headers["Link"] = _link_to_next(request, queries.position(rows[-1], order), binding)
-    return _json(rows, headers=headers)
+    body, length = _page(rows[: query.limit])
+    if len(rows) > length:
+        headers["Link"] = _link_to_next(request, queries.position(rows[length - 1], order), binding)
+    return Response(body, 200, headers, JSON)
 
 
 @router.post(
@@ -160,36 +165,45 @@ async def create_task(
     owner: OwnerDep, request: Request, body: TaskCreate, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """Create a task."""
-    headers = {}
+    _refuse_conditions(request)
+
+    async def create(owner: Owner) -> Row:
+        return await queries.create_task(owner, dict(body))
+
     with _refusals():
-        if idempotency_key is None:
-            row = await queries.create_task(owner, dict(body))
-        else:
-            key, sent = _idempotency_key(request), body.model_dump(mode="json", exclude_unset=True)
-            row, repeated = await idempotency.create_task_once(owner, dict(body), key, sent)
-            headers = {"Idempotent-Replayed": "true"} if repeated else {}
+        row, headers = await _once(owner, request, idempotency_key, body, create)
     return _task(row, 201, headers | {"Location": f"{quote(request.scope['path'])}/{row['id']}"})
 
 
 @router.get(
     "/{task_id:task}",
     response_model=TaskOut,
-    responses=responses(NotFound) | {304: {"description": "The client has it already"}},
+    responses=responses(NotFound, PreconditionFailed) | {304: {"description": "The client has it already"}},
 )
-async def get_task(owner: OwnerDep, task_id: TaskId, if_none_match: IfNoneMatch = None) -> Response:
+async def get_task(
+    owner: OwnerDep, task_id: TaskId, if_match: IfMatch = None, if_none_match: IfNoneMatch = None
+) -> Response:
     """Return one task."""
+    versions = etags.expected_versions(if_match)
     row = await queries.get_task(owner, task_id)
-    if row is not None and etags.is_known(row["version"], if_none_match):
-        return Response(status_code=304, headers={"ETag": etags.write(row["version"])})
+    if row is not None:
+        if versions is not None and row["version"] not in versions:
+            raise _stale(row["version"])
+        if etags.is_known(row["version"], if_none_match):
+            return Response(status_code=304, headers={"ETag": etags.write(row["version"])})
     return _task(row)
 
 
 @router.patch("/{task_id:task}/complete", response_model=TaskOut, responses=CHANGE_PROBLEMS)
 async def complete_task(
-    owner: OwnerDep, task_id: TaskId, body: Completion | None = None, if_match: IfMatch = None
+    owner: OwnerDep,
+    task_id: TaskId,
+    body: Completion | None = None,
+    if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """Set `completed`, which is safe to retry, or toggle it when no body names it."""
-    versions = etags.expected_versions(if_match)
+    versions = await _versions(owner, task_id, if_match, if_none_match)
     with _refusals():
         if body and (changes := body.changes()):
             return _task(await queries.update_task(owner, task_id, changes, versions))
@@ -198,10 +212,14 @@ async def complete_task(
 
 @router.put("/{task_id:task}", response_model=TaskOut, responses=CHANGE_PROBLEMS)
 async def update_task(
-    owner: OwnerDep, task_id: TaskId, body: TaskUpdate, if_match: IfMatch = None
+    owner: OwnerDep,
+    task_id: TaskId,
+    body: TaskUpdate,
+    if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """Set the fields that are sent; the others keep their value."""
-    versions = etags.expected_versions(if_match)
+    versions = await _versions(owner, task_id, if_match, if_none_match)
     with _refusals():
         return _task(await queries.update_task(owner, task_id, body.changes(), versions))
 
@@ -212,19 +230,41 @@ async def update_task(
     responses=CHANGE_PROBLEMS,
 )
 async def patch_task(
-    owner: OwnerDep, task_id: TaskId, body: MergePatch, if_match: IfMatch = None
+    owner: OwnerDep,
+    task_id: TaskId,
+    body: MergePatch,
+    if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """Set the fields that are sent (JSON Merge Patch, RFC 7396): null clears."""
-    return await update_task(owner, task_id, body, if_match)
+    return await update_task(owner, task_id, body, if_match, if_none_match)
 
 
-@router.delete("/{task_id:task}", status_code=204, responses=responses(NotFound, PreconditionFailed))
-async def delete_task(owner: OwnerDep, task_id: TaskId, if_match: IfMatch = None) -> Response:
+@router.delete(
+    "/{task_id:task}",
+    status_code=204,
+    responses=responses(NotFound, PreconditionFailed)
+    | {
+        200: {
+            "model": Deleted,
+            "description": "With `DELETE_STATUS=200`, for clients that parse every answer.",
+        }
+    },
+)
+async def delete_task(
+    owner: OwnerDep,
+    request: Request,
+    task_id: TaskId,
+    if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
     """Delete a task for good."""
-    versions = etags.expected_versions(if_match)
+    versions = await _versions(owner, task_id, if_match, if_none_match)
     with _refusals():
         if not await queries.delete_task(owner, task_id, versions):
             raise NotFound
+    if request.app.state.delete_status == 200:
+        return _json({"ok": True})
     return Response(status_code=204)
 
 
@@ -236,16 +276,20 @@ async def get_stats(owner: OwnerDep, query: Annotated[StatsQuery, Query()]) -> R
 
 @router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS, Conflict))
 async def complete_tasks(
-    owner: OwnerDep, query: Annotated[TaskFilter, Query()], body: AllCompleted
+    owner: OwnerDep, request: Request, query: Annotated[TaskSelection, Query()], body: AllCompleted
 ) -> Response:
     """Set `completed` for all tasks that a filter names."""
+    _refuse_conditions(request)
     with _refusals():
         return _json({"count": await bulk.complete_tasks(owner, _some(query), completed=body.completed)})
 
 
 @router.delete("", response_model=Counted)
-async def delete_tasks(owner: OwnerDep, query: Annotated[TaskFilter, Query()]) -> Response:
+async def delete_tasks(
+    owner: OwnerDep, request: Request, query: Annotated[TaskSelection, Query()]
+) -> Response:
     """Delete all tasks that a filter names, for good."""
+    _refuse_conditions(request)
     return _json({"count": await bulk.delete_tasks(owner, _some(query))})
 
 
@@ -253,19 +297,84 @@ async def delete_tasks(owner: OwnerDep, query: Annotated[TaskFilter, Query()]) -
     "/bulk",
     response_model=BulkDone,
     responses=responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
-    | {207: {"model": BulkDone, "description": "With `atomic=false`: each has a status of its own."}},
+    | {
+        200: {"headers": header("Idempotent-Replayed")},
+        207: {
+            "model": BulkDone,
+            "description": "With `atomic=false`: each has a status of its own.",
+            "headers": header("Idempotent-Replayed"),
+        },
+    },
 )
-async def change_tasks(owner: OwnerDep, query: Annotated[BulkQuery, Query()], body: Bulk) -> Response:
+async def change_tasks(
+    owner: OwnerDep,
+    request: Request,
+    query: Annotated[BulkQuery, Query()],
+    body: Bulk,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Do up to 100 operations in their order: all of them or, with the index of the one that failed, none."""
-    try:
+    _refuse_conditions(request)
+
+    async def change(owner: Owner) -> dict[str, Any]:
         outcomes = await bulk.run(owner, body.operations, atomic=query.atomic)
+        results = [_result(outcome, owner.limit, index) for index, outcome in enumerate(outcomes)]
+        return {"results": results}
+
+    try:
+        with _refusals():
+            content, headers = await _once(owner, request, idempotency_key, body, change, atomic=query.atomic)
     except bulk.Failed as error:
-        raise _problem(error.outcome, owner.limit, error.index, body.operations[error.index]) from error
-    results = [
-        _result(outcome, owner.limit, index, operation)
-        for index, (outcome, operation) in enumerate(zip(outcomes, body.operations, strict=True))
-    ]
-    return _json({"results": results}, 200 if query.atomic else 207)
+        raise _problem(error.outcome, owner.limit, error.index) from error
+    return _json(content, 200 if query.atomic else 207, headers)
+
+
+async def _once(
+    owner: Owner,
+    request: Request,
+    idempotency_key: str | None,
+    body: BaseModel,
+    work: Callable[[Owner], Awaitable[Any]],
+    **parameters: Any,
+) -> tuple[Any, dict[str, str]]:
+    """Return the answer of *work* or the one that this key got before, and the header that tells which."""
+    if idempotency_key is None:
+        return await work(owner), {}
+    sent = body.model_dump(mode="json", exclude_unset=True) | parameters
+    content, repeated = await idempotency.once(owner, _idempotency_key(request), sent, work)
+    return content, {"Idempotent-Replayed": "true"} if repeated else {}
+
+
+async def _versions(
+    owner: Owner, task_id: int, if_match: str | None, if_none_match: str | None
+) -> list[int] | None:
+    """Return which versions of the task may be changed; None for any.
+
+    The change itself compares them again: a task that changes in between has not got the version that
+    If-None-Match was compared with, so it is a 412 as well.
+
+    Raises:
+        NotFound: If-None-Match needs the task's version, and there is no task.
+        PreconditionFailed: it is one that a condition excludes (RFC 9110, section 13.2.2).
+    """
+    versions = etags.expected_versions(if_match)
+    if if_none_match is None:
+        return versions
+    row = await queries.get_task(owner, task_id)
+    if row is None:
+        raise NotFound
+    version: int = row["version"]
+    if (versions is not None and version not in versions) or etags.is_known(version, if_none_match):
+        raise _stale(version)
+    return [version]
+
+
+def _refuse_conditions(request: Request) -> None:
+    """Refuse conditions on what has no `ETag`: passed over, they would protect nothing."""
+    for name, _ in request.scope["headers"]:
+        if name in (b"if-match", b"if-none-match"):
+            header_name = "If-Match" if name == b"if-match" else "If-None-Match"
+            raise Unprocessable([{"parameter": header_name, "detail": "is for single tasks only"}])
 
 
 def _task(row: Row | None, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -275,8 +384,27 @@ def _task(row: Row | None, status: int = 200, headers: dict[str, str] | None = N
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Answer with rows as they come: what the database returned needs no second validation."""
-    return Response(orjson.dumps(content, option=orjson.OPT_UTC_Z), status, headers, "application/json")
+    return Response(_dump(content), status, headers, JSON)
+
+
+def _dump(content: Any) -> bytes:
+    """Return rows as they come: what the database returned needs no second validation."""
+    return orjson.dumps(content, option=orjson.OPT_UTC_Z)
+
+
+def _page(rows: list[Row]) -> tuple[bytes, int]:
+    """Return the JSON array of the first of *rows* that fit into a page, and how many these are."""
+    body = _dump(rows)
+    if len(body) <= PAGE_MAX_BYTES:
+        return body, len(rows)
+    parts: list[bytes] = []
+    size = 1
+    for part in map(_dump, rows):
+        size += len(part) + 1
+        if size > PAGE_MAX_BYTES and parts:
+            break
+        parts.append(part)
+    return b"[" + b",".join(parts) + b"]", len(parts)
 
 
 @contextmanager
@@ -288,12 +416,10 @@ def _refusals() -> Iterator[None]:
         raise _stale(error.version) from error
     except TooManyTasks as error:
         raise _too_many(error.most) from error
-    except ConstraintViolated as error:
-        if error.name != "ck_task_due_time_has_due_date":
-            raise
-        raise Unprocessable([{"pointer": "/due_time", "detail": UNTIMED}]) from error
     except idempotency.KeyInUse as error:
         raise Conflict(KEY_IN_USE, headers={"Retry-After": "1"}) from error
+    except idempotency.TooManyKeys as error:
+        raise TooManyRequests(TOO_MANY_KEYS, retry_after_s=KEYS_RETRY_S) from error
     except idempotency.KeyReused as error:
         mistake = "was used for another request"
         raise Unprocessable([{"parameter": "Idempotency-Key", "detail": mistake}]) from error
@@ -308,21 +434,17 @@ def _too_many(most: int, **members: Any) -> Problem:
     return Conflict(f"There would be more tasks than the {most} that you may have", **members)
 
 
-def _problem(outcome: bulk.Outcome, limit: TaskLimit, index: int, operation: Operation) -> Problem:
-    """Return why *operation*, the one of *index*, could not be done."""
+def _problem(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> Problem:
+    """Return why the operation *index* could not be done."""
     match outcome.kind:
         case "missing":
             return NotFound(index=index)
         case "stale" if outcome.task:
             return PreconditionFailed(index=index, etag=etags.write(outcome.task["version"]))
-        case "full":
-            return _too_many(limit.most, index=index)
-    member = "task" if isinstance(operation, Create) else "changes"
-    pointer = f"/operations/{index}/{member}/due_time"
-    return Unprocessable([{"pointer": pointer, "detail": UNTIMED}], index=index)
+    return _too_many(limit.most, index=index)
 
 
-def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int, operation: Operation) -> dict[str, Any]:
+def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> dict[str, Any]:
     match outcome.kind:
         case "created":
             return {"status": 201, "task": outcome.task}
@@ -330,12 +452,12 @@ def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int, operation: Oper
             return {"status": 200, "task": outcome.task}
         case "deleted":
             return {"status": 204}
-    problem = _problem(outcome, limit, index, operation)
+    problem = _problem(outcome, limit, index)
     etag = {name: value for name, value in problem.extensions.items() if name == "etag"}
     return {"status": problem.status, "detail": problem.detail, **etag}
 
 
-def _some(query: TaskFilter) -> Filter:
+def _some(query: TaskSelection) -> Filter:
     """Return the filter, which must filter something: nobody deletes everything by leaving a word out."""
     if query.filter == Filter():
         raise Unprocessable([{"parameter": "status", "detail": "or another filter must be given"}])
@@ -363,11 +485,11 @@ def _binding(owner: Owner, wanted: Filter, order: Order) -> str:
 def _position(request: Request, cursor: str | None, binding: str, order: Order) -> tuple[Any, int] | None:
     if cursor is None:
         return None
-    signer: CursorSigner = request.app.state.cursors
+    sealer: CursorSealer = request.app.state.cursors
     try:
-        key, task_id = signer.read(cursor, binding)
-        # Signed or not: what goes into a statement is checked.
-        if not _is_key(key, order) or not isinstance(task_id, int) or not 1 <= task_id <= ID_MAX:
+        key, task_id = sealer.read(cursor, binding)
+        # Sealed or not: what goes into a statement is checked.
+        if not _is_key(key, order) or type(task_id) is not int or not 1 <= task_id <= ID_MAX:
             raise CursorInvalid
     except (ValueError, KeyError) as error:
         mistake = "was not given for this list, its filters and its order"
@@ -388,8 +510,8 @@ def _is_key(key: object, order: Order) -> bool:
 
 def _link_to_next(request: Request, position: tuple[Any, int], binding: str) -> str:
     """Return a `Link` (RFC 8288) to the page after *position*, every other parameter as it was sent."""
-    signer: CursorSigner = request.app.state.cursors
+    sealer: CursorSealer = request.app.state.cursors
     sent = request.scope["query_string"].decode("latin-1").split("&")
     kept = [parameter for parameter in sent if parameter and not parameter.startswith("cursor=")]
-    query = quote("&".join([*kept, f"cursor={signer.write(position, binding)}"]), safe="%&=+,:/?-._~!$'()*;@")
+    query = quote("&".join([*kept, f"cursor={sealer.write(position, binding)}"]), safe="%&=+,:/?-._~!$'()*;@")
     return f'<{quote(request.scope["path"])}?{query}>; rel="next"'

@@ -15,7 +15,6 @@ ETAGS = ['"1"', '"2"', 'W/"1"', '"3", "1"', '"a,b"', "*"]
 # Rules about several members or about what is stored already: (parameter or pointer, clause).
 BEYOND_THE_DOCUMENT = {
     ("status", "or another filter must be given"),
-    ("/due_time", "needs a due_date"),
 }
 
 _keys = itertools.count(1)

@@ -42,9 +42,13 @@ class List:
     order: Order = NEWEST_FIRST
     after: tuple[Any, int] | None = None
 
+    @property
+    def shape(self) -> listing.Shape:
+        return listing.shape_of(self.wanted)
+
     def compiled(self, owner: str = OWNER, limit: int = LIMIT) -> tuple[str, list[Any]]:
         """Return the statement and its arguments as the service sends them."""
-        page = listing.page(listing.shape_of(self.wanted), self.order, listing.start_of(self.after))
+        page = listing.page(self.shape, self.order, listing.start_of(self.after))
         key, task_id = self.after or (None, None)
         values = {"owner": owner, "limit": limit, "after_key": key, "after_id": task_id}
         compiled = db.compile_statement(page, db.Postgres("postgresql://nobody@nowhere/none", 1).dialect)
@@ -102,7 +106,7 @@ async def plan(connection: Any, sql: str, arguments: list[Any], *, generic: bool
 
 def _literal(value: Any) -> str:
     if isinstance(value, list):
-        return f"ARRAY[{', '.join(map(_literal, value))}]"
+        return f"ARRAY[{', '.join(map(_literal, value))}]" if value else "'{}'"
     return "NULL" if value is None else "'" + str(value).replace("'", "''") + "'"
 
 

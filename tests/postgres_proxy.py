@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -22,6 +22,7 @@ class Proxy:
         self._passing = asyncio.Event()
         self._passing.set()
         self._swallowed: set[asyncio.Task[None] | None] = set()
+        self._on_loss: Callable[[], Awaitable[None]] | None = None
         self.port = 0
         self.statements: list[str] = []
         self.round_trips = 0
@@ -37,6 +38,10 @@ class Proxy:
         self._swallowed |= self._tasks
         if new_ones_too:
             self.hold()
+
+    def lose_next_answer(self, then: Callable[[], Awaitable[None]]) -> None:
+        """Drop the next answer of the server, which has done its work, call *then* and cut the connection."""
+        self._on_loss = then
 
     def hold(self) -> None:
         """Accept connections and let nothing pass until `release`."""
@@ -90,6 +95,10 @@ class Proxy:
     async def _downstream(self, server: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await server.read(65536):
+                if self._on_loss:
+                    then, self._on_loss = self._on_loss, None
+                    await then()
+                    return
                 await asyncio.sleep(self._delay_s)
                 if asyncio.current_task() in self._swallowed:
                     continue

@@ -14,7 +14,7 @@ from tests.conftest import Person
 
 Json = dict[str, Any]
 
-PRIORITIES = ("high", "medium", "low")
+PRIORITIES = ("urgent", "high", "medium", "low", "none")
 UNSET: Json = {
     "description": None,
     "completed": False,
@@ -85,10 +85,6 @@ async def send_alone(person: Person, operation: Json, task_id: int, method: str 
     return await person.delete(path, headers=headers)
 
 
-class Refused(Exception):
-    """The rules of the fields do not allow this."""
-
-
 @dataclass(eq=False)
 class Task:
     """One task, and what the server remembers of its series."""
@@ -101,8 +97,6 @@ class Task:
     def change(self, changes: Json) -> "Task | None":
         """Set *changes* and return the next task of the series, if there is one now."""
         after = self.fields | {name: _stored(name, value) for name, value in changes.items()}
-        if after["due_time"] is not None and after["due_date"] is None:
-            raise Refused
         if after == self.fields:
             return None
         before, self.fields = self.fields, after
@@ -174,7 +168,7 @@ class Wanted:
             task["completed"] in states.get(self.last("status") or "all", [False, True])
             and self.last("completed") in (None, str(task["completed"]).lower())
             and all(any(simple_lower(word) in part for part in text) for word in words)
-            and (not self.all("priority") or task["priority"] in self.all("priority"))
+            and (not self.all("priority") or (task["priority"] or "none") in self.all("priority"))
             and (not self.all("category") or task["category"] in self.all("category"))
             and all(tag in task["tags"] for tag in self.all("tags"))
             and (not first or (due_date is not None and due_date >= first))

@@ -162,11 +162,11 @@ async def test_the_console_cannot_be_forged_either(logged: httpx.AsyncClient, lo
 async def test_a_crash_is_logged_with_its_cause_and_id(
     database_url: str, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def one(*_: object, **values: object) -> None:
+    async def fail(*_: object, **values: object) -> None:
         raise RuntimeError("the cause")
 
     app = create_app(settings_for(database_url))
-    monkeypatch.setattr(app.state.database, "one", one)
+    monkeypatch.setattr(app.state.database, "all", fail)
     async with running(app) as client:
         alice = person("alice", client)
         answer = await alice.get("/1", headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})

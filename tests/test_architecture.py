@@ -6,8 +6,8 @@ PROJECT = Path(__file__).parent.parent
 
 # As in CLAUDE.md: each floor imports only from floors below; `routes` may use `middleware`.
 FLOORS = [
-    {"strict_json", "metrics"},
-    {"config", "errors", "models", "jwks", "cursors", "logs", "database_url", "pool"}
+    {"errors", "metrics", "strict_json"},
+    {"config", "fair_share", "models", "jwks", "cursors", "logs", "database_url", "pool"}
     | {"telemetry", "passwords", "attempts", "counts", "arrays", "recurring", "task_limit"},
     {"tokens", "schemas", "db", "openapi", "etags", "protocol"},
     {"listing"},

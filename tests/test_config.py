@@ -184,6 +184,7 @@ def test_nothing_has_to_be_set(folder: Path) -> None:
         ("ALLOWED_ORIGINS", "https://a.example.com,https://b.example.com/x", NOT_ORIGINS),
         ("ENVIRONMENT", "staging", "must be 'development' or 'production'"),
         ("LOG_LEVEL", "loud", "must be 'debug', 'info', 'warning', 'error' or 'critical'"),
+        ("DELETE_STATUS", "202", "must be '204' or '200'"),
         ("LOG_FORMAT", "xml", "must be 'console' or 'json'"),
         ("DOCS", "perhaps", NOT_A_BOOLEAN),
         *((name, value, NOT_A_RATE) for name in RATES for value in NO_RATES),

@@ -1,8 +1,13 @@
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from starlette.requests import ClientDisconnect
 
+from config import Settings
 from middleware import direct_route
 from middleware.direct_route import BODY_MAX_BYTES
 from tests.conftest import Person
@@ -55,6 +60,7 @@ async def test_a_missing_body_is_422(alice: Person) -> None:
         "application/x-www-form-urlencoded",
         "multipart/form-data; boundary=x",
         "image/json",
+        "text/x+json",
         "json",
         None,
     ],
@@ -76,6 +82,72 @@ async def test_every_json_media_type_is_read(alice: Person, media_type: str) -> 
     answer = await alice.post(content=b'{"title": "x"}', headers={"Content-Type": media_type})
 
     assert answer.status_code == 201
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("identity", 201), (" Identity ", 201), ("gzip", 415)])
+async def test_a_body_may_say_that_it_is_not_compressed(alice: Person, encoding: str, status: int) -> None:
+    headers = JSON | {"Content-Encoding": encoding}
+
+    assert (await alice.post(content=b'{"title": "x"}', headers=headers)).status_code == status
+
+
+async def test_mistakes_in_query_and_body_are_named_together(alice: Person) -> None:
+    answer = await alice.patch("?status=lost&due_date_from=x", json={"completed": "perhaps"})
+
+    named = [error.get("parameter") or error["pointer"] for error in answer.json()["errors"]]
+    assert (answer.status_code, named) == (422, ["status", "due_date_from", "/completed"])
+
+
+async def test_a_header_that_is_sent_twice_is_one_list(alice: Person) -> None:
+    task = await alice.create()
+    headers = [
+        ("Authorization", f"Bearer {alice.token}"),
+        ("If-None-Match", '"7"'),
+        ("If-None-Match", f'"{task["version"]}"'),
+    ]
+
+    answer = await alice.client.get(f"{alice.tasks}/{task['id']}", headers=headers)
+
+    assert answer.status_code == 304
+
+
+async def test_a_body_that_ends_with_its_connection_is_not_read_as_a_whole_one(
+    app: FastAPI, alice: Person
+) -> None:
+    messages: Iterator[dict[str, Any]] = iter(
+        [
+            {"type": "http.request", "body": b'{"title": "x"}', "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+    )
+
+    async def receive() -> dict[str, Any]:
+        return next(messages)
+
+    async def send(_: Any) -> None:
+        pass
+
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": alice.tasks,
+        "raw_path": alice.tasks.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [
+            (b"host", b"testserver"),
+            (b"authorization", f"Bearer {alice.token}".encode()),
+            (b"content-type", b"application/json"),
+        ],
+        "client": ("127.0.0.1", 1),
+        "server": ("testserver", 80),
+    }
+    with contextlib.suppress(ClientDisconnect):
+        await app(scope, receive, send)
+
+    assert (await alice.get()).json() == []
 
 
 def _padded(size_bytes: int) -> bytes:
@@ -120,3 +192,7 @@ async def test_a_body_that_does_not_arrive_is_408(alice: Person, monkeypatch: py
     answer = await alice.post(content=stall(), headers=JSON)
 
     assert (answer.status_code, answer.json()["detail"]) == (408, "The request body did not arrive in time")
+
+
+def test_a_body_that_is_late_is_the_clients_408_and_not_the_services_503() -> None:
+    assert 4 <= direct_route.BODY_TIMEOUT_S < Settings.model_fields["request_deadline_s"].default

@@ -75,12 +75,12 @@ async def test_a_trailing_slash_is_the_same_route(alice: Person, risen: Callable
 async def test_a_crash_is_counted_and_no_longer_in_flight(
     database_url: str, monkeypatch: pytest.MonkeyPatch, risen: Callable[..., float]
 ) -> None:
-    async def one(*_: object, **values: object) -> None:
+    async def fail(*_: object, **values: object) -> None:
         raise RuntimeError("the cause")
 
     app = create_app(settings_for(database_url))
     async with running(app) as client:
-        monkeypatch.setattr(app.state.database, "one", one)
+        monkeypatch.setattr(app.state.database, "all", fail)
         await person("alice", client).get("/1")
 
     assert risen("http_requests_total", status="500") == 1

@@ -246,18 +246,23 @@ async def test_no_migration_makes_an_id_be_used_again(database: db.Database) -> 
     assert given == sorted(set(given))
 
 
-async def test_the_database_itself_refuses_a_time_without_a_day(database: db.Database) -> None:
-    await asyncio.to_thread(migrate, database)
-    columns = "INSERT INTO task (user_id, title, due_date, due_time) VALUES"
-    await _run(database, f"{columns} ('alice', 'Buy milk', '2026-06-01', '09:30')")
-    await _run(database, f"{columns} ('alice', 'Buy milk', '2026-06-01', NULL)")
+async def test_due_times_survive_the_end_of_their_rule_and_its_return(database: db.Database) -> None:
+    alembic = _alembic(database)
+    rows = "SELECT title, due_time FROM task ORDER BY title"
+    add = "INSERT INTO task (user_id, title, due_date, due_time) VALUES ('alice',"
+    await asyncio.to_thread(command.upgrade, alembic, "0003")
+    await _run(database, f"{add} 'a', '2026-06-01', '09:30')")
+    with pytest.raises(IntegrityError, match="ck_task_due_time_has_due_date"):
+        await _run(database, f"{add} 'b', NULL, '10:00')")
 
-    for statement in (
-        f"{columns} ('alice', 'Buy milk', NULL, '09:30')",
-        "UPDATE task SET due_date = NULL",
-    ):
-        with pytest.raises(IntegrityError, match="ck_task_due_time_has_due_date"):
-            await _run(database, statement)
+    await asyncio.to_thread(command.upgrade, alembic, "0004")
+    await _run(database, f"{add} 'b', NULL, '10:00')")
+    assert [tuple(row) for row in await _run(database, rows)] == [("a", "09:30"), ("b", "10:00")]
+
+    await asyncio.to_thread(command.downgrade, alembic, "0003")
+    assert (await _run(database, rows))[0] == ("a", "09:30")
+    with pytest.raises(IntegrityError, match="ck_task_due_time_has_due_date"):
+        await _run(database, f"{add} 'c', NULL, '11:00')")
 
 
 def test_there_is_one_line_of_migrations() -> None:

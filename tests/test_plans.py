@@ -51,8 +51,17 @@ async def connection(url: str) -> AsyncIterator[Any]:
     await connection.close()
 
 
-@pytest.mark.parametrize("generic", [False, True], ids=["for these values", "for any values"])
-@pytest.mark.parametrize("wanted", LISTS, ids=[each.name for each in LISTS])
+# A filtered list is always planned for its values, as the test of searches shows.
+PLANS = [
+    (each, generic) for each in LISTS for generic in (False, True) if each.shape != "filtered" or not generic
+]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "generic"),
+    PLANS,
+    ids=[f"{each.name}-{'any' if generic else 'these'} values" for each, generic in PLANS],
+)
 async def test_a_page_reads_no_more_than_a_page(connection: Any, wanted: List, generic: bool) -> None:
     found = await plan(connection, *wanted.compiled(), generic=generic)
 

@@ -160,11 +160,11 @@ async def test_an_answer_is_counted_once(database_url: str) -> None:
 
 
 async def test_crashes_carry_the_headers_too(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def one(*_: object, **values: object) -> None:
+    async def fail(*_: object, **values: object) -> None:
         raise RuntimeError("the cause")
 
     app = create_app(settings_for(database_url, rate_limit="3/minute"))
-    monkeypatch.setattr(app.state.database, "one", one)
+    monkeypatch.setattr(app.state.database, "all", fail)
     async with running(app) as client:
         answer = await person("alice", client).get("/1")
 

@@ -64,11 +64,11 @@ async def test_nothing_about_tasks_or_accounts_is_stored(database_url: str) -> N
 
 
 async def test_crashes_carry_them_too(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def one(*_: object, **values: object) -> None:
+    async def fail(*_: object, **values: object) -> None:
         raise RuntimeError("the cause")
 
     app = create_app(settings_for(database_url))
-    monkeypatch.setattr(app.state.database, "one", one)
+    monkeypatch.setattr(app.state.database, "all", fail)
     async with running(app) as client:
         answer = await person("alice", client).get("/1")
 

@@ -1,0 +1,70 @@
+"""How many statements of one user run at once, so that one user cannot occupy every connection."""
+
+import asyncio
+from collections import deque
+from sys import maxsize
+
+from errors import TooManyRequests
+
+WAITING_MAX = 100  # of one user; a front end that loads ten things at once is served, a moment later
+RETRY_AFTER_S = 1
+
+
+class FairShare:
+    """At most *per_user* slots for each user; further requests of the same user wait in order.
+
+    `enter` and `wait` are two calls because nearly every request finds a free slot, and awaits nothing then.
+    """
+
+    def __init__(self, per_user: int) -> None:
+        self._per_user = per_user
+        self._taken: dict[str, int] = {}
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+
+    def enter(self, user_id: str) -> bool:
+        """Take a slot and return True, or return False if all of *user_id* are taken."""
+        taken = self._taken.get(user_id, 0)
+        if taken >= self._per_user:
+            return False
+        self._taken[user_id] = taken + 1
+        return True
+
+    async def wait(self, user_id: str) -> None:
+        """Take the next slot of *user_id* that is given back.
+
+        Raises:
+            TooManyRequests: `WAITING_MAX` requests of the user are waiting already.
+        """
+        waiting = self._waiting.setdefault(user_id, deque())
+        if len(waiting) >= WAITING_MAX:
+            raise TooManyRequests(retry_after_s=RETRY_AFTER_S)
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting.append(slot)
+        try:
+            await slot
+        except asyncio.CancelledError:
+            if slot.done() and not slot.cancelled():
+                self.leave(user_id)  # it was handed over in the same moment
+            raise
+
+    def leave(self, user_id: str) -> None:
+        """Give a slot back, to the request that has waited longest."""
+        waiting = self._waiting.get(user_id)
+        while waiting:
+            slot = waiting.popleft()
+            if not slot.done():  # else its request was cancelled
+                slot.set_result(None)
+                break
+        else:
+            self._release(user_id)
+        if waiting is not None and not waiting:
+            del self._waiting[user_id]
+
+    def _release(self, user_id: str) -> None:
+        if self._taken[user_id] > 1:
+            self._taken[user_id] -= 1
+        else:
+            del self._taken[user_id]
+
+
+UNLIMITED = FairShare(maxsize)

@@ -1,0 +1,132 @@
+"""What a client is told when its change was committed and the database's answer was lost."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from main import create_app
+from tests.conftest import Person, person, running, settings_for
+from tests.postgres import Server
+from tests.postgres_proxy import Proxy, running_proxy
+
+
+@dataclass(frozen=True)
+class Line:
+    """A person, and the link between the service and its database."""
+
+    alice: Person
+    proxy: Proxy
+    server: Server
+
+    async def nothing(self) -> None:
+        """Nothing happens between the loss and the next attempt."""
+
+    async def another_change(self) -> None:
+        await self.server.execute(
+            "UPDATE task SET title = 'theirs', version = version + 1, updated_at = now()"
+        )
+
+    async def removal(self) -> None:
+        await self.server.execute("DELETE FROM task")
+
+
+@pytest.fixture
+async def line(postgres: Server) -> AsyncIterator[Line]:
+    name = await postgres.create_database()
+    server = Server(postgres.url_of(name))
+    try:
+        async with running_proxy(server.url) as proxy:
+            settings = settings_for(proxy.url, database_pool_size=1)
+            async with running(create_app(settings)) as client:
+                yield Line(person("alice", client), proxy, server)
+    finally:
+        await postgres.drop_database(name)
+
+
+CHANGES: dict[str, tuple[str, str, Any]] = {
+    "put": ("PUT", "/{}", {"title": "mine"}),
+    "patch": ("PATCH", "/{}", {"title": "mine"}),
+    "set": ("PATCH", "/{}/complete", {"completed": True}),
+    "toggle": ("PATCH", "/{}/complete", None),
+    "delete": ("DELETE", "/{}", None),
+}
+
+
+async def _prepare(line: Line, change: str) -> None:
+    """Send *change* about another task, so that its statement is prepared and has one answer only."""
+    await _send(line, change, (await line.alice.create())["id"], '"1"')
+
+
+async def _send(line: Line, change: str, task_id: int, if_match: str | None) -> httpx.Response:
+    method, path, body = CHANGES[change]
+    options: dict[str, Any] = {"headers": {"If-Match": if_match}} if if_match else {}
+    if body:
+        options["json"] = body
+    return await line.alice.send(method, path.format(task_id), **options)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+async def test_a_change_with_a_version_whose_answer_was_lost_is_a_success(line: Line, change: str) -> None:
+    await _prepare(line, change)
+    task = await line.alice.create()
+
+    line.proxy.lose_next_answer(line.nothing)
+    answer = await _send(line, change, task["id"], '"1"')
+
+    now = await line.alice.get(f"/{task['id']}")
+    if change == "delete":
+        assert (answer.status_code, now.status_code) == (204, 404)
+    else:
+        assert (answer.status_code, answer.json()) == (200, now.json())
+        assert now.json()["version"] == 2
+
+
+@pytest.mark.parametrize("change", CHANGES)
+async def test_a_change_without_a_version_whose_answer_was_lost_is_503(line: Line, change: str) -> None:
+    await _prepare(line, change)
+    task = await line.alice.create()
+
+    line.proxy.lose_next_answer(line.nothing)
+    answer = await _send(line, change, task["id"], None)
+
+    now = await line.alice.get(f"/{task['id']}")
+    assert answer.status_code == 503
+    assert (now.status_code == 404) if change == "delete" else (now.json()["version"] == 2)
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "delete"])
+async def test_a_change_that_was_changed_again_after_its_answer_was_lost_is_503(
+    line: Line, change: str
+) -> None:
+    await _prepare(line, change)
+    task = await line.alice.create()
+
+    line.proxy.lose_next_answer(line.another_change)
+    answer = await _send(line, change, task["id"], '"1"')
+
+    assert answer.status_code == 503
+    assert (await line.alice.get(f"/{task['id']}")).json()["title"] == "theirs"
+
+
+async def test_a_task_that_is_gone_after_the_answer_to_its_change_was_lost_is_404(line: Line) -> None:
+    await _prepare(line, "put")
+    task = await line.alice.create()
+
+    line.proxy.lose_next_answer(line.removal)
+
+    assert (await _send(line, "put", task["id"], '"1"')).status_code == 404
+
+
+async def test_a_completed_series_whose_answer_was_lost_has_one_successor(line: Line) -> None:
+    await _prepare(line, "set")
+    task = await line.alice.create(recurring="daily", due_date="2026-06-01")
+
+    line.proxy.lose_next_answer(line.nothing)
+    answer = await _send(line, "set", task["id"], '"1"')
+
+    assert answer.status_code == 200
+    listed = (await line.alice.get("?due_date_from=2026-06-01")).json()
+    assert [each["due_date"] for each in listed] == ["2026-06-02", "2026-06-01"]
