@@ -28,7 +28,7 @@ PAUSE_S = 2.0  # between two attempts the requests that have waited are served
 LOCK_NOT_AVAILABLE = "55P03"
 
 # Only PostgreSQL with pg_trgm has it, so the models do not.
-OPTIONAL_INDEX = "ix_task_search"
+OPTIONAL_INDEX = "ix_task_words"
 
 _log = structlog.get_logger("migrations")
 

@@ -18,7 +18,7 @@ def create_index(name: str, table: str, columns: list[str | sa.TextClause], **op
     """
     connection = op.get_bind()
     if connection.dialect.name != "postgresql":
-        op.create_index(name, table, columns, **options)
+        op.create_index(name, table, columns, if_not_exists=True, **options)
         return
     # The server finishes a build whose client was killed, and holds this lock meanwhile. No request needs it.
     op.execute("SET LOCAL lock_timeout = 0")
@@ -30,3 +30,12 @@ def create_index(name: str, table: str, columns: list[str | sa.TextClause], **op
         if is_valid is False:
             op.drop_index(name, table, postgresql_concurrently=True)
         op.create_index(name, table, columns, postgresql_concurrently=True, **options)
+
+
+def drop_index(name: str, table: str) -> None:
+    """Drop an index, if it is there, without keeping requests of *table* from it."""
+    if op.get_bind().dialect.name != "postgresql":
+        op.drop_index(name, table, if_exists=True)
+        return
+    with op.get_context().autocommit_block():
+        op.drop_index(name, table, if_exists=True, postgresql_concurrently=True)

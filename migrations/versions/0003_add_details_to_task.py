@@ -43,6 +43,12 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("idempotency_key")
+    for index in (
+        "ix_task_search",
+        "ix_task_user_id_due_date_id",
+        "ix_task_pending",
+    ):  # may be those of the release
+        op.execute(f"DROP INDEX IF EXISTS {index}")
     for column in (
         "due_time",
         "succeeded",

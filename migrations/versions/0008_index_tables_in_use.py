@@ -1,4 +1,7 @@
-"""Index the lists of pending tasks, of due dates and, where PostgreSQL can, of words."""
+"""Index pending tasks, due dates, the age of idempotency keys and, where PostgreSQL can, words.
+
+Databases of a release have some of these: 0003 built them, with the words of `lower`.
+"""
 
 import contextlib
 
@@ -6,14 +9,14 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
-from migrations.indexes import create_index
+from migrations.indexes import create_index, drop_index
 
-revision = "0004"
-down_revision = "0003"
+revision = "0008"
+down_revision = "0007"
 branch_labels = None
 depends_on = None
 
-WORDS = "lower(title || ' ' || coalesce(description, ''))"
+WORDS = "{fold}(title || ' ' || coalesce(description, ''))"
 
 
 def upgrade() -> None:
@@ -25,14 +28,23 @@ def upgrade() -> None:
         sqlite_where=sa.text("completed = 0"),
     )
     create_index("ix_task_user_id_due_date_id", "task", ["user_id", "due_date", "id"])
+    create_index("ix_idempotency_key_created_at", "idempotency_key", ["created_at"])
+    _index_words("ix_task_words", "task_fold_case")
+    drop_index("ix_task_search", "task")
+
+
+def downgrade() -> None:
+    """Leave what 0003 of the release has."""
+    _index_words("ix_task_search", "lower")
+    drop_index("ix_task_words", "task")
+    drop_index("ix_idempotency_key_created_at", "idempotency_key")
+
+
+def _index_words(name: str, fold: str) -> None:
     if op.get_bind().dialect.name == "postgresql" and _has_extensions():
+        columns: list[str | sa.TextClause] = ["user_id", sa.text(f"({WORDS.format(fold=fold)}) gin_trgm_ops")]
         with contextlib.suppress(ProgrammingError):  # they may be in a schema that we do not look into
-            create_index(
-                "ix_task_search",
-                "task",
-                ["user_id", sa.text(f"({WORDS}) gin_trgm_ops")],
-                postgresql_using="gin",
-            )
+            create_index(name, "task", columns, postgresql_using="gin")
 
 
 def _has_extensions() -> bool:
@@ -42,8 +54,3 @@ def _has_extensions() -> bool:
         op.execute("CREATE EXTENSION IF NOT EXISTS btree_gin")
         return True
     return False
-
-
-def downgrade() -> None:
-    for index in ("ix_task_search", "ix_task_user_id_due_date_id", "ix_task_pending"):
-        op.execute(f"DROP INDEX IF EXISTS {index}")
