@@ -5,7 +5,7 @@ import string
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, bindparam, false, select
+from sqlalchemy import ColumnElement, Table, bindparam, false, or_, select, update
 from sqlalchemy.dialects.postgresql import insert  # SQLite has the same clause, and compiles this one
 from sqlalchemy.sql.base import Executable
 
@@ -41,6 +41,11 @@ async def account_of_id(db: Database, account_id: str) -> Row | None:
     return await db.one(_SELECT_BY_ID, new_id=account_id)
 
 
+async def end_sessions(db: Database, account_id: str, until: datetime) -> None:
+    """End the sessions of the account that began at *until* or before; what has ended stays so."""
+    await db.one(_END_SESSIONS, new_id=account_id, new_sessions_ended_at=until)
+
+
 def _new(name: str) -> ColumnElement[Any]:
     return bindparam(f"new_{name}", type_=ACCOUNTS.c[name].type)
 
@@ -56,5 +61,13 @@ def _insert_statement() -> Executable:
 
 
 _INSERT = named("create_account", _insert_statement())
+_ended_at = ACCOUNTS.c.sessions_ended_at
+_END_SESSIONS = named(
+    "end_sessions",
+    update(ACCOUNTS)
+    .where(ACCOUNTS.c.id == _new("id"), or_(_ended_at.is_(None), _ended_at < _new("sessions_ended_at")))
+    .values(sessions_ended_at=_new("sessions_ended_at"))
+    .returning(ACCOUNTS.c.id),
+)
 _SELECT_BY_EMAIL = named("account_of_email", select(*COLUMNS).where(ACCOUNTS.c.email == _new("email")))
 _SELECT_BY_ID = named("account_of_id", select(*COLUMNS).where(ACCOUNTS.c.id == _new("id")))

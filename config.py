@@ -66,6 +66,10 @@ def _duration(value: str) -> str:
     return value
 
 
+def _seconds(duration: str) -> int:
+    return int(duration[:-1]) * _SECONDS[duration[-1]]
+
+
 def _origin_list(value: str) -> str:
     for origin in _origins(value):
         if origin != "*" and not _ORIGIN.fullmatch(origin):
@@ -203,6 +207,10 @@ class Settings(BaseModel):
     jwt_leeway_s: float = Field(10, ge=0, le=300, description="how far clocks may differ, in seconds")
     jwt_expiration: Annotated[str, AfterValidator(_duration)] = Field(
         "7d", description="lifetime of the tokens made here: `15m`, `24h`, `7d`"
+    )
+    # A stolen token can be renewed for as long, unless its user ends the sessions.
+    session_max_age: Annotated[str, AfterValidator(_duration)] = Field(
+        "30d", description="how long after signing in to a local account its token can be renewed"
     )
     max_tasks_per_user: int = Field(
         10_000, ge=0, description="how many tasks a user may have; 0 for any number"
@@ -376,7 +384,11 @@ class Settings(BaseModel):
 
     @property
     def jwt_expiration_s(self) -> int:
-        return int(self.jwt_expiration[:-1]) * _SECONDS[self.jwt_expiration[-1]]
+        return _seconds(self.jwt_expiration)
+
+    @property
+    def session_max_age_s(self) -> int:
+        return _seconds(self.session_max_age)
 
     @property
     def origins(self) -> list[str]:

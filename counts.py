@@ -9,6 +9,8 @@ from typing import TypeVar
 import structlog
 from limits.aio.storage import MemoryStorage, RedisStorage, Storage
 
+import tls
+
 KEYS_MAX = 100_000  # 18 MB
 KEYS_SWEPT_MIN = 1000
 TIMEOUT_S = 0.25  # of a request that finds Redis gone; the usual answer takes less than a millisecond
@@ -61,6 +63,7 @@ class SharedStorage(Storage):
         from redis.exceptions import RedisError
 
         super().__init__(url)
+        of_tls = {"ssl_min_version": tls.MINIMUM_VERSION} if url.startswith("rediss:") else {}
         self._pool = BlockingConnectionPool.from_url(
             url,
             max_connections=CONNECTIONS_MAX,
@@ -68,6 +71,7 @@ class SharedStorage(Storage):
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=TIMEOUT_S,
             retry=Retry(NoBackoff(), 1),  # a connection that was closed while nobody used it
+            **of_tls,
         )
         self._shared = RedisStorage(
             f"async+{url}",

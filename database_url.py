@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import tls
+
 # PostgreSQL's manual, section 34.1.2; a parameter that is not here is refused by name.
 _CHOICES = {
     "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
@@ -92,7 +94,7 @@ def _tls(parameters: dict[str, str]) -> ssl.SSLContext | str | bool:
     if mode in ("allow", "prefer"):
         return "prefer"
     checked = mode != "require" or root is not None  # libpq: a root certificate makes require check it
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = tls.with_minimum_version(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     context.check_hostname = mode == "verify-full"
     context.verify_mode = ssl.CERT_REQUIRED if checked else ssl.CERT_NONE
     if root:

@@ -66,8 +66,16 @@ class Unauthorized(Problem):
     status = 401
     sentence = "Not authenticated"
 
-    def __init__(self, detail: str | None = None) -> None:
-        super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
+    def __init__(self, detail: str | None = None, *, challenge: str = "Bearer") -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": challenge})
+
+
+class InvalidToken(Unauthorized):
+    """A token was sent and is refused; *detail* has neither quotes nor characters beyond ASCII."""
+
+    def __init__(self, detail: str) -> None:
+        # RFC 6750, section 3.1
+        super().__init__(detail, challenge=f'Bearer error="invalid_token", error_description="{detail}"')
 
 
 class Forbidden(Problem):

@@ -1,10 +1,11 @@
-"""The public keys of the tokens' issuer (JWK Set, RFC 7517): fetched, checked and kept; nobody waits in vain.
+"""The public keys of the tokens' issuer (JWK Set, RFC 7517): fetched, checked and kept.
 
 PyJWT's client blocks the event loop, makes known keys wait for unknown ones and forgets what it cannot renew.
 """
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,16 @@ from jwt.exceptions import PyJWTError
 
 import metrics
 import strict_json
+import tls
 
 FETCH_TIMEOUT_S = 3.0
 DOCUMENT_MAX_BYTES = 256 * 1024
 FRESH_S = (
     300.0  # rotation publishes old and new keys together, so this only bounds how long a removed key lives
 )
+# A busy service renews its keys after FRESH_S in the background. After more idle time than this a request
+# waits for the renewal, since a key may have been withdrawn hours ago.
+IDLE_MAX_S = 2 * FRESH_S
 STALE_MAX_S = 24 * 3600.0  # how long keys serve while their issuer is away
 COOL_DOWN_S = 5.0  # between fetches for unknown key ids, however many are asked for; and after a failure
 RETRY_AFTER_S = 5
@@ -53,7 +58,11 @@ log = structlog.get_logger("jwks")
 
 
 class KeySetInvalid(ValueError):
-    """A document is not a key set that we would trust; the message says why."""
+    """A document is not a key set; the message says why."""
+
+
+class KeyInvalid(ValueError):
+    """An entry of a key set is not a key that we would trust; the message says why."""
 
 
 class KeyUnknown(Exception):
@@ -75,36 +84,64 @@ class Key:
         return algorithm in self.algorithms and ALGORITHMS[algorithm].verify(message, self.value, signature)
 
 
-def read_keys(document: bytes) -> dict[str, Key]:
-    """Return the signature keys of a JWK Set by key id, passing over what is not for us (RFC 7517, 5).
+@dataclass(frozen=True, slots=True)
+class KeySet:
+    """The signature keys of a JWK Set by key id, and how often each reason led to an entry being skipped.
 
-    That is a key for encryption, or of a type, curve or algorithm that we do not know.
+    A key without an id has the id "" and is the only one of its set.
+    """
+
+    keys: dict[str, Key]
+    skipped: Counter[str]
+
+
+def read_keys(document: bytes) -> KeySet:
+    """Return the signature keys of *document*, a JWK Set, without those that are not for us.
+
+    These are keys for encryption, or of a type, curve or algorithm that we do not know. Entries that are
+    invalid are skipped too (RFC 7517, section 5), and counted: a set with a mistake in it still withdraws
+    the keys that it lacks.
 
     Raises:
-        KeySetInvalid: anything else is amiss with any key, or none is left; then none of them counts.
+        KeySetInvalid: the document is not a key set.
     """
     try:
         content = strict_json.loads(document)
     except strict_json.NotStrictJson as error:
         raise KeySetInvalid(f"the document {error}") from error
     entries = content.get("keys") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+    if not isinstance(entries, list):
         raise KeySetInvalid("the document is not a key set")
-    keys: dict[str, Key] = {}
+    found: list[tuple[str, Key]] = []
+    skipped: Counter[str] = Counter()
     for entry in entries:
-        if entry.get("use", "sig") != "sig" or entry.get("kty") not in ("OKP", "EC", "RSA", "oct"):
-            continue
-        if entry["kty"] == "oct" or "d" in entry:
-            raise KeySetInvalid("a key is secret and has been published")
-        if _is_unknown(entry.get("crv"), _OF_CURVE) or _is_unknown(entry.get("alg"), ALGORITHMS):
-            continue
-        kid = entry.get("kid")
-        if not isinstance(kid, str) or not kid or kid in keys:
-            raise KeySetInvalid("a key has no id of its own")
-        keys[kid] = _read_key(entry)
-    if not keys:
-        raise KeySetInvalid("the document has no keys")
-    return keys
+        try:
+            found += _read_entry(entry)
+        except KeyInvalid as error:
+            skipped[str(error)] += 1
+    keys: dict[str, Key] = {}
+    for kid, key in found:
+        if kid in keys or (not kid and len(found) > 1):
+            skipped["a key has no id of its own"] += 1
+        else:
+            keys[kid] = key
+    return KeySet(keys, skipped)
+
+
+def _read_entry(entry: object) -> list[tuple[str, Key]]:
+    """Return the id and the key of *entry*, or nothing if it is not for us."""
+    if not isinstance(entry, dict):
+        raise KeyInvalid("a key is not an object")
+    if entry.get("use", "sig") != "sig" or entry.get("kty") not in ("OKP", "EC", "RSA", "oct"):
+        return []
+    if entry["kty"] == "oct" or "d" in entry:
+        raise KeyInvalid("a key is secret and has been published")
+    if _is_unknown(entry.get("crv"), _OF_CURVE) or _is_unknown(entry.get("alg"), ALGORITHMS):
+        return []
+    kid = entry.get("kid", "")
+    if not isinstance(kid, str):
+        raise KeyInvalid("a key has an id that is not text")
+    return [(kid, _read_key(entry))]
 
 
 def _is_unknown(name: object, known: Container[str]) -> bool:
@@ -117,21 +154,26 @@ def _read_key(entry: Mapping[str, Any]) -> Key:
     if "alg" in entry and kty != "OKP":  # EdDSA and Ed25519 are two names of one algorithm
         algorithms = tuple(name for name in algorithms if name == entry["alg"])
     if not algorithms:
-        raise KeySetInvalid("a key's type, curve and algorithm do not fit together")
+        raise KeyInvalid("a key's type, curve and algorithm do not fit together")
     try:
         value = ALGORITHMS[algorithms[0]].from_jwk(dict(entry))
     except (PyJWTError, ValueError, TypeError, KeyError) as error:
-        raise KeySetInvalid("a key is malformed") from error
+        raise KeyInvalid("a key is malformed") from error
     if kty == "RSA" and value.key_size < RSA_BITS_MIN:
-        raise KeySetInvalid(f"an RSA key has less than {RSA_BITS_MIN} bits")
+        raise KeyInvalid(f"an RSA key has less than {RSA_BITS_MIN} bits")
     return Key(value, frozenset(algorithms))
 
 
 class StaticKeys:
-    """Keys that were given with the settings."""
+    """Keys that were given with the settings, where a mistake is for the operator to mend."""
 
     def __init__(self, document: bytes) -> None:
-        self._keys = read_keys(document)
+        found = read_keys(document)
+        for reason in found.skipped:
+            raise KeySetInvalid(reason)
+        if not found.keys:
+            raise KeySetInvalid("the document has no keys")
+        self._keys = found.keys
 
     async def open(self) -> None:
         """There is nothing to fetch."""
@@ -146,13 +188,17 @@ class StaticKeys:
 
 
 class FetchedKeys:
-    """The keys at an address, renewed in the background; a known key never waits."""
+    """The keys at an address, renewed in the background while they are asked for.
+
+    A known key is returned at once, unless nothing has been asked of the issuer for `IDLE_MAX_S`.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._keys: dict[str, Key] = {}
+        self._found = KeySet({}, Counter())
         self._fetched_at = -STALE_MAX_S
         self._tried_at = -COOL_DOWN_S
+        self._ended_at = -IDLE_MAX_S  # the last fetch, whether it succeeded or failed
         self._failed = False
         self._sought_at = -COOL_DOWN_S  # when an unknown key id last led to a fetch
         self._fetching: asyncio.Task[None] | None = None
@@ -160,8 +206,9 @@ class FetchedKeys:
 
     async def open(self) -> None:
         """Begin to fetch the keys, without waiting for them."""
-        # No redirects: the address is a setting, and nobody else decides where keys come from.
-        self._client = httpx.AsyncClient(timeout=FETCH_TIMEOUT_S, follow_redirects=False)
+        # No redirects: the address is a setting, and nothing else decides where keys come from.
+        context = tls.with_minimum_version(httpx.create_ssl_context())
+        self._client = httpx.AsyncClient(verify=context, timeout=FETCH_TIMEOUT_S, follow_redirects=False)
         self._begin_fetch()
 
     async def close(self) -> None:
@@ -172,31 +219,35 @@ class FetchedKeys:
             await self._client.aclose()
 
     async def key(self, kid: str) -> Key:
-        """Return the key *kid*.
+        """Return the key *kid*; "" is the only key of a set, if it has no id.
 
         Raises:
             KeyUnknown: the issuer has answered within `COOL_DOWN_S` and has no such key.
             KeysUnavailable: the issuer cannot be asked.
         """
-        if self._knows(kid):
-            if time.monotonic() - self._fetched_at > FRESH_S:
-                self._begin_fetch()
-            return self._keys[kid]
+        if kid in self._found.keys:
+            if time.monotonic() - self._fetched_at <= FRESH_S:
+                return self._found.keys[kid]
+            fetching = self._begin_fetch()
+            if fetching and time.monotonic() - self._ended_at > IDLE_MAX_S:
+                await asyncio.shield(fetching)
+            if self._knows(kid):
+                return self._found.keys[kid]
         for _ in range(2):  # a fetch that was under way may have begun before the key was made
             if fetching := self._begin_fetch(seeking=True):
-                await asyncio.shield(fetching)  # one fetch for all who wait, whoever of them hangs up
+                await asyncio.shield(fetching)  # requests share it, and one that ends must not end it
             if self._knows(kid):
-                return self._keys[kid]
+                return self._found.keys[kid]
         raise KeysUnavailable if self._failed else KeyUnknown
 
     def _knows(self, kid: str) -> bool:
-        return kid in self._keys and time.monotonic() - self._fetched_at < STALE_MAX_S
+        return kid in self._found.keys and time.monotonic() - self._fetched_at < STALE_MAX_S
 
     def _begin_fetch(self, *, seeking: bool = False) -> "asyncio.Task[None] | None":
         """Return the fetch that is under way, or begin one; None if that has to wait.
 
-        After a failure everybody waits, otherwise only who is *seeking* an unknown key, and only for the last
-        who was: what is fetched at start or renewed in time delays nobody.
+        After a failed fetch there is none for `COOL_DOWN_S`. Otherwise only look-ups of unknown key ids,
+        *seeking*, are throttled; the fetch at start and renewals do not count.
         """
         if self._fetching is not None and not self._fetching.done():
             return self._fetching
@@ -213,15 +264,20 @@ class FetchedKeys:
     async def _fetch(self) -> None:
         try:
             async with asyncio.timeout(FETCH_TIMEOUT_S):
-                keys = read_keys(await self._download())
+                found = read_keys(await self._download())
         except (httpx.HTTPError, httpx.InvalidURL, KeySetInvalid, TimeoutError, OSError) as error:
-            self._failed = True
+            self._failed, self._ended_at = True, time.monotonic()
             metrics.keys_fetched(ok=False)
             log.warning("keys cannot be fetched", url=self._url, reason=str(error) or type(error).__name__)
             return
-        if keys.keys() != self._keys.keys():
-            log.info("keys fetched", url=self._url, kids=sorted(keys))
-        self._keys, self._failed, self._fetched_at = keys, False, time.monotonic()
+        if not found.keys:
+            log.warning("issuer has no keys", url=self._url)
+        elif found.keys.keys() != self._found.keys.keys():
+            log.info("keys fetched", url=self._url, kids=sorted(found.keys))
+        if found.skipped and found.skipped != self._found.skipped:
+            log.warning("keys skipped", url=self._url, reasons=dict(found.skipped))
+        self._found, self._failed = found, False
+        self._fetched_at = self._ended_at = time.monotonic()
         metrics.keys_fetched(ok=True)
 
     async def _download(self) -> bytes:

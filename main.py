@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from middleware.access_log import AccessLogMiddleware
 from middleware.allowed_hosts import AllowedHostsMiddleware
 from middleware.cors import ProblemCORSMiddleware
 from middleware.deadline import DeadlineMiddleware
+from middleware.encoded_slash import EncodedSlashMiddleware
 from middleware.head import HeadMiddleware
 from middleware.rate_limit import RateLimitMiddleware, RateLimits
 from middleware.security_headers import SecurityHeadersMiddleware
@@ -155,6 +155,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
 
     # The last added is the outermost.
     app.add_middleware(TrailingSlashMiddleware)
+    app.add_middleware(EncodedSlashMiddleware)
     app.add_middleware(RateLimitMiddleware, rate_limits=rate_limits)
     if settings.hosts:
         app.add_middleware(AllowedHostsMiddleware, hosts=settings.hosts)
@@ -176,9 +177,13 @@ def _keys(settings: Settings) -> jwks.StaticKeys | jwks.FetchedKeys | None:
 def _account_keeper(settings: Settings, attempts: Attempts) -> accounts.AccountKeeper | None:
     if not settings.keeps_accounts:
         return None
-    lifetime_s = settings.jwt_expiration_s
-    issue = partial(tokens.issue, secret=settings.secrets[0], lifetime_s=lifetime_s, **settings.own_claims)
-    return accounts.AccountKeeper(Passwords(), attempts, issue, lifetime_s)
+
+    def issue(user_id: str, lifetime_s: float, **claims: str | float) -> str:
+        return tokens.issue(user_id, settings.secrets[0], lifetime_s, **settings.own_claims, **claims)
+
+    return accounts.AccountKeeper(
+        Passwords(), attempts, issue, settings.jwt_expiration_s, settings.session_max_age_s
+    )
 
 
 async def _say_what_hinders(readiness: Readiness) -> None:

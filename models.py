@@ -339,6 +339,9 @@ class LocalAccount(Account, table=True):
     __tablename__ = "local_account"
 
     password_hash: str = Field(sa_type=String(PASSWORD_HASH_MAX))
+    sessions_ended_at: datetime | None = Field(
+        sa_type=TIMESTAMP, description="Sessions that began at this time or before have ended."
+    )
 
 
 _task = Task.__table__.c  # type: ignore[attr-defined] # SQLModel adds it

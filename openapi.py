@@ -12,6 +12,7 @@ MERGE_PATCH = "application/merge-patch+json"
 _LARGEST = 2**63 - 1
 _JSON = "application/json"
 _TASK = {"$ref": "#/components/schemas/TaskOut"}
+CHALLENGE_PATTERN = r'^Bearer( error="invalid_token", error_description="[ !#-\[\]-~]+")?$'
 
 HEADERS: dict[str, dict[str, Any]] = {
     "Accept-Patch": {
@@ -47,8 +48,9 @@ HEADERS: dict[str, dict[str, Any]] = {
     },
     "WWW-Authenticate": {
         "required": True,
-        "description": "How to say who is calling.",
-        "schema": {"type": "string", "enum": ["Bearer"]},
+        "description": "How to say who is calling, and why a token was refused (RFC 6750, section 3).",
+        "example": 'Bearer error="invalid_token", error_description="Token has expired"',
+        "schema": {"type": "string", "pattern": CHALLENGE_PATTERN},
     },
     "X-Request-ID": {
         "required": True,

@@ -451,6 +451,10 @@ class SignedOut(BaseModel):
     success: Literal[True] = True
 
 
+class SessionsRevoked(BaseModel):
+    status: Literal[True] = True
+
+
 class SessionOut(BaseModel):
     """What a token stands for, in the shape of Better Auth's sessions."""
 

@@ -17,8 +17,9 @@ import strict_json
 
 TOKEN_MAX_BYTES = 16 * 1024  # an avatar in the payload has been seen to make 27 kB; 16 KiB is generous
 SUBJECT_MAX = 255
-# Better Auth signs other things with the same secret: an unknown typ is somebody else's token.
-_TYPES = {"jwt", "at+jwt"}
+# Better Auth signs other things with the same secret: a token of another typ is not for us. `application/`
+# may stand before it (RFC 7515, section 4.1.9).
+_TYPES = {"jwt", "at+jwt", "application/jwt", "application/at+jwt"}
 ALGORITHMS = ("HS256", *jwks.ALGORITHMS)
 # Headers that would let a token choose its own key or meaning.
 _FORBIDDEN_HEADERS = ("crit", "b64", "jwk", "jku", "x5u", "x5c")
@@ -36,12 +37,14 @@ class TokenExpired(TokenInvalid):
 class Claims:
     """What a verified token says: `sub`, the user's id, and `exp`, seconds since 1970.
 
-    `by_secret` tells that whoever signed it has a secret of ours, and is no issuer with keys of its own.
+    `by_secret`: signed with one of our shared secrets (HS256), not with an issuer's key. `auth_time` is when
+    the user signed in (OpenID Connect Core, section 2), or `iat` in a token that does not say so.
     """
 
     sub: str
     exp: float
     by_secret: bool = False
+    auth_time: float | None = None
 
 
 class KeySource(Protocol):
@@ -50,7 +53,7 @@ class KeySource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Signer:
-    """What a token was signed with: the issuer's key that is called *kid*, or a secret, which is neither."""
+    """What a token was signed with: the issuer's key with the id *kid*, or a secret, without a key."""
 
     kid: str = ""
     key: jwks.Key | None = None
@@ -78,7 +81,8 @@ class Verifier:
     A remembered token is good for as long as its issuer has the key that verified it.
 
     A token chooses between what is configured and no further: HS256 needs *secrets*, the other algorithms
-    need *keys*, of which `kid` names one, whose type says what algorithms it may be used with.
+    need *keys*, of which `kid` names one, whose type says what algorithms it may be used with. A token
+    without `kid` needs an issuer whose only key has none either (OpenID Connect Core, section 10.1).
     """
 
     def __init__(
@@ -157,19 +161,21 @@ class Verifier:
             return _Signer()
         if algorithm == "HS256" or self._keys is None:
             raise TokenInvalid("Token algorithm is not accepted")
-        kid = header.get("kid")
+        kid = header.get("kid", "")
         if not isinstance(kid, str):
             raise TokenInvalid("Token names no key")
         try:
             key = await self._keys.key(kid)
         except jwks.KeyUnknown as error:
-            raise TokenInvalid("Token key is unknown") from error
+            raise TokenInvalid("Token key is unknown" if kid else "Token names no key") from error
         if not key.verify(algorithm, signed, signature):
             raise TokenInvalid("Token signature is invalid")
         return _Signer(kid, key)
 
     def _claims(self, payload: dict[str, Any], *, by_secret: bool) -> Claims:
-        subject = payload.get("sub")
+        if "sub" not in payload:
+            raise TokenInvalid("Token has no sub claim, which must be the user's id")
+        subject = payload["sub"]
         if not isinstance(subject, str) or not 0 < len(subject) <= SUBJECT_MAX:
             raise TokenInvalid("Token names no user")
         if not subject.isprintable() or not subject.strip():
@@ -180,7 +186,7 @@ class Verifier:
         latest = time.time() + self._leeway_s
         if any((_numeric_date(payload, name) or 0) > latest for name in ("nbf", "iat")):
             raise TokenInvalid("Token is not valid yet")
-        return Claims(subject, expires, by_secret)
+        return Claims(subject, expires, by_secret, _auth_time(payload) if by_secret else None)
 
     def _remember(self, digest: bytes, claims: Claims, signer: _Signer) -> None:
         if len(self._remembered) >= self._remembered_max:
@@ -188,7 +194,7 @@ class Verifier:
         self._remembered[digest] = claims, signer
 
 
-def issue(user_id: str, secret: str, lifetime_s: float, **claims: str) -> str:
+def issue(user_id: str, secret: str, lifetime_s: float, **claims: str | float) -> str:
     """Return a token for *user_id* that is good for *lifetime_s* seconds, with further *claims*."""
     now = int(time.time())
     return jwt.encode({**claims, "sub": user_id, "iat": now, "exp": now + int(lifetime_s)}, secret, "HS256")
@@ -213,6 +219,13 @@ def _check_header(header: dict[str, Any]) -> None:
         raise TokenInvalid("Token is not an access token")
     if any(name in header for name in _FORBIDDEN_HEADERS):
         raise TokenInvalid("Token header is not accepted")
+
+
+def _auth_time(payload: dict[str, Any]) -> float | None:
+    try:
+        return _numeric_date(payload, "auth_time" if "auth_time" in payload else "iat")
+    except TokenInvalid:  # only renewing a token needs it: tasks do not
+        return None
 
 
 def _numeric_date(payload: dict[str, Any], name: str) -> float | None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import tokens
 from bench.run import SECRET
-from bench.scale import USER, filled
+from bench.scale import USERS, filled, user
 from tests.postgres import free_port, running_server
 from tests.service import Service, running_service
 
@@ -59,21 +59,23 @@ class Client(asyncio.Protocol):
 
 
 async def load(port: int, connections: int, seconds: float) -> tuple[Counter[int], list[float]]:
-    token = tokens.issue(USER, SECRET, 3600)
-    request = (
-        f"GET /api/{USER}/tasks?limit=20 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"
-    ).encode()
     answered: Counter[int] = Counter()
     times_s: list[float] = []
     loop = asyncio.get_running_loop()
     transports = []
-    for _ in range(connections):
-        client = Client(request, answered, times_s)
+    for number in range(1, connections + 1):
+        client = Client(_request(user(number)), answered, times_s)
         transports.append((await loop.create_connection(lambda made=client: made, "127.0.0.1", port))[0])
     await asyncio.sleep(seconds)
     for transport in transports:
         transport.abort()
     return answered, times_s
+
+
+def _request(user_id: str) -> bytes:
+    token = tokens.issue(user_id, SECRET, 3600)
+    head = f"GET /api/{user_id}/tasks?limit=20 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"
+    return head.encode()
 
 
 def resident_mb(service: Service) -> float:
@@ -88,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[int, list[dict[str, float]]] = {PEAK: [], 10 * PEAK: []}
     with running_server() as server, tempfile.TemporaryDirectory() as name:
-        url, port = asyncio.run(filled(server, 10_000)), free_port()
+        url, port = asyncio.run(filled(server, 20 * USERS, USERS)), free_port()
         settings = {
             "DATABASE_URL": url,
             "BETTER_AUTH_SECRET": SECRET,

@@ -27,20 +27,26 @@ from bench.run import SECRET, Process, load, running
 from tests.postgres import Server, running_server
 
 USER = "user0001"
+USERS = 500  # a client each: statements of one user take a third of the connections
 PAGE, PAGE_SIZE = 1_000, 10
 NAME = "this service"
 
 
-async def filled(server: Server, rows: int) -> str:
-    """Return the URL of a database in which one user has *rows* tasks."""
+def user(number: int) -> str:
+    return f"user{number:04}"
+
+
+async def filled(server: Server, rows: int, users: int = 1) -> str:
+    """Return the URL of a database in which *users* have *rows* tasks together."""
     url = server.url_of(await server.create_database())
     await asyncio.to_thread(main.migrate, db.connect(url, pool_size=1))
     connection = await asyncpg.connect(url)
     await connection.execute(
-        "INSERT INTO task (user_id, title, created_at, updated_at) SELECT $1, 'Task number ' || n, t, t FROM "
+        "INSERT INTO task (user_id, title, created_at, updated_at) "
+        "SELECT 'user' || lpad((n % $1 + 1)::text, 4, '0'), 'Task number ' || n, t, t FROM "
         "(SELECT n, now() - interval '1 second' * (n * 7919 % 10000000) AS t "
         "FROM generate_series(1, $2::bigint) n) rows",
-        USER,
+        users,
         rows,
         timeout=600,
     )
@@ -85,10 +91,9 @@ def lists(server: Server, folder: Path, token_file: Path, token: str, rounds: in
 
 def connections(process: Process, token_file: Path, rounds: int) -> list[dict[str, Any]]:
     results: dict[int, list[dict[str, float]]] = {}
-    path = f"/api/{USER}/tasks/1"
     for _ in range(rounds):
         for count in (32, 128, 512):
-            results.setdefault(count, []).append(load(process, "path", token_file, 3, count, path))
+            results.setdefault(count, []).append(load(process, "list", token_file, 3, count))
     names = ("requests_per_s", "p50_ms", "p99_ms")
     return [
         {"connections": count, **{name: statistics.median(each[name] for each in rounds_) for name in names}}
@@ -124,8 +129,12 @@ def main_() -> None:
             "command": "uv run --group bench bench/scale.py",
             "lists": lists(server, folder, token_file, token, options.rounds),
         }
-        with running([NAME], asyncio.run(filled(server, 10_000)), folder) as (process,):
-            results["connections"] = connections(process, token_file, options.rounds)
+        with running([NAME], asyncio.run(filled(server, 20 * USERS, USERS)), folder) as (process,):
+            many = folder / "many_tokens"
+            many.write_text(
+                "".join(f"{tokens.issue(user(n), SECRET, 86_400)}\n" for n in range(1, USERS + 1))
+            )
+            results["connections"] = connections(process, many, options.rounds)
             results["memory"] = memory(process, token_file, options.requests)
     print(json.dumps(results, indent=2))
     (HERE / "scale.json").write_text(json.dumps(results, indent=2) + "\n")

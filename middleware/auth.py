@@ -7,7 +7,7 @@ from fastapi.security import HTTPBearer
 
 import jwks
 import metrics
-from errors import Forbidden, Unauthorized, Unavailable, request_id
+from errors import Forbidden, InvalidToken, Unauthorized, Unavailable, request_id
 from logs import BoundedLog
 from queries import Owner
 from tokens import Claims, TokenInvalid, Verifier
@@ -51,7 +51,7 @@ async def verify(request: Request, token: str) -> Claims:
     """Return the claims of *token*, which came with *request*.
 
     Raises:
-        Unauthorized: it is not acceptable.
+        InvalidToken: it is not acceptable.
         Unavailable: the issuer's keys cannot be fetched.
         QuotaExceeded: its user has sent too many requests.
     """
@@ -59,14 +59,19 @@ async def verify(request: Request, token: str) -> Claims:
     try:
         claims = await verifier.verify(token)
     except TokenInvalid as error:
-        metrics.token_refused(str(error))
-        _log.warning("token refused", reason=str(error), request_id=request_id(request.scope))
-        raise Unauthorized(str(error)) from error
+        raise refusal(request, str(error)) from error
     except jwks.KeysUnavailable as error:
         raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
     request.scope.setdefault("state", {})["user_id"] = claims.sub  # for the line in the log
     await request.app.state.rate_limits.count_user(request.scope, claims.sub)
     return claims
+
+
+def refusal(request: Request, reason: str) -> InvalidToken:
+    """Count and log that the token of *request* is refused, and return what to raise."""
+    metrics.token_refused(reason)
+    _log.warning("token refused", reason=reason, request_id=request_id(request.scope))
+    return InvalidToken(reason)
 
 
 def bearer_token(request: Request) -> str:

@@ -5,10 +5,11 @@ accounts move to a real one.
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
@@ -32,7 +33,7 @@ from errors import (
     responses,
 )
 from logs import BoundedLog
-from middleware.auth import bearer_token, verify
+from middleware.auth import bearer_token, refusal, verify
 from middleware.dialects import (
     FORM,
     BetterAuthProblem,
@@ -60,6 +61,7 @@ from schemas import (
     AccountOut,
     CurrentSession,
     SessionOut,
+    SessionsRevoked,
     SignedIn,
     SignedOut,
     SignedUp,
@@ -67,7 +69,6 @@ from schemas import (
     SignUp,
     Token,
 )
-from tokens import Claims
 
 PASSWORD_MIN, PASSWORD_MAX = 8, 128
 TOKEN_PATH = "/auth/token"  # noqa: S105 - an address
@@ -88,15 +89,46 @@ class OAuthRoute(DirectRoute):
 
 @dataclass(frozen=True)
 class AccountKeeper:
-    """What signing up and in needs beside the database; *issue* makes a token of an id and further claims."""
+    """What signing up and in needs beside the database; *issue* makes a token of an id and further claims.
+
+    A session is all tokens that come from one sign-in: each carries its time, and none outlives its end.
+    """
 
     passwords: Passwords
     attempts: Attempts
     issue: Callable[..., str] = field(repr=False)  # it holds the secret
-    lifetime_s: int
+    token_lifetime_s: int
+    session_max_age_s: int
 
-    def token(self, account: Row) -> str:
-        return self.issue(account["id"], email=account["email"], name=account["name"])
+    @property
+    def first_lifetime_s(self) -> int:
+        """How long the token lives that answers a sign-in."""
+        return min(self.token_lifetime_s, self.session_max_age_s)
+
+    def first_token(self, account: Row) -> str:
+        now, ended_at = datetime.now(UTC), account["sessions_ended_at"]
+        # Another process's clock may be ahead: what begins after an end must also look so.
+        began_at = max(now, ended_at + timedelta(microseconds=1)) if ended_at else now
+        return self._token(account, began_at.timestamp(), self.first_lifetime_s)
+
+    def next_token(self, caller: "Caller") -> str:
+        left_s = caller.signed_in_at + self.session_max_age_s - time.time()
+        return self._token(caller.account, caller.signed_in_at, min(self.token_lifetime_s, left_s))
+
+    def _token(self, account: Row, signed_in_at: float, lifetime_s: float) -> str:
+        return self.issue(
+            account["id"],
+            lifetime_s=lifetime_s,
+            email=account["email"],
+            name=account["name"],
+            auth_time=signed_in_at,
+        )
+
+    def has_ended(self, account: Row, signed_in_at: float) -> bool:
+        """Return whether the session that began at *signed_in_at* is too old, or was ended by the user."""
+        ended_at = account["sessions_ended_at"]
+        too_old = time.time() >= signed_in_at + self.session_max_age_s
+        return too_old or bool(ended_at and _time(signed_in_at) <= ended_at)
 
     @contextmanager
     def place(self, request: Request) -> Iterator[None]:
@@ -118,7 +150,8 @@ class Caller:
 
     account: Row
     token: str = field(repr=False)
-    claims: Claims
+    signed_in_at: float
+    expires_at: float
 
 
 async def _keeper(request: Request) -> AccountKeeper:
@@ -130,17 +163,23 @@ async def _caller(request: Request) -> Caller:
     """Return who is calling.
 
     Raises:
-        Unauthorized: there is no acceptable token, or it is an issuer's, or of no account (any more).
+        Unauthorized: there is no acceptable token, or it is an issuer's, or of no account (any more), or of a
+            session that has ended.
         Unavailable: the issuer's keys or the database cannot be reached.
     """
     token = bearer_token(request)
     claims = await verify(request, token)
-    if not claims.by_secret:
-        raise Unauthorized  # an issuer's short-lived token is not to become a long one of ours
+    if not claims.by_secret:  # an issuer's short-lived token is not to become a long one of ours
+        raise refusal(request, "Token is of another issuer")
     account = await accounts.account_of_id(request.app.state.database, claims.sub)
     if account is None:
-        raise Unauthorized
-    return Caller(account, token, claims)
+        raise refusal(request, "Token is of no account")
+    if claims.auth_time is None:
+        raise refusal(request, "Token does not say when its user signed in")
+    keeper = await _keeper(request)
+    if keeper.has_ended(account, claims.auth_time):
+        raise refusal(request, "Session has ended: sign in again")
+    return Caller(account, token, claims.auth_time, claims.exp)
 
 
 async def _caller_if_any(request: Request) -> Caller | None:
@@ -165,6 +204,8 @@ async def _form(request: Request) -> dict[str, str]:
 
 
 KeeperDep = Annotated[AccountKeeper, Depends(_keeper)]
+CallerDep = Annotated[Caller, Depends(_caller)]
+CallerIfAnyDep = Annotated[Caller | None, Depends(_caller_if_any)]
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 BY_TOKEN: dict[str, Any] = {"security": [{"bearer": []}]}
@@ -224,7 +265,7 @@ async def sign_up(keeper: KeeperDep, request: Request, body: SignUp) -> Response
     )
     if account is None:
         raise UserAlreadyExists
-    return _with_session(SignedUp(token=keeper.token(account), user=_user(account)))
+    return _with_session(SignedUp(token=keeper.first_token(account), user=_user(account)))
 
 
 @router.post(
@@ -235,30 +276,48 @@ async def sign_up(keeper: KeeperDep, request: Request, body: SignUp) -> Response
 async def sign_in(keeper: KeeperDep, request: Request, body: SignIn) -> Response:
     """Answer with a token of the account that has this e-mail and this password."""
     account = await _sign_in(keeper, request, body.email, body.password)
-    return _with_session(SignedIn(token=keeper.token(account), user=_user(account)))
+    return _with_session(SignedIn(token=keeper.first_token(account), user=_user(account)))
 
 
 @router.get("/token", response_model=Token, responses=responses(Unauthorized), openapi_extra=BY_TOKEN)
-async def get_token(keeper: KeeperDep, caller: Annotated[Caller, Depends(_caller)]) -> Response:
-    """Exchange a token that is still good for a fresh one."""
-    return _json(Token(token=keeper.token(caller.account)))
+async def get_token(keeper: KeeperDep, caller: CallerDep) -> Response:
+    """Exchange a token that is still good for a fresh one of the same session."""
+    return _json(Token(token=keeper.next_token(caller)))
 
 
 @router.get("/get-session", response_model=CurrentSession | None, openapi_extra=BY_TOKEN_IF_ANY)
-async def get_session(
-    keeper: KeeperDep, caller: Annotated[Caller | None, Depends(_caller_if_any)], request: Request
-) -> Response:
+async def get_session(keeper: KeeperDep, caller: CallerIfAnyDep, request: Request) -> Response:
     """Say whose token this is; `null` without one that is still good."""
     if caller is None:
         return _json(None)
-    session = CurrentSession(session=_session(request, caller, keeper.lifetime_s), user=_user(caller.account))
-    return _json(session, {"set-auth-jwt": keeper.token(caller.account)})
+    session = CurrentSession(session=_session(request, caller), user=_user(caller.account))
+    return _json(session, {"set-auth-jwt": keeper.next_token(caller)})
 
 
-@router.post("/sign-out", response_model=SignedOut)
-async def sign_out() -> Response:
-    """Answer as Better Auth does. There is no session here to end: the client forgets its token."""
+@router.post("/sign-out", response_model=SignedOut, openapi_extra=BY_TOKEN_IF_ANY)
+async def sign_out(caller: CallerIfAnyDep, request: Request) -> Response:
+    """End all sessions of the token's account, so that none is renewed; without a token, only answer.
+
+    Tokens that have been issued are good for tasks until they expire.
+    """
+    if caller is not None:
+        await _end_sessions(request, caller)
     return _json(SignedOut())
+
+
+@router.post(
+    "/revoke-sessions",
+    response_model=SessionsRevoked,
+    responses=responses(Unauthorized),
+    openapi_extra=BY_TOKEN,
+)
+async def revoke_sessions(caller: CallerDep, request: Request) -> Response:
+    """End all sessions of the account, also this one, so that none is renewed.
+
+    Tokens that have been issued are good for tasks until they expire.
+    """
+    await _end_sessions(request, caller)
+    return _json(SessionsRevoked())
 
 
 @token_router.post(
@@ -279,7 +338,7 @@ async def grant_token(
         account = await _sign_in(keeper, request, form["username"], form["password"])
     except BetterAuthProblem as error:
         raise InvalidGrant from error
-    token = AccessToken(access_token=keeper.token(account), expires_in=keeper.lifetime_s)
+    token = AccessToken(access_token=keeper.first_token(account), expires_in=keeper.first_lifetime_s)
     return _json(token, {"Pragma": "no-cache"})  # RFC 6749, section 5.1
 
 
@@ -306,6 +365,12 @@ async def _sign_in(keeper: AccountKeeper, request: Request, email: str, password
     return account
 
 
+async def _end_sessions(request: Request, caller: Caller) -> None:
+    # The caller's session may have begun by a clock that is ahead of this one.
+    until = max(datetime.now(UTC), _time(caller.signed_in_at))
+    await accounts.end_sessions(request.app.state.database, caller.account["id"], until)
+
+
 def _length(password: str) -> int:
     """Return the length as JavaScript, and so Better Auth, counts it."""
     return len(password.encode("utf-16-le", errors="surrogatepass")) // 2
@@ -320,14 +385,14 @@ def _user(account: Row) -> AccountOut:
     return AccountOut.model_validate(account)
 
 
-def _session(request: Request, caller: Caller, lifetime_s: int) -> SessionOut:
+def _session(request: Request, caller: Caller) -> SessionOut:
     """Return the session that *caller*'s token stands for; there is none in the database."""
-    created_at = _time(caller.claims.exp - lifetime_s)
+    created_at = _time(caller.signed_in_at)
     return SessionOut(
         id=hashlib.sha256(caller.token.encode()).hexdigest()[:32],
         user_id=caller.account["id"],
         token=caller.token,
-        expires_at=_time(caller.claims.exp),
+        expires_at=_time(caller.expires_at),
         created_at=created_at,
         updated_at=created_at,
         ip_address=request.client.host if request.client else "",

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
 import metrics
-from errors import Unauthorized
+from errors import InvalidToken
 from middleware.auth import bearer_token
 
 router = APIRouter(include_in_schema=False)
@@ -19,7 +19,7 @@ async def get_metrics(request: Request) -> Response:
     if token is None and not _is_loopback(request):
         raise HTTPException(404)
     if token is not None and not secrets.compare_digest(bearer_token(request).encode(), token.encode()):
-        raise Unauthorized("The token is not the one for metrics")
+        raise InvalidToken("The token is not the one for metrics")
     return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)
 
 

@@ -35,6 +35,7 @@ from errors import (
 )
 from middleware.auth import OwnerDep
 from middleware.direct_route import DirectRoute
+from middleware.encoded_slash import PartConvertor, quoted_path
 from models import IDEMPOTENCY_KEY_MAX, Priority
 from openapi import MERGE_PATCH, header
 from queries import Owner
@@ -123,9 +124,10 @@ class _TaskConvertor(Convertor[str]):
 
 
 register_url_convertor("task", _TaskConvertor())
+register_url_convertor("part", PartConvertor())
 
 router = APIRouter(
-    prefix="/{user_id}/tasks",
+    prefix="/{user_id:part}/tasks",
     tags=["tasks"],
     route_class=DirectRoute,
     responses=responses(Unauthorized, Forbidden, Unprocessable, QuotaExceeded, Unavailable),
@@ -172,7 +174,7 @@ async def create_task(
 
     with _refusals():
         row, headers = await _once(owner, request, idempotency_key, body, create)
-    return _task(row, 201, headers | {"Location": f"{quote(request.scope['path'])}/{row['id']}"})
+    return _task(row, 201, headers | {"Location": f"{quoted_path(request.scope)}/{row['id']}"})
 
 
 @router.get(
@@ -514,4 +516,4 @@ def _link_to_next(request: Request, position: tuple[Any, int], binding: str) -> 
     sent = request.scope["query_string"].decode("latin-1").split("&")
     kept = [parameter for parameter in sent if parameter and not parameter.startswith("cursor=")]
     query = quote("&".join([*kept, f"cursor={sealer.write(position, binding)}"]), safe="%&=+,:/?-._~!$'()*;@")
-    return f'<{quote(request.scope["path"])}?{query}>; rel="next"'
+    return f'<{quoted_path(request.scope)}?{query}>; rel="next"'

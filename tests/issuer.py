@@ -57,7 +57,7 @@ def new_key(algorithm: str, kid: str | None = None) -> SigningKey:
     return SigningKey(kid or f"key-{algorithm}", private, algorithm)
 
 
-def document(*keys: SigningKey | dict[str, Any]) -> bytes:
+def document(*keys: Any) -> bytes:
     return json.dumps({"keys": [k.public if isinstance(k, SigningKey) else k for k in keys]}).encode()
 
 
@@ -79,7 +79,7 @@ class Issuer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/api/auth/jwks"
 
-    def publish(self, *keys: SigningKey | dict[str, Any]) -> None:
+    def publish(self, *keys: Any) -> None:
         self.reply = answer(document(*keys))
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

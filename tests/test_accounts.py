@@ -3,8 +3,9 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -30,6 +31,9 @@ PASSWORD = "correct horse battery"
 USER = {"id", "name", "email", "emailVerified", "image", "createdAt", "updatedAt"}
 SIGN_UP, SIGN_IN = "/api/auth/sign-up/email", "/api/auth/sign-in/email"
 TOKEN, SESSION = "/api/auth/token", "/api/auth/get-session"
+SIGN_OUT, REVOKE = "/api/auth/sign-out", "/api/auth/revoke-sessions"
+DAY_S = 86400
+ENDED = "Session has ended: sign in again"
 
 
 def _keeping(database_url: str, **changes: Any) -> FastAPI:
@@ -128,7 +132,8 @@ async def test_the_token_says_who_and_how_long(client: httpx.AsyncClient, email:
 
     claims = jwt.decode(alice.token, SECRET, ["HS256"])
 
-    assert set(claims) == {"sub", "email", "name", "iat", "exp"}
+    assert set(claims) == {"sub", "email", "name", "iat", "exp", "auth_time"}
+    assert 0 <= time.time() - claims["auth_time"] < 60
     assert (claims["sub"], claims["email"], claims["name"]) == (alice.user_id, email, "Alice")
     assert claims["exp"] - claims["iat"] == 7 * 86400
 
@@ -380,14 +385,25 @@ async def test_without_an_account_there_is_neither_token_nor_session(
     deleted = await _alice(client, f"gone.{email}")
     await _delete_account(app, deleted.user_id)
 
-    for token in (expired, forged, elsewhere, deleted.token, "x.y.z", "é", "a" * 20_000):
+    reasons = {
+        expired: "Token has expired",
+        forged: "Token signature is invalid",
+        elsewhere: "Token is of no account",
+        deleted.token: "Token is of no account",
+        "x.y.z": "Token is malformed",
+        "é": "Token is malformed",
+        "a" * 20_000: "Token is larger than 16 KiB",
+    }
+    for token, reason in reasons.items():
         headers = {b"Authorization": f"Bearer {token}".encode()}
         refused = await client.get(TOKEN, headers=headers)
         session = await client.get(SESSION, headers=headers)
         assert (refused.status_code, refused.json()["code"]) == (401, "UNAUTHORIZED")
-        assert refused.headers["www-authenticate"] == "Bearer"
+        challenge = f'Bearer error="invalid_token", error_description="{reason}"'
+        assert (refused.json()["detail"], refused.headers["www-authenticate"]) == (reason, challenge)
         assert (session.status_code, session.text) == (200, "null")
-    assert (await client.get(TOKEN)).status_code == 401
+    without = await client.get(TOKEN)
+    assert (without.status_code, without.headers["www-authenticate"]) == (401, "Bearer")
     assert (await client.get(SESSION)).text == "null"
     assert (await alice.get(TOKEN)).status_code == 200
 
@@ -406,10 +422,161 @@ async def test_an_issuers_token_is_not_exchanged_for_one_of_ours(database_url: s
     assert (tasks.status_code, token.status_code, session.json()) == (200, 401, None)
 
 
-async def test_signing_out_is_the_clients_to_do(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/api/auth/sign-out")
+def _claims(token: str) -> dict[str, Any]:
+    claims: dict[str, Any] = jwt.decode(token, SECRET, ["HS256"])
+    return claims
+
+
+def _signed_in(account: Person, days_ago: float, **claims: Any) -> Person:
+    """Return *account* with a token of a session that began so many days ago."""
+    return replace(
+        account,
+        token=tokens.issue(
+            account.user_id, SECRET, 60, **{"auth_time": time.time() - days_ago * DAY_S} | claims
+        ),
+    )
+
+
+async def _renewed(account: Person) -> list[str]:
+    """Return the tokens that *account*'s is exchanged for."""
+    token, session = await account.get(TOKEN), await account.get(SESSION)
+    assert (token.status_code, session.status_code) == (200, 200), token.text
+    return [token.json()["token"], session.headers["set-auth-jwt"]]
+
+
+async def _assert_ended(account: Person, reason: str = ENDED) -> None:
+    token, session = await account.get(TOKEN), await account.get(SESSION)
+    challenge = f'Bearer error="invalid_token", error_description="{reason}"'
+    assert (token.status_code, token.json()["detail"], token.json()["code"]) == (401, reason, "UNAUTHORIZED")
+    assert token.headers["www-authenticate"] == challenge
+    assert (session.json(), "set-auth-jwt" in session.headers) == (None, False)
+    assert (await account.send("POST", REVOKE)).status_code == 401
+
+
+async def test_every_exchange_carries_the_time_of_sign_in(client: httpx.AsyncClient, email: str) -> None:
+    alice = await _alice(client, email)
+    signed_in_at = _claims(alice.token)["auth_time"]
+
+    for token in await _renewed(alice):
+        for again in await _renewed(replace(alice, token=token)):
+            assert _claims(again)["auth_time"] == signed_in_at
+
+
+async def test_no_renewed_token_outlives_the_session(client: httpx.AsyncClient, email: str) -> None:
+    alice = await _alice(client, email)
+
+    for days_ago, left_s in ((22, 7 * DAY_S), (23.5, 6.5 * DAY_S), (29.5, DAY_S / 2), (30 - 3 / DAY_S, 3)):
+        old = _signed_in(alice, days_ago)
+        for token in await _renewed(old):
+            claims = _claims(token)
+            assert claims["exp"] <= claims["auth_time"] + 30 * DAY_S
+            assert left_s - 3 <= claims["exp"] - time.time() <= left_s
+
+
+async def test_a_session_that_is_too_old_is_not_renewed(client: httpx.AsyncClient, email: str) -> None:
+    alice = await _alice(client, email)
+
+    for days_ago in (30, 31, 20_000):
+        old = _signed_in(alice, days_ago)
+        await _assert_ended(old)
+        assert (await old.get()).status_code == 200  # the token itself is good until it expires
+
+
+@pytest.mark.parametrize("expiration", ["7d", "15m"])
+async def test_the_settings_say_how_long_a_session_lasts(
+    database_url: str, email: str, expiration: str
+) -> None:
+    settings = {"session_max_age": "1h", "jwt_expiration": expiration}
+    lifetime_s = 3600 if expiration == "7d" else 900
+    async with running(_keeping(database_url, **settings)) as client:
+        alice = await _alice(client, email)
+        granted = (await client.post(TOKEN, data=_grant(email))).json()
+
+        for token in (alice.token, granted["access_token"]):
+            assert _claims(token)["exp"] - _claims(token)["iat"] == lifetime_s
+        assert granted["expires_in"] == lifetime_s
+        await _renewed(_signed_in(alice, 0.9 / 24))
+        await _assert_ended(_signed_in(alice, 1.1 / 24))
+
+
+async def test_a_token_of_an_older_release_began_its_session_when_it_was_issued(
+    client: httpx.AsyncClient, email: str
+) -> None:
+    alice = await _alice(client, email)
+    now = int(time.time())
+
+    def issued(**claims: Any) -> Person:
+        token = jwt.encode({"sub": alice.user_id, "exp": now + 60} | claims, SECRET, "HS256")
+        return replace(alice, token=token)
+
+    for token in await _renewed(issued(iat=now - DAY_S)):
+        assert _claims(token)["auth_time"] == now - DAY_S
+    await _assert_ended(issued(iat=now - 30 * DAY_S))
+    for odd in (issued(), issued(iat=now, auth_time="0"), issued(iat=now, auth_time=None)):
+        await _assert_ended(odd, "Token does not say when its user signed in")
+        assert (await odd.get()).status_code == 200
+
+
+async def _sign_out(account: Person) -> None:
+    answer = await account.send("POST", SIGN_OUT)
+    assert (answer.status_code, answer.json()) == (200, {"success": True})
+
+
+async def _revoke(account: Person) -> None:
+    answer = await account.send("POST", REVOKE)
+    assert (answer.status_code, answer.json()) == (200, {"status": True})
+
+
+@pytest.mark.parametrize("end", [_sign_out, _revoke])
+async def test_signing_out_ends_every_session_of_the_account(
+    client: httpx.AsyncClient, email: str, end: Callable[[Person], Awaitable[None]]
+) -> None:
+    alice, bob = await _alice(client, email), await _alice(client, f"bob.{email}")
+    stolen = [replace(alice, token=token) for token in await _renewed(alice)]
+    elsewhere = replace(alice, token=(await _sign_in(client, email)).json()["token"])
+
+    await end(alice)
+
+    for ended in (alice, elsewhere, *stolen):
+        await _assert_ended(ended)
+        assert (await ended.get()).status_code == 200  # the token itself is good until it expires
+    await _renewed(bob)
+    await _sign_out(alice)  # again: there is nothing to end
+
+
+async def test_after_signing_out_one_may_sign_in_at_once(client: httpx.AsyncClient, email: str) -> None:
+    alice = await _alice(client, email)
+
+    for _ in range(10):
+        ended = alice
+        await _revoke(ended)
+        alice = replace(alice, token=(await _sign_in(client, email)).json()["token"])
+        await _assert_ended(ended)
+        await _renewed(alice)
+
+
+async def test_sessions_end_where_clocks_differ(app: FastAPI, client: httpx.AsyncClient, email: str) -> None:
+    alice = await _alice(client, email)
+    ahead = _signed_in(alice, -5 / DAY_S)  # by a process whose clock is 5 s ahead
+
+    await _revoke(ahead)
+    await accounts.end_sessions(app.state.database, alice.user_id, datetime.now(UTC))  # earlier: no change
+
+    await _assert_ended(ahead)
+    await _renewed(replace(alice, token=(await _sign_in(client, email)).json()["token"]))
+
+
+async def test_signing_out_without_a_good_token_ends_nothing(client: httpx.AsyncClient, email: str) -> None:
+    alice = await _alice(client, email)
+    expired = jwt.encode({"sub": alice.user_id, "exp": int(time.time()) - 60}, SECRET, "HS256")
+
+    for token in (expired, tokens.issue(alice.user_id, SECRET[::-1], 60), tokens.issue("alice", SECRET, 60)):
+        await _sign_out(replace(alice, token=token))
+    answer = await client.post(SIGN_OUT)
 
     assert (answer.status_code, answer.json()) == (200, {"success": True})
+    assert (await client.post(REVOKE)).status_code == 401
+    await _renewed(alice)
 
 
 async def test_the_session_is_that_of_the_token(client: httpx.AsyncClient, email: str) -> None:
@@ -431,7 +598,7 @@ async def test_the_session_is_that_of_the_token(client: httpx.AsyncClient, email
 
 async def test_a_token_that_never_ends_has_a_session(client: httpx.AsyncClient, email: str) -> None:
     alice = await _alice(client, email)
-    endless = jwt.encode({"sub": alice.user_id, "exp": 1e300}, SECRET, "HS256")
+    endless = jwt.encode({"sub": alice.user_id, "exp": 1e300, "auth_time": time.time()}, SECRET, "HS256")
 
     answer = await replace(alice, token=endless).get(SESSION)
 

@@ -6,7 +6,7 @@ PROJECT = Path(__file__).parent.parent
 
 # As in CLAUDE.md: each floor imports only from floors below; `routes` may use `middleware`.
 FLOORS = [
-    {"errors", "metrics", "strict_json"},
+    {"errors", "metrics", "strict_json", "tls"},
     {"config", "fair_share", "models", "jwks", "cursors", "logs", "database_url", "pool"}
     | {"telemetry", "passwords", "attempts", "counts", "arrays", "recurring", "task_limit"},
     {"tokens", "schemas", "db", "openapi", "etags", "protocol"},

@@ -34,7 +34,7 @@ SQL = "x'; DROP TABLE task; --"
         ("/1%00", 422),
         ("/1%0A", 404),  # Python's "$" would match before it
         ("/%2e%2e", 422),
-        ("/..%2f1", 404),
+        ("/..%2f1", 422),
         (f"/{quote(SQL)}", 422),
         ("/1/complete/x", 404),
         ("//1", 404),
@@ -185,7 +185,8 @@ def _forgeries(user_id: str) -> dict[str, str]:
 async def test_a_forged_token_is_401(alice: Person, forgery: str) -> None:
     answer = await alice.get(headers={"Authorization": f"Bearer {_forgeries(alice.user_id)[forgery]}"})
 
-    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"].startswith('Bearer error="invalid_token"')
 
 
 @pytest.mark.parametrize("method", ["TRACE", "CONNECT", "BREW", "PROPFIND"])

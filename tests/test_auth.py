@@ -35,7 +35,33 @@ async def test_what_is_no_bearer_token_is_401(alice: Person, value: str) -> None
     answer = await alice.client.get(alice.tasks, headers={b"Authorization": value.encode("latin-1")})
 
     assert answer.status_code == 401
-    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("value", [None, "", "Bearer", "Bearer ", "Basic YTpi"])
+async def test_without_a_token_the_challenge_names_the_scheme_only(alice: Person, value: str | None) -> None:
+    answer = await alice.client.get(alice.tasks, headers={} if value is None else {"Authorization": value})
+
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+
+
+@pytest.mark.parametrize("token", ["a b", "x.y.z", "a" * 20_000, signed(part({"alg": "HS256"}), part({}))])
+async def test_a_refused_token_is_called_invalid_and_the_challenge_says_why(
+    alice: Person, token: str
+) -> None:
+    answer = await alice.get(headers={"Authorization": f"Bearer {token}"})
+
+    assert answer.status_code == 401
+    said = f'error="invalid_token", error_description="{answer.json()["detail"]}"'
+    assert answer.headers["www-authenticate"] == f"Bearer {said}"
+
+
+async def test_the_401_for_a_token_without_sub_says_so(alice: Person) -> None:
+    token = jwt.encode({"id": alice.user_id, "exp": int(time.time()) + 60}, SECRET, "HS256")
+
+    answer = await alice.get(headers={"Authorization": f"Bearer {token}"})
+
+    sentence = "Token has no sub claim, which must be the user's id"
+    assert (answer.status_code, answer.json()["detail"]) == (401, sentence)
 
 
 async def test_two_authorization_headers_are_401(alice: Person) -> None:
@@ -293,6 +319,24 @@ async def test_static_keys_need_no_issuer(database_url: str, tmp_path: Path) -> 
         async with running(create_app(settings)) as client:
             answer = await client.get("/api/alice/tasks", headers={"Authorization": f"Bearer {key.token()}"})
         assert answer.status_code == 200
+
+
+async def test_an_issuer_with_one_key_without_an_id_signs_tokens_without_kid(database_url: str) -> None:
+    one, other = new_key("ES256"), new_key("ES256", "other")
+    nameless = {name: value for name, value in one.public.items() if name != "kid"}
+    async with running_issuer() as issuer:
+        settings = settings_for(
+            database_url, jwks_url=issuer.url, jwt_issuer=ORIGIN, jwt_audience=ORIGIN, better_auth_secret=None
+        )
+        statuses = []
+        for published in ([nameless], [nameless, other], [other]):
+            issuer.publish(*published)
+            async with running(create_app(settings)) as client:
+                for token in (one.token({"kid": None}), one.token({"kid": "x"}), other.token({"kid": None})):
+                    headers = {"Authorization": f"Bearer {token}"}
+                    statuses.append((await client.get("/api/alice/tasks", headers=headers)).status_code)
+
+    assert statuses == [200, 401, 401] + [401] * 6
 
 
 async def test_paging_works_without_any_secret(database_url: str) -> None:

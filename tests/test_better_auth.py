@@ -321,13 +321,23 @@ async def test_tokens_and_sessions_of_local_accounts_look_as_better_auths_do(
                 seen.append((found.status_code, body, found.headers["cache-control"]))
                 seen.append("set-auth-jwt" in found.headers)
                 seen.append((token.status_code, token.json().keys() - OF_A_PROBLEM, token.json().get("code")))
+            for authorization in ({"Authorization": f"Bearer {session}"}, {}):
+                headers = authorization | {"Origin": issuer.origin}
+                revoked = await client.post("/api/auth/revoke-sessions", headers=headers)
+                ended = await client.get("/api/auth/get-session", headers=headers)
+                outline = {name: revoked.json().get(name) for name in ("status", "code")}
+                seen.append(
+                    (revoked.status_code, outline | {"status": outline["status"] is True}, ended.json())
+                )
+                client.cookies.clear()
             signed_out = await client.post("/api/auth/sign-out", headers={"Origin": issuer.origin})
             seen.append((signed_out.status_code, signed_out.json()))
             looks.append(seen)
 
     assert looks[1] == looks[0]
-    assert [seen[0] for seen in looks[1][:-1:3]] == [200] * 5
-    assert [seen[0] for seen in looks[1][2:-1:3]] == [200, 200, 401, 401, 401]
+    assert [seen[0] for seen in looks[1][:-3:3]] == [200] * 5
+    assert [seen[0] for seen in looks[1][2:-3:3]] == [200, 200, 401, 401, 401]
+    assert [seen[0] for seen in looks[1][-3:]] == [200, 401, 200]
 
 
 async def test_a_front_end_may_move_its_accounts_to_better_auth(url: str, tmp_path: Path) -> None:

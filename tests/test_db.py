@@ -297,6 +297,22 @@ async def _served_within(timeout_s: float, database: db.Database) -> db.Row | No
             await asyncio.sleep(0.01)
 
 
+async def test_reads_on_sqlite_are_served_by_the_readers_that_are_free(tmp_path: Path) -> None:
+    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.TimeLimits(statement_s=60)) as database:
+        endless: Select[Any] = select(literal_column("n")).select_from(
+            text(f"({COUNTING.format(10**12)}) AS counted")
+        )
+        busy = [asyncio.create_task(database.all(endless)) for _ in range(db.SQLITE_READERS - 1)]
+        await asyncio.sleep(0.01)
+
+        async with asyncio.timeout(5):
+            for _ in range(3 * db.SQLITE_READERS):
+                assert await database.one(select(literal(1).label("one"))) == {"one": 1}
+        for task in busy:
+            task.cancel()
+        await asyncio.gather(*busy, return_exceptions=True)
+
+
 async def test_a_cancelled_statement_is_interrupted_on_sqlite(tmp_path: Path) -> None:
     async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.TimeLimits(statement_s=60)) as database:
         endless: Select[Any] = select(literal_column("n")).select_from(

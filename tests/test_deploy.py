@@ -96,12 +96,15 @@ async def every_operation(client: httpx.AsyncClient, alice: Person) -> set[tuple
         "POST", f"{auth}/sign-up/email", f"{auth}/sign-up/email", json=account | {"name": "A"}
     )
     await send("POST", f"{auth}/sign-in/email", f"{auth}/sign-in/email", json=account)
-    await send("POST", f"{auth}/sign-out", f"{auth}/sign-out")
     bearer = {"Authorization": f"Bearer {created['token']}"}
     await send("GET", f"{auth}/token", f"{auth}/token", headers=bearer)
     await send("GET", f"{auth}/get-session", f"{auth}/get-session", headers=bearer)
+    await send("POST", f"{auth}/sign-out", f"{auth}/sign-out", headers=bearer)
     form = {"grant_type": "password", "username": account["email"], "password": PASSWORD}
-    assert (await client.post(f"{auth}/token", data=form)).is_success
+    granted = await client.post(f"{auth}/token", data=form)
+    assert granted.is_success
+    bearer = {"Authorization": f"Bearer {granted.json()['access_token']}"}
+    await send("POST", f"{auth}/revoke-sessions", f"{auth}/revoke-sessions", headers=bearer)
     for path in ("/health", "/health/ready"):
         assert (await client.get(path)).status_code == 200
     return done | {("POST", f"{auth}/token"), ("GET", "/health"), ("GET", "/health/ready")}

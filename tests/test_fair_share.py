@@ -1,11 +1,15 @@
 import asyncio
 import contextlib
 
+import asyncpg
 import pytest
 
 import fair_share
 from errors import TooManyRequests
 from fair_share import FairShare
+from main import create_app
+from tests.conftest import person, running, settings_for
+from tests.postgres import Server
 
 
 async def _hold(share: FairShare, user_id: str, released: asyncio.Event) -> None:
@@ -75,3 +79,26 @@ async def test_too_many_waiting_requests_of_a_user_are_429(monkeypatch: pytest.M
     released.set()
     await asyncio.gather(*holding)
     assert refused.value.headers == {"Retry-After": "1"}
+
+
+async def test_one_users_waiting_requests_leave_connections_for_others(postgres: Server) -> None:
+    name = await postgres.create_database()
+    other = await asyncpg.connect(postgres.url_of(name))
+    try:
+        async with running(create_app(settings_for(postgres.url_of(name), database_pool_size=6))) as client:
+            alice, bob = person("alice", client), person("bob", client)
+            task = await alice.create()
+            async with other.transaction():
+                await other.execute("SELECT * FROM task FOR UPDATE")
+                path = f"/{task['id']}/complete"
+                waiting = [asyncio.create_task(alice.patch(path)) for _ in range(20)]
+                await asyncio.sleep(0.1)
+
+                async with asyncio.timeout(1):
+                    assert (await bob.create())["title"] == "Buy milk"
+            answers = await asyncio.gather(*waiting)
+    finally:
+        await other.close()
+        await postgres.drop_database(name)
+
+    assert {answer.status_code for answer in answers} == {200}

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 import jwks
 from jwks import FetchedKeys, KeySetInvalid, KeysUnavailable, KeyUnknown, StaticKeys, read_keys
@@ -17,7 +18,7 @@ PUBLIC = OLD.public
 
 @pytest.mark.parametrize("algorithm", jwks.ALGORITHMS)
 def test_a_key_verifies_what_it_signed_and_nothing_else(algorithm: str) -> None:
-    key = read_keys(document(KEYS[algorithm]))[f"key-{algorithm}"]
+    key = read_keys(document(KEYS[algorithm])).keys[f"key-{algorithm}"]
     signature = jwks.ALGORITHMS[algorithm].sign(b"message", KEYS[algorithm].private)
 
     assert key.verify(algorithm, b"message", signature)
@@ -28,7 +29,7 @@ def test_a_key_verifies_what_it_signed_and_nothing_else(algorithm: str) -> None:
 
 
 def test_a_key_that_names_its_algorithm_is_for_no_other() -> None:
-    key = read_keys(document(RSA | {"alg": "PS256"}))["key-RS256"]
+    key = read_keys(document(RSA | {"alg": "PS256"})).keys["key-RS256"]
 
     assert key.algorithms == {"PS256"}
 
@@ -49,56 +50,95 @@ NOT_FOR_US: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("entry", NOT_FOR_US.values(), ids=NOT_FOR_US)
-def test_keys_that_are_not_for_us_are_passed_over(entry: dict[str, Any]) -> None:
+def test_keys_that_are_not_for_us_are_passed_over_in_silence(entry: dict[str, Any]) -> None:
     for entries in ((entry, OLD), (OLD, entry), (entry, OLD, entry)):
-        assert list(read_keys(document(*entries))) == ["old"]
+        found = read_keys(document(*entries))
+        assert (list(found.keys), found.skipped) == (["old"], {})
+    assert read_keys(document(entry)).keys == {}
 
 
-@pytest.mark.parametrize("entry", NOT_FOR_US.values(), ids=NOT_FOR_US)
-def test_a_set_of_nothing_for_us_is_refused(entry: dict[str, Any]) -> None:
-    with pytest.raises(KeySetInvalid, match="has no keys"):
-        read_keys(document(entry))
-
-
-REFUSED: dict[str, tuple[bytes, str]] = {
+NOT_A_SET: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "is not valid JSON"),
     "HTML": (b"<!doctype html><title>Sign in</title>", "is not valid JSON"),
     "an array": (b"[]", "is not a key set"),
     "no keys": (b"{}", "is not a key set"),
-    "an empty set": (b'{"keys": []}', "has no keys"),
-    "keys that are no objects": (b'{"keys": ["x"]}', "is not a key set"),
+    "keys that are no array": (b'{"keys": {}}', "is not a key set"),
     "a member twice": (b'{"keys": [], "keys": []}', "has a member twice"),
-    "a key id twice": (document(OLD, PUBLIC), "no id of its own"),
-    "no key id": (document({k: v for k, v in PUBLIC.items() if k != "kid"}), "no id of its own"),
-    "a key id that is a number": (document(PUBLIC | {"kid": 1}), "no id of its own"),
-    "a shared secret": (document(OLD, {"kty": "oct", "kid": "s", "k": "c2VjcmV0"}), "has been published"),
-    "a private key": (document(PUBLIC | {"d": "c2VjcmV0"}), "has been published"),
-    "a curve of another type": (document(PUBLIC | {"crv": "P-256"}), "malformed"),
-    "a private key of an unknown curve": (
-        document(OLD, {"kty": "OKP", "crv": "X448", "d": "A"}),
-        "published",
-    ),
-    "a private key of an unknown algorithm": (document(OLD, RSA | {"alg": "RS1", "d": "A"}), "published"),
-    "a curve that is no text": (document(OLD, PUBLIC | {"crv": 7, "kid": "x"}), "do not fit together"),
-    "an algorithm that is no text": (document(OLD, RSA | {"alg": ["RS256"]}), "do not fit together"),
-    "an algorithm of another curve": (
-        document(KEYS["ES256"].public | {"alg": "ES384"}),
-        "do not fit together",
-    ),
-    "no curve": (document({k: v for k, v in PUBLIC.items() if k != "crv"}), "do not fit together"),
-    "an algorithm of another type": (document(RSA | {"alg": "ES256"}), "do not fit together"),
-    "a point that is none": (document(PUBLIC | {"x": "AAAA"}), "malformed"),
-    "a point that is no text": (document(PUBLIC | {"x": 7}), "malformed"),
-    "a point off its curve": (document(KEYS["ES256"].public | {"y": KEYS["ES256"].public["x"]}), "malformed"),
-    "a short RSA key beside a good one": (document(OLD, RSA | {"n": RSA["n"][:200]}), "less than 2048 bits"),
-    "a short RSA key": (document(RSA | {"n": RSA["n"][:200]}), "less than 2048 bits"),
 }
 
 
-@pytest.mark.parametrize(("content", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_document_with_a_mistake_is_refused_whole(content: bytes, reason: str) -> None:
+@pytest.mark.parametrize(("content", "reason"), NOT_A_SET.values(), ids=NOT_A_SET.keys())
+def test_a_document_that_is_not_a_key_set_is_refused(content: bytes, reason: str) -> None:
     with pytest.raises(KeySetInvalid, match=reason):
         read_keys(content)
+
+
+def lacking(key: dict[str, Any], name: str) -> dict[str, Any]:
+    return {member: value for member, value in key.items() if member != name}
+
+
+ODD: dict[str, tuple[Any, str]] = {
+    "no object": ("x", "not an object"),
+    "null": (None, "not an object"),
+    "the id of another": (NEW.public | {"kid": "old"}, "no id of its own"),
+    "no id": (lacking(PUBLIC, "kid"), "no id of its own"),
+    "an empty id": (PUBLIC | {"kid": ""}, "no id of its own"),
+    "an id that is a number": (PUBLIC | {"kid": 1}, "an id that is not text"),
+    "an id that is null": (PUBLIC | {"kid": None}, "an id that is not text"),
+    "a shared secret": ({"kty": "oct", "kid": "s", "k": "c2VjcmV0"}, "has been published"),
+    "a private key": (PUBLIC | {"d": "c2VjcmV0", "kid": "x"}, "has been published"),
+    "a private key of an unknown curve": ({"kty": "OKP", "crv": "X448", "d": "A"}, "has been published"),
+    "a private key of an unknown algorithm": (RSA | {"alg": "RS1", "d": "A"}, "has been published"),
+    "a curve of another type": (PUBLIC | {"crv": "P-256", "kid": "x"}, "malformed"),
+    "a curve that is no text": (PUBLIC | {"crv": 7, "kid": "x"}, "do not fit together"),
+    "no curve": (lacking(PUBLIC, "crv"), "do not fit together"),
+    "an algorithm that is no text": (RSA | {"alg": ["RS256"]}, "do not fit together"),
+    "an algorithm of another curve": (KEYS["ES256"].public | {"alg": "ES384"}, "do not fit together"),
+    "an algorithm of another type": (RSA | {"alg": "ES256"}, "do not fit together"),
+    "a point that is none": (PUBLIC | {"x": "AAAA"}, "malformed"),
+    "a point that is no text": (PUBLIC | {"x": 7}, "malformed"),
+    "a point off its curve": (KEYS["ES256"].public | {"y": KEYS["ES256"].public["x"]}, "malformed"),
+    "no modulus": (lacking(RSA, "n"), "malformed"),
+    "a short RSA key": (RSA | {"n": RSA["n"][:200]}, "less than 2048 bits"),
+}
+
+
+@pytest.mark.parametrize(("entry", "reason"), ODD.values(), ids=ODD.keys())
+def test_an_invalid_key_is_skipped_and_counted(entry: Any, reason: str) -> None:
+    found = read_keys(document(OLD, entry, entry, KEYS["ES512"]))
+
+    assert found.keys == read_keys(document(OLD, KEYS["ES512"])).keys
+    ((said, times),) = found.skipped.items()
+    assert reason in said
+    assert times == 2
+
+
+def test_an_invalid_key_does_not_take_the_id_of_a_valid_one() -> None:
+    found = read_keys(document(PUBLIC | {"x": "AAAA"}, OLD))
+
+    assert found.keys == read_keys(document(OLD)).keys
+
+
+def test_the_only_key_of_a_set_needs_no_id() -> None:
+    nameless = lacking(PUBLIC, "kid")
+
+    for beside in ([], [NOT_FOR_US["for encryption"]], [RSA | {"n": "AQAB"}]):
+        assert list(read_keys(document(nameless, *beside)).keys) == [""]
+    assert list(read_keys(document(nameless, NEW)).keys) == ["new"]
+    assert list(read_keys(document(NEW, nameless)).keys) == ["new"]
+    assert read_keys(document(nameless, lacking(NEW.public, "kid"))).keys == {}
+
+
+@pytest.mark.parametrize(("entry", "reason"), ODD.values(), ids=ODD.keys())
+def test_a_mistake_in_the_keys_of_the_settings_is_refused(entry: Any, reason: str) -> None:
+    with pytest.raises(KeySetInvalid, match=reason):
+        StaticKeys(document(OLD, entry))
+
+
+def test_settings_without_any_key_are_refused() -> None:
+    for entries in ((), NOT_FOR_US.values()):
+        with pytest.raises(KeySetInvalid, match="has no keys"):
+            StaticKeys(document(*entries))
 
 
 async def test_static_keys_know_what_they_were_given() -> None:
@@ -270,19 +310,123 @@ async def test_a_key_that_is_no_longer_published_is_dropped(
         await keys.key("old")
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        pytest.param([], id="an empty set"),
+        pytest.param(list(NOT_FOR_US.values()), id="none for us"),
+        *(pytest.param([entry], id=name) for name, (entry, _) in ODD.items() if "id" not in name),
+    ],
+)
+async def test_a_withdrawn_key_ends_with_a_set_without_it_whatever_else_that_has(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock, entries: list[Any]
+) -> None:
+    clock.now += jwks.FRESH_S + 1
+    issuer.publish(*entries)
+    await keys.key("old")  # renewed behind this answer's back
+    await end_of_fetch(keys)
+
+    with pytest.raises(KeyUnknown):
+        await keys.key("old")
+
+    clock.now += jwks.COOL_DOWN_S
+    issuer.publish(*entries, NEW)
+    assert await keys.key("new")
+
+
+async def test_what_a_set_lacks_or_has_too_much_of_is_logged(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    with capture_logs() as lines:
+        for entries in ((OLD, "x", "x"), (OLD, "x", "x"), (OLD,), ()):
+            issuer.publish(*entries)
+            clock.now += jwks.FRESH_S + 1
+            await keys.key("old")
+            await end_of_fetch(keys)
+
+    assert [line["event"] for line in lines] == ["keys skipped", "issuer has no keys"]
+    assert lines[0] == {
+        "event": "keys skipped",
+        "log_level": "warning",
+        "url": issuer.url,
+        "reasons": {"a key is not an object": 2},
+    }
+
+
+async def test_after_idle_time_a_withdrawn_key_is_not_trusted(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    issuer.publish(NEW)
+    issuer.delay_s = 0.1
+    clock.now += jwks.IDLE_MAX_S + 1
+
+    found = await asyncio.gather(*(keys.key("old") for _ in range(5)), return_exceptions=True)
+
+    assert [type(each) for each in found] == [KeyUnknown] * 5
+    assert len(issuer.requests) == 1 + 2  # a renewal, and a search for a key made meanwhile
+    assert await keys.key("new")
+
+
+@pytest.mark.parametrize("failed_before", [False, True])
+async def test_after_idle_time_one_fetch_is_waited_for_while_the_issuer_is_away(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock, monkeypatch: pytest.MonkeyPatch, failed_before: bool
+) -> None:
+    monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.3)
+    issuer.delay_s = 30
+    if failed_before:
+        clock.now += jwks.FRESH_S + 1
+        await keys.key("old")
+        await end_of_fetch(keys)
+
+    for _ in range(2):
+        clock.now += jwks.IDLE_MAX_S + 1
+        began = time.perf_counter()
+        assert await keys.key("old")
+        assert 0.2 < time.perf_counter() - began < 2  # this one has waited, and the old key serves on
+
+        clock.now += jwks.COOL_DOWN_S
+        began = time.perf_counter()
+        assert await keys.key("old")  # a fetch goes on behind this answer's back
+        assert time.perf_counter() - began < 0.2
+        await end_of_fetch(keys)
+
+
+async def test_a_key_that_is_asked_for_all_the_time_is_renewed_without_waiting(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    issuer.delay_s = 0.2
+    for _ in range(5):
+        clock.now += jwks.FRESH_S + 1
+        await asyncio.wait_for(keys.key("old"), 0.1)
+        await end_of_fetch(keys)
+
+    assert len(issuer.requests) == 1 + 5
+
+
+async def test_a_redirect_to_another_set_of_keys_is_not_followed(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    async with running_issuer(NEW) as another:
+        for status in ("301 Moved Permanently", "302 Found", "303 See Other", "307 Temporary Redirect"):
+            issuer.reply = answer(b"", status, f"Location: {another.url}")
+            clock.now += jwks.COOL_DOWN_S
+            with pytest.raises(KeysUnavailable):
+                await keys.key("new")
+
+    assert len(issuer.requests) == 1 + 4
+    assert another.requests == []
+
+
 MISBEHAVIOUR: dict[str, bytes | None] = {
     "resets": None,
     "says nothing": b"",
     "fails": answer(b"{}", "500 Internal Server Error"),
     "answers with HTML": answer(b"<html></html>", "200 OK", "Content-Type: text/html"),
     "answers with nothing": answer(b""),
-    "redirects": answer(b"", "302 Found", "Location: http://127.0.0.1:1/keys"),
     "answers with too much": answer(b" " * (jwks.DOCUMENT_MAX_BYTES + 1) + document(NEW)),
     "breaks off": answer(document(NEW))[:-9],
     "speaks no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
-    "has a key id twice": answer(document(NEW, NEW)),
-    "publishes a secret": answer(document(NEW, {"kty": "oct", "kid": "s", "k": "c2VjcmV0"})),
-    "has a key of a wrong curve": answer(document(NEW, PUBLIC | {"crv": "P-256", "kid": "wrong"})),
+    "has a member twice": answer(b'{"keys": [], "keys": []}'),
 }
 
 

@@ -139,6 +139,28 @@ async def test_search_finds_the_same_with_and_without_extensions(postgres: Serve
     assert {word: [task["title"] for task in answer.json()] for word, answer in answers.items()} == SEARCHES
 
 
+async def test_search_folds_case_beyond_ascii_where_lc_ctype_is_c(postgres: Server) -> None:
+    name = "task_test_ctype_c"
+    await postgres.execute(
+        f"CREATE DATABASE {name} TEMPLATE template0 LOCALE_PROVIDER libc LC_COLLATE 'C' LC_CTYPE 'C'"
+    )
+    try:
+        async with running(create_app(settings_for(postgres.url_of(name)))) as client:
+            alice = person("alice", client)
+            for title, description in NOTES:
+                await alice.create(title, description=description)
+
+            answers = {word: (await alice.get("", params={"search": word})).json() for word in SEARCHES}
+            by_title = [task["title"] for task in (await alice.get("?sort=title")).json()]
+        indexes = await _indexes(postgres.url_of(name))
+    finally:
+        await postgres.drop_database(name)
+
+    assert {word: [task["title"] for task in tasks] for word, tasks in answers.items()} == SEARCHES
+    assert by_title == sorted((title for title, _ in NOTES), key=str.lower)
+    assert "ix_task_search" in indexes
+
+
 async def _indexes(url: str) -> set[str]:
     connection = await asyncpg.connect(url)
     rows = await connection.fetch("SELECT indexname FROM pg_indexes WHERE tablename = 'task'")

@@ -7,7 +7,7 @@ import asyncpg
 import pytest
 
 import pool as pool_module
-from pool import Pool, PoolBusy
+from pool import STATEMENTS_MAX, Pool, PoolBusy
 from tests.postgres import Server
 from tests.postgres_proxy import running_proxy
 
@@ -50,6 +50,35 @@ async def test_a_statement_is_prepared_once(pool: Pool) -> None:
 
     names = "SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE 'SELECT 1 +%'"
     assert await pool.fetch(names, []) == [(1,)]
+
+
+async def test_a_connection_keeps_its_most_recent_statements_prepared(pool: Pool) -> None:
+    prepared = "SELECT statement FROM pg_prepared_statements"
+    async with pool.connection() as connection:
+        for number in range(3 * STATEMENTS_MAX):
+            await connection.fetch(f"SELECT {number} + $1::int", [1])
+            await connection.fetch("SELECT 'often used'", [])
+
+        kept = {row["statement"] for row in await connection.fetch(prepared, [])}
+
+    # The server has yet to hear of the last one that was dropped.
+    assert STATEMENTS_MAX <= len(kept) <= STATEMENTS_MAX + 1
+    assert {"SELECT 'often used'", f"SELECT {3 * STATEMENTS_MAX - 1} + $1::int"} <= kept
+
+
+async def test_a_connection_is_replaced_after_its_lifetime(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "LIFETIME_S", 0.2)
+    pool = Pool(lambda: asyncpg.connect(postgres.url), 1)
+    first = await pid(pool)
+    assert await pid(pool) == first
+    await asyncio.sleep(0.25)
+
+    assert await pid(pool) == first  # the request that finds it old is still served by it
+    assert await pid(pool) != first
+    assert pool.usage == {"in use": 0, "idle": 1, "waiting": 0}
+    await pool.close()
 
 
 async def test_who_waits_too_long_is_told_so(postgres: Server) -> None:

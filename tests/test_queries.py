@@ -1,11 +1,14 @@
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import db
+import listing
 from main import create_app
+from schemas import Order
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 from tests.postgres_proxy import running_proxy
@@ -303,3 +306,16 @@ async def test_a_transaction_is_a_round_trip_for_each_statement(postgres: Server
     await postgres.drop_database(name)
 
     assert proxy.round_trips == len(proxy.statements) == 5 + 6 + 7 + 5
+
+
+def test_all_lists_together_have_144_statements() -> None:
+    fields = ("created_at", "updated_at", "title", "priority", "due_date")
+    orders = [Order(field, descending) for field in fields for descending in (False, True)]
+    dialect = db.connect("postgresql://user@host/name", pool_size=1).dialect
+
+    cases = itertools.product(
+        (listing.page, listing.counted_page), get_args(listing.Shape), orders, get_args(listing.Start)
+    )
+    texts = {db.compile_statement(db.Deferred(build, tuple(case)), dialect).sql for build, *case in cases}
+
+    assert len(texts) == 144

@@ -73,6 +73,7 @@ GOOD: dict[str, tuple[str, set[str]]] = {
     **{algorithm: (key.token(), {"keys", "both"}) for algorithm, key in KEYS.items()},
     "without typ, as Better Auth writes": (ED.token({"typ": None}), {"keys", "both"}),
     "typ JWT": (ED.token({"typ": "JWT"}), {"keys", "both"}),
+    "typ application/at+jwt": (ED.token({"typ": "application/at+jwt"}), {"keys", "both"}),
     "typ at+jwt": (ED.token({"typ": "at+jwt"}), {"keys", "both"}),
     "of another accepted issuer": (ED.token(iss="https://other.example.com"), {"keys", "both"}),
     "for several, us among them": (ED.token(aud=["https://x.example.com", ORIGIN]), {"keys", "both"}),
@@ -91,6 +92,10 @@ HEADERS_REFUSED: dict[str, dict[str, Any]] = {
     "typ of Better Auth's session cache": {"typ": "better-auth.session-cache+jwt"},
     "typ null": {"typ": [None]},
     "typ dpop+jwt": {"typ": "dpop+jwt"},
+    "typ application/dpop+jwt": {"typ": "application/dpop+jwt"},
+    "typ application": {"typ": "application/"},
+    "typ of another tree": {"typ": "text/at+jwt"},
+    "typ application twice": {"typ": "application/application/jwt"},
 }
 CLAIMS_REFUSED: dict[str, dict[str, Any]] = {
     "no sub": {"sub": None},

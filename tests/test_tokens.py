@@ -3,6 +3,7 @@
 import base64
 import hmac
 import json
+import re
 import string
 import traceback
 from collections.abc import AsyncIterator, Mapping
@@ -12,7 +13,9 @@ import pytest
 
 import jwks
 import tokens
+from errors import InvalidToken
 from jwks import FetchedKeys, KeysUnavailable
+from openapi import CHALLENGE_PATTERN
 from tests import test_jwks
 from tests.conftest import SECRET
 from tests.issuer import Issuer, SigningKey, new_key, running_issuer
@@ -240,10 +243,12 @@ REFUSED: dict[str, dict[str, str]] = {
         "expired as well": token(CLAIMS | {"exp": 1}, secret=OLDER),
         "without sub as well": token({"exp": SOON}, secret=OLDER),
     },
-    "Token names no user": {
+    "Token has no sub claim, which must be the user's id": {
         "sub missing": without("sub"),
         "nothing but a user's row": token({"id": "alice", "email": "alice@example.com", "exp": SOON}),
         "payload empty": token({}),
+    },
+    "Token names no user": {
         "sub null": claiming(sub=None),
         "sub empty": claiming(sub=""),
         "sub blank": claiming(sub=" "),
@@ -358,6 +363,11 @@ async def test_a_token_is_refused_for_its_reason(verifier: Verifier, reason: str
         assert str(refusal.value) == reason
 
 
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_reason_may_stand_in_a_challenge(reason: str) -> None:
+    assert re.fullmatch(CHALLENGE_PATTERN, InvalidToken(reason).headers["WWW-Authenticate"])  # type: ignore[index] # it has some
+
+
 @pytest.mark.parametrize(("reason", "refused"), ALL_REFUSED)
 async def test_a_refusal_never_holds_the_token(verifier: Verifier, reason: str, refused: str) -> None:
     with pytest.raises(TokenInvalid) as refusal:
@@ -377,6 +387,9 @@ async def test_a_refusal_never_holds_the_token(verifier: Verifier, reason: str, 
         pytest.param(headed(typ="Jwt"), id="typ Jwt"),
         pytest.param(headed(typ="at+jwt"), id="typ at+jwt"),
         pytest.param(headed(typ="AT+JWT"), id="typ AT+JWT"),
+        pytest.param(headed(typ="application/at+jwt"), id="typ application/at+jwt"),
+        pytest.param(headed(typ="Application/AT+JWT"), id="typ Application/AT+JWT"),
+        pytest.param(headed(typ="application/jwt"), id="typ application/jwt"),
         pytest.param(headed(kid="1", cty="json", x5t="x"), id="other headers"),
         pytest.param(claiming(exp=SOON + 0.5), id="exp a float"),
         pytest.param(token(b'{"sub": "alice", "exp": 1.8e300}'), id="exp after the end of the world"),
@@ -672,7 +685,7 @@ async def test_a_token_for_a_user_is_issued(verifier: Verifier, clock: Clock) ->
     header, payload, _ = (base64.urlsafe_b64decode(part + "==") for part in issued.split("."))
     assert json.loads(header) == {"alg": "HS256", "typ": "JWT"}
     assert json.loads(payload) == {"sub": "alice", "iat": NOW, "exp": NOW + 900}
-    assert (await verifier.verify(issued)) == Claims("alice", NOW + 900, by_secret=True)
+    assert (await verifier.verify(issued)) == Claims("alice", NOW + 900, by_secret=True, auth_time=NOW)
     clock.now = NOW + 910
     with pytest.raises(TokenExpired):
         await verifier.verify(issued)
@@ -680,9 +693,8 @@ async def test_a_token_for_a_user_is_issued(verifier: Verifier, clock: Clock) ->
 
 @pytest.mark.parametrize("user_id", ["42", "ü@example.com", "😀" * 255])
 async def test_an_issued_token_is_accepted_for_any_user(verifier: Verifier, user_id: str) -> None:
-    assert (await verifier.verify(tokens.issue(user_id, SECRET, 0.5 * 3600))) == Claims(
-        user_id, NOW + 1800, by_secret=True
-    )
+    expected = Claims(user_id, NOW + 1800, by_secret=True, auth_time=NOW)
+    assert (await verifier.verify(tokens.issue(user_id, SECRET, 0.5 * 3600))) == expected
 
 
 async def test_a_token_issued_with_another_secret_is_refused(verifier: Verifier) -> None:

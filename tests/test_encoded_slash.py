@@ -1,0 +1,126 @@
+"""Users whose `sub` has a slash, at the service as its own process, since the server decodes paths."""
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+import tokens
+from middleware.encoded_slash import SLASH
+from tests.conftest import SECRET
+from tests.postgres import free_port
+from tests.service import running_service
+from tests.test_access_log import Log, log, log_format, logged  # noqa: F401 - fixtures
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port, folder = str(free_port()), tmp_path_factory.mktemp("slash")
+    with running_service(folder, PORT=port, BETTER_AUTH_SECRET=SECRET, RATE_LIMIT="off") as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+        assert "Traceback" not in service.logged
+
+
+@pytest.fixture
+async def served(address: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=address) as client:
+        yield client
+
+
+def _bearer(user_id: str) -> dict[str, Any]:
+    return {"headers": {"Authorization": f"Bearer {tokens.issue(user_id, SECRET, 3600)}"}}
+
+
+@pytest.mark.parametrize(
+    ("user_id", "encoded"),
+    [
+        ("google-oauth2/117", "google-oauth2%2F117"),
+        ("https://id.example.com/alice", "https:%2F%2Fid.example.com%2Falice"),
+        ("a/b|c é%2F?#", "a%2fb%7Cc%20%C3%A9%252F%3F%23"),
+        ("/", "%2F"),
+        ("tasks/", "tasks%2F"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["/api", "/api/v1"])
+async def test_a_user_whose_sub_has_a_slash_has_tasks(
+    served: httpx.AsyncClient, prefix: str, user_id: str, encoded: str
+) -> None:
+    tasks, bearer = f"{prefix}/{encoded}/tasks", _bearer(user_id)
+
+    one, two = [(await served.post(tasks, json={"title": title}, **bearer)) for title in ("one", "two")]
+    assert [one.status_code, one.json()["user_id"]] == [201, user_id]
+    assert one.headers["location"].isascii()
+    read = await served.get(one.headers["location"], **bearer)
+    first = await served.get(f"{tasks}/?limit=1", **bearer)
+    next_page = await served.get(first.links["next"]["url"], **bearer)
+    completed = await served.patch(f"{two.headers['location']}/complete", **bearer)
+    counted = await served.get(f"{tasks}/stats", **bearer)
+    deleted = [await served.delete(f"{tasks}?status={state}", **bearer) for state in ("pending", "completed")]
+
+    assert read.json() == one.json()
+    assert [first.json()[0]["title"], next_page.json()[0]["title"]] == ["two", "one"]
+    assert [completed.json()["completed"], counted.json()["total"]] == [True, 2]
+    assert [answer.json() for answer in deleted] == [{"count": 1}] * 2
+
+
+SPELLINGS = [
+    "al/ice",
+    "al%252Fice",
+    "al%25252Fice",
+    "al%ED%B0%AFice",  # the sign that stands for a slash inside
+    "al%C0%AFice",  # a slash, too long
+    "al%EF%BC%8Fice",  # a wide slash
+    "al%5Cice",
+    "al%00ice",
+    "al%2F%2Fice",
+    "%2Fal%2Fice",
+    "al%2Fice%2F",
+    "al%2F.%2Fice",
+    "x%2F..%2Fal%2Fice",
+    "al%2Fice%2520",
+    "al%2FICE",
+    "al",
+    "ice",
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+async def test_nobody_with_a_slash_is_reached_by_another_spelling(
+    served: httpx.AsyncClient, spelling: str
+) -> None:
+    created = await served.post("/api/al%2Fice/tasks", json={"title": "secret"}, **_bearer("al/ice"))
+    assert created.status_code == 201
+
+    for user_id in ("al/ice", "al", "ice", "al%2Fice", "bob"):
+        answer = await served.get(f"/api/{spelling}/tasks", **_bearer(user_id))
+        assert "secret" not in answer.text
+        assert answer.status_code in (403, 404) or (user_id, spelling, answer.text) in (
+            ("al", "al", "[]"),
+            ("ice", "ice", "[]"),
+            ("al%2Fice", "al%252Fice", "[]"),
+        )
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/api%2Falice/tasks", "/api/alice%2Ftasks", "/api/alice/tasks%2F", "/api/alice/tasks%2F1", "/%2Fhealth"],
+)
+async def test_an_encoded_slash_ends_no_part_of_the_path(served: httpx.AsyncClient, path: str) -> None:
+    assert (await served.get(path, **_bearer("alice"))).status_code == 404
+
+
+async def test_a_task_with_a_slash_is_no_task(served: httpx.AsyncClient) -> None:
+    for task in ("1%2Fcomplete", "stats%2F", "%2F1"):
+        answer = await served.get(f"/api/alice/tasks/{task}", **_bearer("alice"))
+        assert (answer.status_code, answer.json()["errors"][0]["parameter"]) == (422, "task_id")
+
+
+async def test_a_slash_is_a_slash_in_the_log(logged: httpx.AsyncClient, log: Log) -> None:  # noqa: F811
+    denied = await logged.get("/api/al%2Fice/tasks", **_bearer("bob"))
+    refused = await logged.put("/api/al%2Fice/tasks", **_bearer("al/ice"))
+
+    assert [denied.status_code, refused.status_code] == [403, 405]
+    assert log.events("access denied")[0]["user_id"] == "al/ice"
+    assert SLASH not in log.getvalue()
