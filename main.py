@@ -56,7 +56,7 @@ STARTUP_FAILURE = 3  # uvicorn's
 SD_LISTEN_FDS_START = 3
 START_WAIT_S = 1.5  # for the database; then the port opens, and 503 is the answer until it is there
 RETRY_MAX_S = 30.0  # between two attempts to migrate a database that is away
-LOCK_TIMEOUT = "1s"  # while a migration waits for a table, all requests for that table wait behind it
+MIGRATION_WAIT_S = 1.0  # for another process that migrates, before this one says so in the log
 END_S = 0.5  # for connections to end in order, and then for threads: what waits for a database holds nobody
 
 _log = structlog.get_logger("main")
@@ -245,12 +245,12 @@ async def _succeeds(attempt: Awaitable[None], event: str) -> bool:
 
 
 async def _migrate(database: db.Database) -> None:
-    """Bring the schema to head on this loop, where it can be cancelled: its transaction then is undone."""
+    """Bring the schema to head on this loop, where it can be cancelled: its revision is then undone."""
     engine = database.engine()
     try:
         async with engine.connect() as connection:
             await connection.run_sync(
-                lambda synchronous: _upgrade(connection=synchronous, lock_timeout=LOCK_TIMEOUT)
+                lambda synchronous: _upgrade(connection=synchronous, wait_s=MIGRATION_WAIT_S)
             )
     finally:
         await engine.dispose()

@@ -82,9 +82,9 @@ async def filled(server: Server, users: int) -> str:
     await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
     connection = await asyncpg.connect(url)
     # An index of words is made several times faster than it is kept.
-    search = await connection.fetchval("SELECT indexdef FROM pg_indexes WHERE indexname = 'ix_task_search'")
+    search = await connection.fetchval("SELECT indexdef FROM pg_indexes WHERE indexname = 'ix_task_words'")
     if search:
-        await connection.execute("DROP INDEX ix_task_search")
+        await connection.execute("DROP INDEX ix_task_words")
     await connection.execute(_FILL, users, timeout=600)
     if search:
         await connection.execute(search, timeout=600)

@@ -1,7 +1,9 @@
+import ast
 import json
 import re
 from pathlib import Path
 
+import pytest
 from fastapi import FastAPI
 
 from config import Settings
@@ -99,12 +101,56 @@ def test_contributors_read_the_floors_that_are_checked() -> None:
     assert [found - {"config"} for found in rooms] == [floor - {"config"} for floor in FLOORS]
 
 
-def test_security_names_tests_that_exist() -> None:
-    named = set(re.findall(r"`(test_[a-z0-9_]+)`", (PROJECT / "SECURITY.md").read_text()))
-    sources = "".join(path.read_text() for path in (PROJECT / "tests").glob("test_*.py"))
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-    assert len(named) > 15
-    assert {name for name in named if f"def {name}(" not in sources} == set()
+
+def _collected() -> dict[str, Function]:
+    """Return the functions that pytest runs as tests, by name."""
+    modules = [ast.parse(path.read_text()) for path in sorted((PROJECT / "tests").glob("test_*.py"))]
+    found = [node for module in modules for node in module.body if isinstance(node, Function)]
+    return {each.name: each for each in found if each.name.startswith("test_")}
+
+
+def _can_fail(test: Function) -> bool:
+    """Whether *test* is run always and claims something: itself, or by a helper whose name begins so."""
+    marks = " ".join(map(ast.unparse, test.decorator_list))
+    claims = [
+        node
+        for node in ast.walk(test)
+        if (isinstance(node, ast.Assert) and not isinstance(node.test, ast.Constant))
+        or (isinstance(node, ast.Call) and re.search(r"(^|\.)(_?assert_\w+|raises)$", ast.unparse(node.func)))
+    ]
+    return bool(claims) and not re.search(r"mark\.(skip|xfail)", marks)
+
+
+def test_security_names_tests_that_are_run_and_can_fail() -> None:
+    table = (PROJECT / "SECURITY.md").read_text().partition("## Threats\n")[2]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    named = [re.findall(r"`(test_[a-z0-9_]+)`", row.split(" | ")[-1]) for row in rows]
+    collected = _collected()
+
+    assert len(rows) > 15
+    assert [row for row, names in zip(rows, named, strict=True) if not names] == []
+    names = {name for names in named for name in names}
+    assert {name for name in names if name not in collected} == set()
+    assert {name for name in names if not _can_fail(collected[name])} == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def test_nothing():\n    pass",
+        "def test_nothing():\n    assert True",
+        "def test_nothing():\n    print('assert 1 == 2')",
+        "@pytest.mark.skip\ndef test_nothing():\n    assert answer == 1",
+        "@pytest.mark.xfail(reason='later')\nasync def test_nothing():\n    assert answer == 1",
+    ],
+)
+def test_a_test_that_cannot_fail_is_noticed(source: str) -> None:
+    (test,) = ast.parse(source).body
+
+    assert isinstance(test, Function)
+    assert not _can_fail(test)
 
 
 def test_readme_maps_every_module() -> None:

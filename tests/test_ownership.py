@@ -1,10 +1,27 @@
-import re
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
-from sqlalchemy import select, update
-from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
+from sqlalchemy import (
+    BindParameter,
+    Insert,
+    Join,
+    Select,
+    Table,
+    Update,
+    and_,
+    bindparam,
+    exists,
+    or_,
+    select,
+    true,
+    union_all,
+    update,
+)
+from sqlalchemy.dialects.postgresql.asyncpg import PGCompiler_asyncpg, PGDialect_asyncpg
+from sqlalchemy.sql import operators
 from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList
+from sqlalchemy.sql.selectable import Alias
 
 import bulk
 import idempotency
@@ -12,29 +29,105 @@ import queries
 from listing import OWNED, TASKS, Shape
 from tests.statements import bulks, constants, every_statement, lists
 
-NAMED = PGDialect_asyncpg(paramstyle="named")  # type: ignore[no-untyped-call] # not in its stubs
-_TABLES = "(?:task|idempotency_key)"
-_READ = re.compile(rf"\b(?:FROM|UPDATE|JOIN) {_TABLES}\b")
-_OWNED = re.compile(rf"\b{_TABLES}\.user_id = :owner\b")
-# They remove what has expired, whoever sent it.
-_OF_NOBODY = [idempotency._FIND_PORTION, idempotency._REMOVE_PORTION]
-_WRITTEN = re.compile(rf"\bINSERT INTO {_TABLES} \(([^)]*)\)\s+(?:VALUES \(|SELECT )(.*)", re.DOTALL)
+KEYS = idempotency._KEYS
+ALIAS = TASKS.alias("other")
+OTHER_BIND = bindparam("owner_too", type_=TASKS.c.user_id.type)
+# They remove what has expired, of any user.
+_WITHOUT_OWNER = [idempotency._FIND_PORTION, idempotency._REMOVE_PORTION]
 
 
-def sql_of(statement: Executable) -> str:
-    return str(statement.compile(dialect=NAMED))  # type: ignore[attr-defined] # not in its stubs
+class _Noting(PGCompiler_asyncpg):
+    """Compiles to SQL and notes each statement that becomes a part of it."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.parts: list[Any] = []
+        super().__init__(*arguments, **options)
+
+    def visit_textclause(self, *_arguments: Any, **_options: Any) -> Any:
+        raise AssertionError("text is not looked into")
 
 
-def is_bound_to_its_owner(sql: str) -> bool:
-    """Return whether *sql* reads rows of one owner only, in each of its parts, and writes no other's."""
-    written = _WRITTEN.search(sql)
-    own = not written or _value_of_user_id(written).startswith(":owner")
-    return own and len(_READ.findall(sql)) == len(_OWNED.findall(sql)) and ":owner" in sql
+def _noting(name: str) -> Any:
+    def visit(compiler: _Noting, statement: Any, *arguments: Any, **options: Any) -> Any:
+        compiler.parts.append(statement)
+        return getattr(PGCompiler_asyncpg, name)(compiler, statement, *arguments, **options)
+
+    return visit
 
 
-def _value_of_user_id(written: "re.Match[str]") -> str:
-    place = written[1].split(", ").index("user_id")
-    return written[2].split(", ")[place]
+for _name in ("visit_select", "visit_insert", "visit_update", "visit_delete"):
+    setattr(_Noting, _name, _noting(_name))
+
+
+def parts(statement: Any) -> list[Any]:
+    """Return the statement and every one inside it: sub-selects, parts of a UNION, common tables."""
+    compiled: list[Any] = _Noting(PGDialect_asyncpg(), statement).parts  # type: ignore[no-untyped-call]
+    return compiled
+
+
+def owned_tables(element: Any) -> list[Any]:
+    """Return what *element* is, or joins, of the tables whose rows have an owner."""
+    if isinstance(element, Join):
+        return owned_tables(element.left) + owned_tables(element.right)
+    table = element.element if isinstance(element, Alias) else element
+    return [element] if isinstance(table, Table) and table in (TASKS, KEYS) else []
+
+
+def conjuncts(condition: Any) -> list[Any]:
+    if isinstance(condition, BooleanClauseList) and condition.operator is operators.and_:
+        return [each for clause in condition.clauses for each in conjuncts(clause)]
+    return [condition]
+
+
+def is_owner(value: Any) -> bool:
+    return isinstance(value, BindParameter) and value.key == "owner"
+
+
+def is_limited_to_owner(condition: Any, table: Any) -> bool:
+    """Whether one of the conditions that *condition* joins by AND names the owner of *table*'s rows."""
+    return any(
+        isinstance(each, BinaryExpression)
+        and each.operator is operators.eq
+        and each.left is table.c.user_id
+        and is_owner(each.right)
+        for each in conjuncts(condition)
+    )
+
+
+def breaches(statement: Any) -> list[str]:
+    """Return which parts of *statement* read or change rows that may be another user's."""
+    found = []
+    for part in parts(statement):
+        if isinstance(part, Insert):
+            if part.table in (TASKS, KEYS) and not is_owner(_inserted_user(part)):
+                found.append(f"inserts for another user: {part}")
+            continue
+        froms = part.get_final_froms() if isinstance(part, Select) else [part.table]
+        tables = [table for each in froms for table in owned_tables(each)]
+        condition = and_(true(), *part._where_criteria)
+        found += [f"no owner: {part}" for table in tables if not is_limited_to_owner(condition, table)]
+        if isinstance(part, Update) and "user_id" in _set(part):
+            found.append(f"gives a row away: {part}")
+    return found
+
+
+def _set(statement: Any) -> dict[str, Any]:
+    """Return what *statement* writes, by the names of columns."""
+    assert not getattr(statement, "_multi_values", ()), "of many rows: not looked into"
+    return {getattr(column, "key", column): value for column, value in (statement._values or {}).items()}
+
+
+def _inserted_user(statement: Any) -> Any:
+    if statement.select is None:
+        return _set(statement).get("user_id")
+    place = list(statement._select_names).index("user_id")
+    return list(statement.select.selected_columns)[place]
+
+
+def locks(statement: Executable) -> list[Any]:
+    return [
+        part for part in parts(statement) if isinstance(part, Select) and part._for_update_arg is not None
+    ]
 
 
 def test_every_statement_is_bound_to_its_owner() -> None:
@@ -44,20 +137,52 @@ def test_every_statement_is_bound_to_its_owner() -> None:
     assert all(len(lists(shape)) == 48 and len(bulks(shape)) == 4 for shape in get_args(Shape))
 
     for statement in every_statement():
-        if any(statement is each for each in _OF_NOBODY):
-            continue
-        assert is_bound_to_its_owner(sql_of(statement)), sql_of(statement)
+        assert bool(breaches(statement)) is any(statement is each for each in _WITHOUT_OWNER), breaches(
+            statement
+        )
 
 
 @pytest.mark.parametrize(
     "statement",
     [
         select(TASKS.c.id).where(TASKS.c.id == 1),
-        update(TASKS).values(title="mine"),
+        select(TASKS.c.id).where(TASKS.c.user_id != OWNED.right),
+        select(TASKS.c.id).where(TASKS.c.user_id == "alice"),
+        select(TASKS.c.id).where(TASKS.c.user_id == OTHER_BIND),
+        select(TASKS.c.id).where(or_(OWNED, TASKS.c.completed)),
+        select(TASKS.c.id).where(~OWNED),
+        select(TASKS.c.id).where(OWNED | (TASKS.c.id == 1), TASKS.c.completed),
         select(TASKS.c.id).where(OWNED, TASKS.c.id.in_(select(TASKS.c.id))),
-        select(TASKS.c.id).where(TASKS.c.user_id != "alice"),
+        select(TASKS.c.id)
+        .where(OWNED, exists(select(ALIAS.c.id).where(or_(ALIAS.c.user_id == OWNED.right))))
+        .where(exists(select(ALIAS.c.id))),
+        select(TASKS.c.id, select(KEYS.c.key).scalar_subquery()).where(OWNED),
+        select(TASKS.c.id).join(KEYS, true()).where(OWNED),
+        select(TASKS.c.id, ALIAS.c.id).where(OWNED, TASKS.c.id == ALIAS.c.id),
+        select(select(TASKS.c.id).cte("all").c.id),
+        union_all(select(TASKS.c.id).where(OWNED), select(TASKS.c.id)),
+        update(TASKS).values(title="mine"),
+        update(TASKS).where(or_(OWNED, TASKS.c.completed)).values(title="mine"),
+        update(TASKS).where(OWNED).values(title=select(ALIAS.c.title).scalar_subquery()),
+        update(TASKS).where(OWNED).values(user_id=OTHER_BIND),
+        TASKS.delete().where(OWNED | TASKS.c.completed),
         TASKS.insert().values(user_id="bob", title="not alice's"),
+        TASKS.insert().values(user_id=OTHER_BIND, title="not alice's"),
+        TASKS.insert().values(title="without"),
+        TASKS.insert().from_select(["title", "user_id"], select(OWNED.right, OTHER_BIND)),
+        TASKS.insert().from_select(["user_id", "title"], select(OWNED.right, TASKS.c.title)),
+        TASKS.insert().values(user_id=OWNED.right, title=select(TASKS.c.title).scalar_subquery()),
     ],
+    ids=str,
 )
-def test_one_that_is_not_would_be_seen(statement: Executable) -> None:
-    assert not is_bound_to_its_owner(sql_of(statement))
+def test_a_statement_that_reaches_other_users_is_noticed(statement: Executable) -> None:
+    assert breaches(statement)
+
+
+def test_many_tasks_are_locked_in_the_order_of_their_ids() -> None:
+    for statement in [bulk._SELECT_FOR_UPDATE, *(each for shape in get_args(Shape) for each in bulks(shape))]:
+        assert len(locks(statement)) == 1
+
+    # Of two requests that lock the same tasks in two orders, the database ends one (40P01).
+    for lock in (lock for statement in every_statement() for lock in locks(statement)):
+        assert [each is TASKS.c.id for each in lock._order_by_clauses] == [True], str(lock)

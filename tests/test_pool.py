@@ -223,6 +223,27 @@ async def test_a_connection_that_was_cut_off_while_idle_is_noticed_and_so_are_th
         await pool.close()
 
 
+@pytest.mark.parametrize(("idle_s", "checks"), [(29, 0), (31, 1)])
+async def test_a_connection_is_checked_once_it_has_been_idle_for_half_a_minute(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, idle_s: float, checks: int
+) -> None:
+    before = await pid(pool)
+    asked = []
+    answers = pool_module.Connection.answers
+
+    async def asked_and_answers(connection: pool_module.Connection) -> bool:
+        asked.append(connection)
+        return await answers(connection)
+
+    monkeypatch.setattr(pool_module.Connection, "answers", asked_and_answers)
+    pool._idle[0].used_at -= idle_s
+
+    assert await pid(pool) == before
+    assert len(asked) == checks
+    assert await pid(pool) == before
+    assert len(asked) == checks  # it has just been used
+
+
 async def test_a_cancelled_check_forgets_its_connection(
     postgres: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,7 +144,7 @@ async def test_who_still_waits_for_the_database_stops_when_asked(
         await assert_stops(service)
 
 
-async def test_a_migration_that_is_stopped_midway_leaves_the_schema_as_it_was(
+async def test_a_migration_that_is_stopped_midway_leaves_each_revision_done_or_undone(
     postgres_url: str, tmp_path: Path
 ) -> None:
     await asyncio.to_thread(command.upgrade, _alembic(db.connect(postgres_url, pool_size=1)), "0001")
@@ -158,11 +158,12 @@ async def test_a_migration_that_is_stopped_midway_leaves_the_schema_as_it_was(
 
         await assert_stops(service)
 
-    assert await other.fetchval("SELECT version_num FROM task_schema_version") == "0001"
-    assert await other.fetchval("SELECT to_regclass('local_account')") is None
+    assert await other.fetchval("SELECT version_num FROM task_schema_version") == "0002"
+    assert await other.fetchval("SELECT to_regclass('local_account')") == "local_account"
+    assert await other.fetchval("SELECT to_regclass('idempotency_key')") is None
     await holding.rollback()
     await asyncio.to_thread(migrate, db.connect(postgres_url, pool_size=1))
-    assert await other.fetchval("SELECT to_regclass('local_account')") == "local_account"
+    assert await other.fetchval("SELECT to_regclass('idempotency_key')") == "idempotency_key"
     await other.close()
 
 

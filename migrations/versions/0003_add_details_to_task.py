@@ -1,10 +1,7 @@
-"""Add what people plan with to tasks, with its indexes, and the table of answers that are kept."""
-
-import contextlib
+"""Add what people plan with to tasks, and the table of answers that are kept."""
 
 import sqlalchemy as sa
 from alembic import op
-from sqlalchemy.exc import DBAPIError
 
 revision = "0003"
 down_revision = "0002"
@@ -33,17 +30,6 @@ def upgrade() -> None:
         "ALTER TABLE task ADD COLUMN due_time VARCHAR(5) "
         f"CONSTRAINT ck_task_due_time_has_due_date CHECK ({TIMED_DAY})"
     )
-    newest_first: list[str | sa.TextClause] = ["user_id", sa.text("created_at DESC"), sa.text("id DESC")]
-    op.create_index(
-        "ix_task_pending",
-        "task",
-        newest_first,
-        postgresql_where=sa.text("NOT completed"),
-        sqlite_where=sa.text("completed = 0"),
-    )
-    op.create_index("ix_task_user_id_due_date_id", "task", ["user_id", "due_date", "id"])
-    if not sqlite:
-        _add_search_index()
     op.create_table(
         "idempotency_key",
         sa.Column("user_id", sa.String(255), nullable=False),
@@ -55,18 +41,13 @@ def upgrade() -> None:
     )
 
 
-def _add_search_index() -> None:
-    """Index the text of tasks by trigrams, where the extensions are there and we may use them."""
-    text = "lower(title || ' ' || coalesce(description, ''))"
-    with contextlib.suppress(DBAPIError), op.get_bind().begin_nested():
-        op.execute("CREATE EXTENSION IF NOT EXISTS pg_trgm")
-        op.execute("CREATE EXTENSION IF NOT EXISTS btree_gin")
-        op.execute(f"CREATE INDEX ix_task_search ON task USING gin (user_id, ({text}) gin_trgm_ops)")
-
-
 def downgrade() -> None:
     op.drop_table("idempotency_key")
-    for index in ("ix_task_search", "ix_task_user_id_due_date_id", "ix_task_pending"):
+    for index in (
+        "ix_task_search",
+        "ix_task_user_id_due_date_id",
+        "ix_task_pending",
+    ):  # may be those of the release
         op.execute(f"DROP INDEX IF EXISTS {index}")
     for column in (
         "due_time",

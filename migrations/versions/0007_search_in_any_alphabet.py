@@ -1,17 +1,13 @@
-"""Fold case beyond ASCII in every database, and index the words of tasks by it."""
-
-import contextlib
+"""Fold case beyond ASCII in every database."""
 
 from alembic import op
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 
 revision = "0007"
 down_revision = "0006"
 branch_labels = None
 depends_on = None
 
-WORDS = "{fold}(title || ' ' || coalesce(description, ''))"
 # For databases whose own LC_CTYPE is C. The first is PostgreSQL's since 17, the next two are the C library's.
 COLLATIONS = ("pg_c_utf8", "C.utf8", "C.UTF-8", "und-x-icu")
 
@@ -23,13 +19,11 @@ def upgrade() -> None:
         "CREATE OR REPLACE FUNCTION task_fold_case(text) RETURNS text "
         f"LANGUAGE sql IMMUTABLE PARALLEL SAFE AS 'SELECT lower($1 {_collate()})'"
     )
-    _index_words("task_fold_case")
 
 
 def downgrade() -> None:
     if op.get_bind().dialect.name == "sqlite":
         return
-    _index_words("lower")
     op.execute("DROP FUNCTION IF EXISTS task_fold_case(text)")
 
 
@@ -43,10 +37,3 @@ def _collate() -> str:
         if op.get_bind().scalar(text(f"SELECT lower('É' {clause}) = 'é'")):
             return clause
     return ""
-
-
-def _index_words(fold: str) -> None:
-    with contextlib.suppress(DBAPIError), op.get_bind().begin_nested():
-        op.execute("DROP INDEX IF EXISTS ix_task_search")
-        words = WORDS.format(fold=fold)
-        op.execute(f"CREATE INDEX ix_task_search ON task USING gin (user_id, ({words}) gin_trgm_ops)")

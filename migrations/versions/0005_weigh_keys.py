@@ -1,4 +1,4 @@
-"""Index idempotency keys by age, to remove the expired ones in portions, and note what each counts."""
+"""Note what each idempotency key counts."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,9 +13,7 @@ def upgrade() -> None:
     op.add_column(
         "idempotency_key", sa.Column("weight", sa.SmallInteger(), server_default=sa.text("1"), nullable=False)
     )
-    op.create_index("ix_idempotency_key_created_at", "idempotency_key", ["created_at"])
 
 
 def downgrade() -> None:
-    op.drop_index("ix_idempotency_key_created_at", "idempotency_key")
     op.drop_column("idempotency_key", "weight")
