@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 import db
+from config import Settings
 from heads import HEAD_MAX_BYTES
 from main import create_app, migrate
 from tests.conftest import SECRET, Person, person, running, settings_for
@@ -221,5 +222,20 @@ def test_the_unit_raises_the_limit_of_clients() -> None:
     assert int(*of_the_unit("LimitNOFILE")) > usual
 
 
+def test_the_unit_wants_the_network_that_it_waits_for() -> None:
+    assert "network-online.target" in of_the_unit("After")  # which alone starts nothing
+    assert of_the_unit("Wants") == ["network-online.target"]
+
+
 def test_every_table_is_distributed() -> None:
     assert set(re.findall(r"create_\w+_table\('(\w+)'", sql("distributing"))) == set(OUR_TABLES)
+
+
+def test_compose_passes_every_setting_on() -> None:
+    environment = (
+        (PROJECT / "compose.yaml").read_text().partition("environment:\n")[2].partition("ports:\n")[0]
+    )
+    of_the_container = {"DATABASE_URL", "MIGRATE_ON_START", "ENVIRONMENT", "HOST", "PORT", "DATA_DIR"}
+
+    passed_on = set(re.findall(r"^ +([A-Z_]+):$", environment, re.MULTILINE))
+    assert passed_on == {name.upper() for name in Settings.model_fields} - of_the_container

@@ -158,7 +158,7 @@ async def test_search_folds_case_beyond_ascii_where_lc_ctype_is_c(postgres: Serv
 
     assert {word: [task["title"] for task in tasks] for word, tasks in answers.items()} == SEARCHES
     assert by_title == sorted((title for title, _ in NOTES), key=str.lower)
-    assert "ix_task_search" in indexes
+    assert "ix_task_words" in indexes
 
 
 async def _indexes(url: str) -> set[str]:
