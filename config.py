@@ -163,120 +163,57 @@ def _origins(value: str) -> list[str]:
 class Settings(BaseModel):
     """What can be set. Given by hand, as tests do, it reads no environment."""
 
-    environment: Annotated[Literal["development", "production"], BeforeValidator(_lower)] = Field(
-        "development", description="`production` refuses the embedded defaults"
-    )
-    database_url: str | None = Field(
-        None, repr=False, description="`postgresql://…` (Neon's as it comes) or `sqlite:///…`"
-    )
-    database_pool_size: int = Field(
-        10, ge=1, le=1000, description="connections of one process, without overflow"
-    )
-    database_connect_timeout_s: float = Field(
-        6, gt=0, le=60, description="a sleeping database (Neon) takes up to 5 s to answer"
-    )
-    database_statement_timeout_s: float = Field(
-        4, gt=0, le=300, description="for one statement, also set on the server"
-    )
-    database_wait_s: float = Field(6, gt=0, le=60, description="for a free connection")
-    migrate_on_start: bool | None = Field(
-        None, description="bring the schema to head before serving; true for SQLite"
-    )
-    data_dir: Path = Field(Path("data"), description="where the embedded database and secret lie")
-    better_auth_secret: Annotated[str, AfterValidator(_secret)] | None = Field(
-        None, repr=False, description="shared HS256 secret, at least 32 characters"
-    )
-    better_auth_secrets: Annotated[str, AfterValidator(_versioned_secrets)] | None = Field(
-        None, repr=False, description="several, newest first: `2:new,1:old`"
-    )
-    better_auth_url: Annotated[str, AfterValidator(_base_address)] | None = Field(
-        None, description="Better Auth's base URL; enough for its tokens (EdDSA and the like)"
-    )
-    jwks_url: Annotated[str, AfterValidator(_address)] | None = Field(
-        None, description="where the public keys are, if not at `BETTER_AUTH_URL` + `/api/auth/jwks`"
-    )
-    jwks: str | None = Field(None, repr=False, description="the public keys themselves, or a file of them")
-    jwt_issuer: str | None = Field(None, description="accepted `iss`, separated by commas")
-    jwt_audience: str | None = Field(None, description="accepted `aud`, separated by commas")
-    jwt_algorithms: Annotated[str, AfterValidator(_algorithm_list)] | None = Field(
-        None, description="accepted algorithms, separated by commas; all that fit the keys"
-    )
-    cursor_secret: Annotated[str, AfterValidator(_secret)] | None = Field(
-        None, repr=False, description="seals the positions between pages where there is no shared secret"
-    )
-    jwt_leeway_s: float = Field(10, ge=0, le=300, description="how far clocks may differ, in seconds")
-    jwt_expiration: Annotated[str, AfterValidator(_duration)] = Field(
-        "7d", description="lifetime of the tokens made here: `15m`, `24h`, `7d`"
-    )
+    environment: Annotated[Literal["development", "production"], BeforeValidator(_lower)] = "development"
+    database_url: str | None = Field(None, repr=False)
+    database_pool_size: int = Field(10, ge=1, le=1000)
+    database_connect_timeout_s: float = Field(6, gt=0, le=60)
+    database_statement_timeout_s: float = Field(4, gt=0, le=300)
+    database_wait_s: float = Field(6, gt=0, le=60)
+    migrate_on_start: bool | None = None
+    data_dir: Path = Path("data")
+    better_auth_secret: Annotated[str, AfterValidator(_secret)] | None = Field(None, repr=False)
+    better_auth_secrets: Annotated[str, AfterValidator(_versioned_secrets)] | None = Field(None, repr=False)
+    better_auth_url: Annotated[str, AfterValidator(_base_address)] | None = None
+    jwks_url: Annotated[str, AfterValidator(_address)] | None = None
+    jwks: str | None = Field(None, repr=False)
+    jwt_issuer: str | None = None
+    jwt_audience: str | None = None
+    jwt_algorithms: Annotated[str, AfterValidator(_algorithm_list)] | None = None
+    cursor_secret: Annotated[str, AfterValidator(_secret)] | None = Field(None, repr=False)
+    jwt_leeway_s: float = Field(10, ge=0, le=300)
+    jwt_expiration: Annotated[str, AfterValidator(_duration)] = "7d"
     # A stolen token can be renewed for as long, unless its user ends the sessions.
-    session_max_age: Annotated[str, AfterValidator(_duration)] = Field(
-        "30d", description="how long after signing in to a local account its token can be renewed"
-    )
-    max_tasks_per_user: int = Field(
-        10_000, ge=0, description="how many tasks a user may have; 0 for any number"
-    )
-    delete_status: Literal["204", "200"] = Field(
-        "204", description='answer to `DELETE` of a task; `200` with `{"ok": true}` for clients that parse it'
-    )
-    local_accounts: bool | None = Field(
-        None,
-        description="accounts with e-mail and password, kept here; true when nothing says who signs tokens",
-    )
-    allowed_origins: Annotated[str, AfterValidator(_origin_list)] = Field(
-        "http://localhost:3000", description="origins of browsers (CORS), separated by commas"
-    )
-    request_deadline_s: float = Field(
-        8, gt=0, le=300, description="every request is answered in this time, by 503 if need be"
-    )
-    shutdown_grace_s: int = Field(
-        10, ge=0, le=3600, description="what has begun may finish within this time after SIGTERM"
-    )
-    allowed_hosts: Annotated[str, AfterValidator(_host_list)] = Field(
-        "*", description="names in the `Host` header, separated by commas; `*.example.com` for all below it"
-    )
-    trusted_proxies: Annotated[str, AfterValidator(_network_list)] | None = Field(
-        None, description="whose `X-Forwarded-For` and `-Proto` count: addresses or networks"
-    )
+    session_max_age: Annotated[str, AfterValidator(_duration)] = "30d"
+    max_tasks_per_user: int = Field(10_000, ge=0)
+    delete_status: Literal["204", "200"] = "204"
+    local_accounts: bool | None = None
+    allowed_origins: Annotated[str, AfterValidator(_origin_list)] = "http://localhost:3000"
+    request_deadline_s: float = Field(8, gt=0, le=300)
+    shutdown_grace_s: int = Field(10, ge=0, le=3600)
+    allowed_hosts: Annotated[str, AfterValidator(_host_list)] = "*"
+    trusted_proxies: Annotated[str, AfterValidator(_network_list)] | None = None
     # A connection is an open file, of which a process usually may have 1,024.
-    max_connections: int = Field(900, ge=1, le=1_000_000, description="of one process; beyond it 503")
+    max_connections: int = Field(900, ge=1, le=1_000_000)
     # A browser opens six: 40 of them behind one address at the same moment.
-    max_connections_per_address: int = Field(
-        256, ge=1, le=1_000_000, description="of one client address, proxies excepted; beyond it 429"
-    )
+    max_connections_per_address: int = Field(256, ge=1, le=1_000_000)
     # A front end that loads ten things at once may do so every second.
-    rate_limit: Annotated[str, BeforeValidator(_lower), AfterValidator(_rate)] = Field(
-        "600/minute", description="requests of one user; `off` for any number"
-    )
+    rate_limit: Annotated[str, BeforeValidator(_lower), AfterValidator(_rate)] = "600/minute"
     # All who share an office's address can sign in within the minute; each wrong token is one of them.
-    rate_limit_anonymous: Annotated[str, BeforeValidator(_lower), AfterValidator(_rate)] = Field(
-        "120/minute", description="requests of one client address without a valid token; `off` for any number"
-    )
-    rate_limit_storage_url: Annotated[str, AfterValidator(_redis_address)] | None = Field(
-        None,
-        repr=False,
-        description="`redis://…`, where several processes count together; else each by itself",
-    )
-    docs: bool = Field(True, description="serve `/docs` and `/openapi.json`")
-    host: str = Field("127.0.0.1", description="address that `main.py` listens on")
-    port: int = Field(8000, ge=0, le=65535, description="port that `main.py` listens on")
-    debug: bool = Field(False, description="more log, never more in an answer")
+    rate_limit_anonymous: Annotated[str, BeforeValidator(_lower), AfterValidator(_rate)] = "120/minute"
+    rate_limit_storage_url: Annotated[str, AfterValidator(_redis_address)] | None = Field(None, repr=False)
+    docs: bool = True
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    debug: bool = False
     log_level: Annotated[
         Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)
-    ] = Field("info", description="least severe line that is logged")
-    log_format: Annotated[Literal["console", "json"], BeforeValidator(_lower)] | None = Field(
-        None, description="`console` or `json`; json in production"
-    )
-    access_log: bool = Field(True, description="one line per request")
-    slow_statement_ms: float = Field(
-        500, gt=0, description="statements that take longer are named in the log"
-    )
-    metrics: bool = Field(True, description="count and time requests, for Prometheus")
-    metrics_port: int | None = Field(
-        None, ge=1, le=65535, description="a port of its own for `/metrics`, without a token"
-    )
-    metrics_token: Annotated[str, AfterValidator(_secret)] | None = Field(
-        None, repr=False, description="bearer token for `/metrics` on the main port, at least 32 characters"
-    )
+    ] = "info"
+    log_format: Annotated[Literal["console", "json"], BeforeValidator(_lower)] | None = None
+    access_log: bool = True
+    slow_statement_ms: float = Field(500, gt=0)
+    metrics: bool = True
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    metrics_token: Annotated[str, AfterValidator(_secret)] | None = Field(None, repr=False)
 
     @model_validator(mode="after")
     def _complete(self) -> "Settings":
@@ -339,7 +276,7 @@ class Settings(BaseModel):
 
     @cached_property
     def cursor_secrets(self) -> list[str]:
-        """What cursors are signed with: every process must have the same."""
+        """The secrets that encrypt cursors; every process must have the same."""
         if self.cursor_secret:
             return [self.cursor_secret]
         return self.secrets or [_stretched(self.resolved_database_url)]

@@ -216,6 +216,11 @@ def unprocessable(error: RequestValidationError) -> Unprocessable:
     return Unprocessable([_field_error(mistake) for mistake in error.errors()])
 
 
+def invalid_parameter(name: str, detail: str) -> Unprocessable:
+    """Return the refusal of one header or parameter of the query."""
+    return Unprocessable([{"parameter": name, "detail": detail}])
+
+
 def responses(*problems: type[Problem]) -> dict[int | str, dict[str, Any]]:
     """Return the entries of an OpenAPI operation for *problems*; `openapi.install` adds the schema."""
     return {

@@ -2,7 +2,7 @@
 
 import re
 
-from errors import Unprocessable
+from errors import invalid_parameter
 
 LIST_MAX = 4096  # characters of a header; a tag of ours has at most 11
 TAGS_MAX = 100  # each that names a version becomes a value of the statement
@@ -47,14 +47,10 @@ def is_known(version: int, if_none_match: str | None) -> bool:
 
 def _tags(header: str, value: str) -> list[tuple[str, str]]:
     if len(value) > LIST_MAX:
-        raise _refusal(header, f"must be at most {LIST_MAX} characters")
+        raise invalid_parameter(header, f"must be at most {LIST_MAX} characters")
     if not _LIST.fullmatch(value):
-        raise _refusal(header, 'must be entity tags like "3"')
+        raise invalid_parameter(header, 'must be entity tags like "3"')
     tags = re.findall(_TAG, value)
     if len(tags) > TAGS_MAX:
-        raise _refusal(header, f"must be at most {TAGS_MAX} entity tags")
+        raise invalid_parameter(header, f"must be at most {TAGS_MAX} entity tags")
     return tags
-
-
-def _refusal(header: str, mistake: str) -> Unprocessable:
-    return Unprocessable([{"parameter": header, "detail": mistake}])

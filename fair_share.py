@@ -11,30 +11,23 @@ RETRY_AFTER_S = 1
 
 
 class FairShare:
-    """At most *per_user* slots for each user; further requests of the same user wait in order.
-
-    `enter` and `wait` are two calls because nearly every request finds a free slot, and awaits nothing then.
-    """
+    """At most *per_user* slots for each user; further requests of the same user wait in order."""
 
     def __init__(self, per_user: int) -> None:
         self._per_user = per_user
         self._taken: dict[str, int] = {}
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
-    def enter(self, user_id: str) -> bool:
-        """Take a slot and return True, or return False if all of *user_id* are taken."""
-        taken = self._taken.get(user_id, 0)
-        if taken >= self._per_user:
-            return False
-        self._taken[user_id] = taken + 1
-        return True
-
-    async def wait(self, user_id: str) -> None:
-        """Take the next slot of *user_id* that is given back.
+    async def enter(self, user_id: str) -> None:
+        """Take a slot of *user_id*; while all are taken, wait for the next one that is given back.
 
         Raises:
             TooManyRequests: `WAITING_MAX` requests of the user are waiting already.
         """
+        taken = self._taken.get(user_id, 0)
+        if taken < self._per_user:
+            self._taken[user_id] = taken + 1
+            return
         waiting = self._waiting.setdefault(user_id, deque())
         if len(waiting) >= WAITING_MAX:
             raise TooManyRequests(retry_after_s=RETRY_AFTER_S)
@@ -43,8 +36,10 @@ class FairShare:
         try:
             await slot
         except asyncio.CancelledError:
-            if slot.done() and not slot.cancelled():
+            if not slot.cancelled():
                 self.leave(user_id)  # it was handed over in the same moment
+            elif slot in waiting:  # `leave` may have passed over it already
+                waiting.remove(slot)
             raise
 
     def leave(self, user_id: str) -> None:

@@ -20,8 +20,8 @@ from models import TIMESTAMP, IdempotencyKey
 from queries import NOW, Owner
 
 KEPT = timedelta(hours=24)
-KEYS_MAX = 10_000  # of one user at once: as many as tasks by default, and 50 MB
-WEIGHT_BYTES = 5_000  # the largest task; an answer of many counts as one key for each of these
+KEYS_MAX = 10_000  # of one user at once: as many as tasks by default
+WEIGHT_BYTES = 5_000  # an answer counts as one key and one more per full 5,000 bytes: at most 50 MB
 SWEEP_S = 60.0  # between two looks for expired keys
 PORTION = 500  # keys removed by one statement: 5 ms, in which SQLite's other writers wait
 PAUSE_S = 0.1  # between two portions: 5,000 keys a second are more than requests can add

@@ -21,9 +21,8 @@ import tls
 
 FETCH_TIMEOUT_S = 3.0
 DOCUMENT_MAX_BYTES = 256 * 1024
-FRESH_S = (
-    300.0  # rotation publishes old and new keys together, so this only bounds how long a removed key lives
-)
+# Rotation publishes old and new keys together, so both times only bound how long a removed key lives.
+FRESH_S = 300.0
 # A busy service renews its keys after FRESH_S in the background. After more idle time than this a request
 # waits for the renewal, since a key may have been withdrawn hours ago.
 IDLE_MAX_S = 2 * FRESH_S

@@ -311,7 +311,7 @@ class IdempotencyKey(SQLModel, table=True):
 
     user_id: str = Field(primary_key=True, sa_type=String(USER_ID_MAX))
     key: str = Field(primary_key=True, sa_type=String(IDEMPOTENCY_KEY_MAX))
-    fingerprint: str = Field(sa_type=String(64), description="Of the body, in hexadecimal.")
+    fingerprint: str = Field(sa_type=String(64), description="SHA-256 of what was sent, in hexadecimal.")
     answer: str = Field(sa_type=Text, description="The body of the answer.")
     weight: int = Field(
         sa_type=SmallInteger,

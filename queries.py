@@ -1,6 +1,6 @@
 """Every statement about single tasks. Each starts from the owner, takes one round trip and is built once."""
 
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
@@ -71,8 +71,7 @@ class Owner:
 
     async def all(self, statement: Statement, **values: Any) -> list[Row]:
         share, user_id = self.db.share, self.user_id
-        if not share.enter(user_id):
-            await share.wait(user_id)
+        await share.enter(user_id)
         try:
             return await self.db.all(statement, owner=user_id, **values)
         finally:
@@ -85,8 +84,7 @@ class Owner:
             yield self
             return
         share, user_id = self.db.share, self.user_id
-        if not share.enter(user_id):
-            await share.wait(user_id)
+        await share.enter(user_id)
         try:
             async with self.db.transaction() as runner:
                 yield replace(self, db=runner)
@@ -158,22 +156,14 @@ async def list_tasks(
     owner: Owner, wanted: Filter, order: Order, limit: int, after: tuple[Any, int] | None = None
 ) -> list[Row]:
     """Return up to *limit* tasks of *owner* that come after the position *after*."""
-    statement = Deferred(listing.page, (listing.shape_of(wanted), order, listing.start_of(after)))
-    key, task_id = after or (None, None)
-    return await owner.all(
-        statement, limit=limit, after_key=key, after_id=task_id, **listing.values_of(wanted)
-    )
+    return await _page(owner, listing.page, wanted, order, limit, after)
 
 
 async def list_and_count_tasks(
     owner: Owner, wanted: Filter, order: Order, limit: int, after: tuple[Any, int] | None = None
 ) -> tuple[list[Row], int]:
     """Return the page as `list_tasks` does, and how many tasks all pages hold together."""
-    statement = Deferred(listing.counted_page, (listing.shape_of(wanted), order, listing.start_of(after)))
-    key, task_id = after or (None, None)
-    rows = await owner.all(
-        statement, limit=limit, after_key=key, after_id=task_id, **listing.values_of(wanted)
-    )
+    rows = await _page(owner, listing.counted_page, wanted, order, limit, after)
     total = rows[0]["total"]
     # The count stands beside every task, and alone when the page is empty.
     tasks = [{name: row[name] for name in row if name != "total"} for row in rows if row["id"] is not None]
@@ -302,6 +292,21 @@ async def _insert(owner: Owner, values: Mapping[str, Any]) -> Row:
         raise TooManyTasks(limit.most)
     limit.counted(owner.user_id, row.pop("count"))
     return row
+
+
+async def _page(
+    owner: Owner,
+    build: Callable[..., Executable],
+    wanted: Filter,
+    order: Order,
+    limit: int,
+    after: tuple[Any, int] | None,
+) -> list[Row]:
+    statement = Deferred(build, (listing.shape_of(wanted), order, listing.start_of(after)))
+    key, task_id = after or (None, None)
+    return await owner.all(
+        statement, limit=limit, after_key=key, after_id=task_id, **listing.values_of(wanted)
+    )
 
 
 def _changing(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,11 +68,11 @@ class Expectations:
 
     def check(self, payload: dict[str, Any]) -> None:
         if self.issuers and payload.get("iss") not in self.issuers:
-            raise TokenInvalid("Token is of another issuer")
+            raise TokenInvalid("Token issuer is not accepted")
         audience = payload.get("aud")
         named = audience if isinstance(audience, list) else [audience]
         if self.audiences and not any(isinstance(name, str) and name in self.audiences for name in named):
-            raise TokenInvalid("Token is for another audience")
+            raise TokenInvalid("Token audience is not accepted")
 
 
 class Verifier:

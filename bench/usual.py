@@ -1,4 +1,4 @@
-"""The usual back end of this family: ORM sessions, `response_model`, PyJWT for every request."""
+"""A typical FastAPI back end: ORM sessions, `response_model`, PyJWT for every request."""
 
 import os
 from collections.abc import AsyncIterator

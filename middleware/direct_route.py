@@ -25,9 +25,8 @@ from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMe
 JSON = "application/json"
 NOT_ENCODED = "The request body must not be compressed"
 BODY_MAX_BYTES = 64 * 1024
-BODY_TIMEOUT_S = (
-    5.0  # 64 KiB in that time is 105 kbit/s; less than a request's deadline, so it is the client's 408
-)
+# 64 KiB in that time is 105 kbit/s. It is less than a request's deadline, so it is the client's 408.
+BODY_TIMEOUT_S = 5.0
 ANNOUNCED_MAX = 20  # digits of a Content-Length, which has 64 bits
 QUERIES_REMEMBERED = 1024
 QUERY_REMEMBERED_MAX_BYTES = 128  # longer ones seldom come twice
@@ -41,8 +40,8 @@ class DirectRoute(APIRoute):
     - `Annotated[T, Depends(f)]`: what `await f(request, ...)` returns, before everything else; what else *f*
       takes are parts of the path as they are,
     - `Annotated[T, Path(...)]`: a part of the path,
-    - `Annotated[Model, Query()]`: the query as a frozen model; a parameter sent twice is a tuple where the
-      model has one, else the last one counts, unless the model forbids unknown parameters and so these too,
+    - `Annotated[Model, Query()]`: the query as a frozen model; a repeated parameter becomes a tuple where the
+      field is one, otherwise the last value counts, or is refused if the model forbids extra parameters,
     - `Annotated[str | None, Header()]`: a header, joined by commas if it was sent more than once,
     - `Request`,
     - anything else: the body, as strict JSON of at most `BODY_MAX_BYTES`; with a default it may be left out.

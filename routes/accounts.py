@@ -170,10 +170,10 @@ async def _caller(request: Request) -> Caller:
     token = bearer_token(request)
     claims = await verify(request, token)
     if not claims.by_secret:  # an issuer's short-lived token is not to become a long one of ours
-        raise refusal(request, "Token is of another issuer")
+        raise refusal(request, "Token issuer is not accepted")
     account = await accounts.account_of_id(request.app.state.database, claims.sub)
     if account is None:
-        raise refusal(request, "Token is of no account")
+        raise refusal(request, "Token belongs to no account")
     if claims.auth_time is None:
         raise refusal(request, "Token does not say when its user signed in")
     keeper = await _keeper(request)

@@ -31,6 +31,7 @@ from errors import (
     Unavailable,
     Unprocessable,
     UnsupportedMediaType,
+    invalid_parameter,
     responses,
 )
 from middleware.auth import OwnerDep
@@ -372,11 +373,10 @@ async def _versions(
 
 
 def _refuse_conditions(request: Request) -> None:
-    """Refuse conditions on what has no `ETag`: passed over, they would protect nothing."""
-    for name, _ in request.scope["headers"]:
-        if name in (b"if-match", b"if-none-match"):
-            header_name = "If-Match" if name == b"if-match" else "If-None-Match"
-            raise Unprocessable([{"parameter": header_name, "detail": "is for single tasks only"}])
+    """Refuse conditions on what has no `ETag`: to ignore them would silently drop the protection."""
+    for name in ("If-Match", "If-None-Match"):
+        if name in request.headers:
+            raise invalid_parameter(name, "is for single tasks only")
 
 
 def _task(row: Row | None, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -424,7 +424,7 @@ def _refusals() -> Iterator[None]:
         raise TooManyRequests(TOO_MANY_KEYS, retry_after_s=KEYS_RETRY_S) from error
     except idempotency.KeyReused as error:
         mistake = "was used for another request"
-        raise Unprocessable([{"parameter": "Idempotency-Key", "detail": mistake}]) from error
+        raise invalid_parameter("Idempotency-Key", mistake) from error
 
 
 def _stale(version: int) -> Problem:
@@ -460,22 +460,22 @@ def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> dict[str, An
 
 
 def _some(query: TaskSelection) -> Filter:
-    """Return the filter, which must filter something: nobody deletes everything by leaving a word out."""
+    """Return the filter. An empty one is refused: it would change every task."""
     if query.filter == Filter():
-        raise Unprocessable([{"parameter": "status", "detail": "or another filter must be given"}])
+        raise invalid_parameter("status", "or another filter must be given")
     return query.filter
 
 
 def _idempotency_key(request: Request) -> str:
     sent = request.headers.getlist("idempotency-key")
     if len(sent) > 1:
-        raise Unprocessable([{"parameter": "Idempotency-Key", "detail": "must be sent once"}])
+        raise invalid_parameter("Idempotency-Key", "must be sent once")
     key = sent[0].strip()
     if len(key) > 1 and key[0] == key[-1] == '"':
         key = key[1:-1]
     if not 1 <= len(key) <= IDEMPOTENCY_KEY_MAX or not key.isprintable():
         mistake = f"must be 1 to {IDEMPOTENCY_KEY_MAX} printable characters"
-        raise Unprocessable([{"parameter": "Idempotency-Key", "detail": mistake}])
+        raise invalid_parameter("Idempotency-Key", mistake)
     return key
 
 
@@ -495,7 +495,7 @@ def _position(request: Request, cursor: str | None, binding: str, order: Order) 
             raise CursorInvalid
     except (ValueError, KeyError) as error:
         mistake = "was not given for this list, its filters and its order"
-        raise Unprocessable([{"parameter": "cursor", "detail": mistake}]) from error
+        raise invalid_parameter("cursor", mistake) from error
     return key, task_id
 
 

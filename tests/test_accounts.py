@@ -388,8 +388,8 @@ async def test_without_an_account_there_is_neither_token_nor_session(
     reasons = {
         expired: "Token has expired",
         forged: "Token signature is invalid",
-        elsewhere: "Token is of no account",
-        deleted.token: "Token is of no account",
+        elsewhere: "Token belongs to no account",
+        deleted.token: "Token belongs to no account",
         "x.y.z": "Token is malformed",
         "é": "Token is malformed",
         "a" * 20_000: "Token is larger than 16 KiB",

@@ -13,29 +13,31 @@ from tests.postgres import Server
 
 
 async def _hold(share: FairShare, user_id: str, released: asyncio.Event) -> None:
-    if not share.enter(user_id):
-        await share.wait(user_id)
+    await share.enter(user_id)
     try:
         await released.wait()
     finally:
         share.leave(user_id)
 
 
-async def test_a_user_has_so_many_slots_and_others_have_their_own() -> None:
+async def test_users_have_separate_slots() -> None:
     share = FairShare(2)
+    for user_id in ("alice", "alice", "bob"):
+        await asyncio.wait_for(share.enter(user_id), 1)
 
-    assert [share.enter("alice") for _ in range(3)] == [True, True, False]
-    assert share.enter("bob")
+    third = asyncio.create_task(share.enter("alice"))
+    await asyncio.sleep(0)
+    assert not third.done()
     share.leave("alice")
-    assert share.enter("alice")
+    await asyncio.wait_for(third, 1)
 
 
 async def test_requests_that_wait_get_their_slots_in_order() -> None:
     share, order = FairShare(1), []
-    assert share.enter("alice")
+    await share.enter("alice")
 
     async def wait(number: int) -> None:
-        await share.wait("alice")
+        await share.enter("alice")
         order.append(number)
         share.leave("alice")
 
@@ -50,8 +52,8 @@ async def test_requests_that_wait_get_their_slots_in_order() -> None:
 @pytest.mark.parametrize("when", ["waiting", "handed over"])
 async def test_a_cancelled_request_keeps_no_slot(when: str) -> None:
     share = FairShare(1)
-    assert share.enter("alice")
-    waiting = asyncio.create_task(share.wait("alice"))
+    await share.enter("alice")
+    waiting = asyncio.create_task(share.enter("alice"))
     await asyncio.sleep(0)
     if when == "handed over":
         share.leave("alice")
@@ -61,7 +63,7 @@ async def test_a_cancelled_request_keeps_no_slot(when: str) -> None:
     if when == "waiting":
         share.leave("alice")
 
-    assert share.enter("alice")
+    await asyncio.wait_for(share.enter("alice"), 1)
     share.leave("alice")
     assert (share._taken, share._waiting) == ({}, {})  # nothing is kept of a user without requests
 
@@ -73,12 +75,29 @@ async def test_too_many_waiting_requests_of_a_user_are_429(monkeypatch: pytest.M
     await asyncio.sleep(0)
 
     with pytest.raises(TooManyRequests) as refused:
-        await share.wait("alice")
-    assert share.enter("bob")
+        await share.enter("alice")
+    await asyncio.wait_for(share.enter("bob"), 1)
 
     released.set()
     await asyncio.gather(*holding)
     assert refused.value.headers == {"Retry-After": "1"}
+
+
+async def test_cancelled_requests_do_not_wait_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fair_share, "WAITING_MAX", 2)
+    share = FairShare(1)
+    await share.enter("alice")
+    for _ in range(5):  # clients that hang up, while one statement takes long
+        waiting = asyncio.create_task(share.enter("alice"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiting
+
+    last = asyncio.create_task(share.enter("alice"))
+    await asyncio.sleep(0)
+    share.leave("alice")
+    await asyncio.wait_for(last, 1)
 
 
 async def test_one_users_waiting_requests_leave_connections_for_others(postgres: Server) -> None:

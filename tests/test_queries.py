@@ -1,3 +1,4 @@
+import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -7,7 +8,7 @@ import pytest
 
 import db
 import listing
-from main import create_app
+from main import create_app, migrate
 from schemas import Order
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
@@ -121,6 +122,7 @@ async def test_each_operation_is_one_round_trip_to_a_database_ten_milliseconds_a
     postgres: Server,
 ) -> None:
     name = await postgres.create_database()
+    await asyncio.to_thread(migrate, db.connect(postgres.url_of(name), pool_size=1))
     async with (
         running_proxy(postgres.url_of(name), delay_s=0.01) as proxy,
         running(create_app(settings_for(proxy.url, database_pool_size=1))) as client,
@@ -291,6 +293,7 @@ async def test_a_new_connection_asks_for_nothing_but_tasks(postgres: Server) -> 
 
 async def test_a_transaction_is_a_round_trip_for_each_statement(postgres: Server) -> None:
     name = await postgres.create_database()
+    await asyncio.to_thread(migrate, db.connect(postgres.url_of(name), pool_size=1))
     async with (
         running_proxy(postgres.url_of(name), delay_s=0.01) as proxy,
         running(create_app(settings_for(proxy.url, database_pool_size=1))) as client,
