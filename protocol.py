@@ -10,15 +10,15 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 import errors
+import heads
 from connections import Connections, client_of
 from heads import (
+    FIELDS_MAX,
     HEAD_MAX_BYTES,
     ConnectNotImplemented,
-    Head,
     HeadTimeout,
     HeadTooLarge,
     MalformedRequest,
-    split_target,
 )
 from logs import BoundedLog
 
@@ -51,7 +51,7 @@ class Protocol(HttpToolsProtocol):
         self._is_proxied = False
         self._in_body = False
         self._received_bytes = 0  # since the last head was complete, as they came
-        self._head = Head()
+        self._head_bytes = self._fields = 0  # of the message so far, trailers included
         self._is_upgrade = False
         self._timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -124,18 +124,21 @@ class Protocol(HttpToolsProtocol):
             self._refuse(HeadTooLarge())
 
     def on_message_begin(self) -> None:
-        self._head = Head()
+        self._head_bytes = self._fields = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        self._head.add_url(url)
+        self._head_bytes += len(url)
+        if self._head_bytes > HEAD_MAX_BYTES:
+            raise HeadTooLarge
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_body:
-            self._head.add_trailer(name, value)
-        else:
-            self._head.add_field(name, value)
+        self._fields += 1
+        self._head_bytes += len(name) + len(value)
+        if self._fields > FIELDS_MAX or self._head_bytes > HEAD_MAX_BYTES:
+            raise HeadTooLarge
+        if not self._in_body:  # a trailer means nothing to us (RFC 9110, section 6.5.1)
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -145,11 +148,11 @@ class Protocol(HttpToolsProtocol):
             self._is_upgrade = True
             return
         version = self.parser.get_http_version()
-        self._head.complete(version)
+        heads.check(self.headers, version)
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110, section 10.1.1
         if not self.url.startswith(b"/") and self.url != b"*":
-            host, self.url = split_target(self.url)
+            host, self.url = heads.split_target(self.url)
             self.headers[:] = [field for field in self.headers if field[0] != b"host"] + [(b"host", host)]
         if len(self.pipeline) >= PIPELINED_MAX:
             raise TooManyPipelined
