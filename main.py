@@ -40,11 +40,10 @@ from middleware.access_log import AccessLogMiddleware
 from middleware.allowed_hosts import AllowedHostsMiddleware
 from middleware.cors import ProblemCORSMiddleware
 from middleware.deadline import DeadlineMiddleware
-from middleware.encoded_slash import EncodedSlashMiddleware
 from middleware.head import HeadMiddleware
 from middleware.rate_limit import RateLimitMiddleware, RateLimits
 from middleware.security_headers import SecurityHeadersMiddleware
-from middleware.trailing_slash import TrailingSlashMiddleware
+from middleware.slashes import SlashesMiddleware
 from passwords import Passwords
 from protocol import Protocol
 from readiness import Readiness
@@ -156,8 +155,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
         docs.install(app)
 
     # The last added is the outermost.
-    app.add_middleware(TrailingSlashMiddleware)
-    app.add_middleware(EncodedSlashMiddleware)
+    app.add_middleware(SlashesMiddleware)
     app.add_middleware(RateLimitMiddleware, rate_limits=rate_limits)
     if settings.hosts:
         app.add_middleware(AllowedHostsMiddleware, hosts=settings.hosts)

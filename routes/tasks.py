@@ -36,7 +36,7 @@ from errors import (
 )
 from middleware.auth import OwnerDep
 from middleware.direct_route import DirectRoute
-from middleware.encoded_slash import PartConvertor, quoted_path
+from middleware.slashes import PartConvertor, quoted_path
 from models import IDEMPOTENCY_KEY_MAX, Priority
 from openapi import MERGE_PATCH, header
 from queries import Owner

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 import tokens
-from middleware.encoded_slash import SLASH
+from middleware.slashes import SLASH
 from tests.conftest import SECRET
 from tests.postgres import free_port
 from tests.service import running_service
