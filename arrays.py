@@ -48,40 +48,40 @@ def list_of(kind: TypeEngine[Any]) -> TypeEngine[Any]:
     return _SentAsTexts(kind).with_variant(JSON_TEXT, "sqlite")
 
 
-class any_of(FunctionElement[bool]):  # noqa: N801 - used like a function, as SQLAlchemy's are
-    """Whether a value is in a list: `any_of(value, list)`."""
+class AnyOf(FunctionElement[bool]):
+    """Whether a value is in a list: `AnyOf(value, list)`."""
 
     type = Boolean()
     inherit_cache = True
 
 
-@compiles(any_of)
-def _any_of(element: any_of, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(AnyOf)
+def _any_of(element: AnyOf, compiler: SQLCompiler, **options: Any) -> str:
     value, options_ = (compiler.process(part, **options) for part in element.clauses)
     return f"{value} = ANY ({options_})"
 
 
-@compiles(any_of, "sqlite")
-def _any_of_sqlite(element: any_of, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(AnyOf, "sqlite")
+def _any_of_sqlite(element: AnyOf, compiler: SQLCompiler, **options: Any) -> str:
     value, options_ = (compiler.process(part, **options) for part in element.clauses)
     return f"{value} IN (SELECT value FROM json_each({options_}))"  # noqa: S608 - both are SQL already
 
 
-class has_all(FunctionElement[bool]):  # noqa: N801 - used like a function
-    """Whether a list holds everything that another does: `has_all(list, wanted)`."""
+class HasAll(FunctionElement[bool]):
+    """Whether a list holds everything that another does: `HasAll(list, wanted)`."""
 
     type = Boolean()
     inherit_cache = True
 
 
-@compiles(has_all)
-def _has_all(element: has_all, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(HasAll)
+def _has_all(element: HasAll, compiler: SQLCompiler, **options: Any) -> str:
     column, wanted = (compiler.process(part, **options) for part in element.clauses)
     return f"{column} @> {wanted}"
 
 
-@compiles(has_all, "sqlite")
-def _has_all_sqlite(element: has_all, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(HasAll, "sqlite")
+def _has_all_sqlite(element: HasAll, compiler: SQLCompiler, **options: Any) -> str:
     column, wanted = (compiler.process(part, **options) for part in element.clauses)
     missing = f"wanted.value NOT IN (SELECT value FROM json_each({column}))"  # noqa: S608 - SQL already
     return f"NOT EXISTS (SELECT 1 FROM json_each({wanted}) AS wanted WHERE {missing})"  # noqa: S608 - SQL already

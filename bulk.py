@@ -14,7 +14,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import NULLTYPE
 
 import listing
-from arrays import Member, any_of, list_of, records
+from arrays import AnyOf, Member, list_of, records
 from db import Deferred, Row, named
 from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, PRIORITY
@@ -171,7 +171,7 @@ async def _room(owner: Owner) -> int:
     """Return how many more tasks *owner* may have."""
     if not owner.limit.most:
         return maxsize
-    await owner.one(_WAIT_FOR_OTHERS)  # so that the count sees what they have added
+    await owner.one(_LOCK_OWNER)  # so that the count sees what they have added
     count = await owner.one(_COUNT)
     assert count is not None  # noqa: S101 - an aggregate has one row
     return owner.limit.most - int(count["count"])
@@ -209,7 +209,7 @@ def _json(rows: Any) -> str:
     return orjson.dumps(list(rows)).decode()
 
 
-_IDS = any_of(TASKS.c.id, bindparam("ids", type_=list_of(BigInteger())))
+_IDS = AnyOf(TASKS.c.id, bindparam("ids", type_=list_of(BigInteger())))
 _WRITTEN = (*WRITABLE, "completed_at", "version", "created_at", "updated_at", "series_day", "succeeded")
 _RECORDS = records("records")
 _MEMBERS = {name: Member(_RECORDS.c.value, name, TASKS.c[name].type) for name in _WRITTEN}
@@ -252,24 +252,27 @@ def _complete_all(shape: listing.Shape, in_series: bool) -> Executable:
     return named("complete_all_in_series", statement.values(values).returning(*COLUMNS, TASKS.c.series_day))
 
 
-class _Turn(FunctionElement[None]):
-    """Waits for others of the owner, until they have ended; a writer of SQLite is alone anyway."""
+class _OwnerLock(FunctionElement[None]):
+    """Takes the owner's advisory lock until the transaction ends, so that a count sees every insert.
+
+    SQLite needs none: it has one writer.
+    """
 
     type = NULLTYPE
     inherit_cache = True
 
 
-@compiles(_Turn)
-def _turn(element: _Turn, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(_OwnerLock)
+def _owner_lock(element: _OwnerLock, compiler: SQLCompiler, **options: Any) -> str:
     return f"pg_advisory_xact_lock(hashtextextended({compiler.process(element.clauses, **options)}, 1))"
 
 
-@compiles(_Turn, "sqlite")
-def _turn_sqlite(_element: _Turn, _compiler: SQLCompiler, **_: Any) -> str:
+@compiles(_OwnerLock, "sqlite")
+def _owner_lock_sqlite(_element: _OwnerLock, _compiler: SQLCompiler, **_: Any) -> str:
     return "1"
 
 
-_WAIT_FOR_OTHERS = named("wait_for_others", select(_Turn(OWNED.right).label("waited")))
+_LOCK_OWNER = named("lock_owner", select(_OwnerLock(OWNED.right).label("waited")))
 _COUNT = named("count_all", select(func.count().label("count")).select_from(TASKS).where(OWNED))
 _SELECT_FOR_UPDATE = named(
     "lock_tasks",

@@ -11,8 +11,8 @@ from logs import BoundedLog
 IPV6_HOST_BITS = 64  # what one customer has to choose from (RFC 6177): all of it is one client
 REFUSED_MAX = 50  # refused connections stay open until their client has read why; the next ones are reset
 UNREAD_MAX_BYTES = 32 * 1024 * 1024  # with it a process stays below 256 MB
-PATIENCE_S = 30.0  # for a client that reads nothing
-SHORT_PATIENCE_S = 5.0  # while more than half of `UNREAD_MAX_BYTES` waits
+STALL_TIMEOUT_S = 30.0  # for a client that reads nothing
+STALL_TIMEOUT_UNDER_PRESSURE_S = 5.0  # while more than half of `UNREAD_MAX_BYTES` waits
 
 _log = BoundedLog("http")
 
@@ -102,10 +102,10 @@ class Connections:
         self._unread.pop(transport, None)
 
     @property
-    def patience_s(self) -> float:
+    def stall_timeout_s(self) -> float:
         """How long a client may read nothing."""
         unread = sum(each.get_write_buffer_size() for each in self._unread)
-        return SHORT_PATIENCE_S if unread > UNREAD_MAX_BYTES / 2 else PATIENCE_S
+        return STALL_TIMEOUT_UNDER_PRESSURE_S if unread > UNREAD_MAX_BYTES / 2 else STALL_TIMEOUT_S
 
 
 @lru_cache(4096)

@@ -285,7 +285,7 @@ class Postgres(Database):
         except asyncpg.ProtocolViolationError as error:
             if not self._limits_server or patient:
                 raise ConnectionError(str(error)) from error
-            self._limits_server = False  # a pooler that nobody told us of
+            self._limits_server = False  # an undeclared pooler: it refuses startup parameters
             return await self._connect()
         except OSError:  # TimeoutError too
             raise
@@ -326,7 +326,7 @@ class SQLite(Database):
         self.share = FairShare(_share_of(SQLITE_READERS))
         self._connections: list[aiosqlite.Connection] = []
         self._free_readers: asyncio.LifoQueue[aiosqlite.Connection] = asyncio.LifoQueue()
-        self._writing = asyncio.Lock()  # so that whoever waits, waits no longer than for a connection
+        self._writing = asyncio.Lock()  # a write waits for it no longer than `wait_s`
         self._waiting_to_read = self._waiting_to_write = 0
         self._ending: set[asyncio.Task[Any]] = set()
 
@@ -360,12 +360,12 @@ class SQLite(Database):
         compiled = compile_statement(statement, self.dialect)
         if compiled.reads:
             return await self._read(compiled, values)
-        async with self._turn_to_write():
+        async with self._write_slot():
             return await self.fetch(self.writer, compiled, values)
 
     async def _read(self, compiled: Compiled, values: Row) -> list[Row]:
         connection = await self._free_reader()
-        with self._place_on(connection, partial(self._free_readers.put_nowait, connection)):
+        with self._release_after(connection, partial(self._free_readers.put_nowait, connection)):
             return await self.fetch(connection, compiled, values)
 
     async def _free_reader(self) -> aiosqlite.Connection:
@@ -390,8 +390,8 @@ class SQLite(Database):
         leave()
 
     @contextlib.contextmanager
-    def _place_on(self, connection: aiosqlite.Connection, leave: Callable[[], None]) -> Iterator[None]:
-        """Call *leave* when the block has ended and, if it was cancelled, its statement too."""
+    def _release_after(self, connection: aiosqlite.Connection, leave: Callable[[], None]) -> Iterator[None]:
+        """Call *leave* when the block has ended. If it was cancelled, its statement is ended first."""
         try:
             yield
         except asyncio.CancelledError:
@@ -416,7 +416,7 @@ class SQLite(Database):
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Runner]:
-        async with self._turn_to_write():
+        async with self._write_slot():
             try:
                 with _translated:
                     await self.writer.execute("BEGIN IMMEDIATE")
@@ -424,12 +424,12 @@ class SQLite(Database):
                 with _translated:
                     await self.writer.commit()
             except BaseException:
-                # Its thread takes calls in order: whoever writes next comes after this one.
+                # The thread takes calls in order, so the next write starts after the rollback.
                 await asyncio.shield(asyncio.create_task(self.writer.rollback()))
                 raise
 
     @asynccontextmanager
-    async def _turn_to_write(self) -> AsyncIterator[None]:
+    async def _write_slot(self) -> AsyncIterator[None]:
         with _translated:
             if self._waiting_to_write >= SQLITE_QUEUE_MAX:
                 raise PoolBusy(f"{self._waiting_to_write} requests are waiting to write")
@@ -440,7 +440,7 @@ class SQLite(Database):
                     await self._writing.acquire()
         finally:
             self._waiting_to_write -= 1
-        with self._place_on(self.writer, self._writing.release):
+        with self._release_after(self.writer, self._writing.release):
             yield
 
     def engine(self) -> AsyncEngine:

@@ -28,7 +28,7 @@ def expected_versions(if_match: str | None) -> list[int] | None:
     """
     if if_match is None or if_match.strip() == "*":
         return None
-    # A weak tag promises too little to change a task by (section 13.1.1).
+    # If-Match compares strongly: a weak tag never matches (section 13.1.1).
     return [int(tag) for weak, tag in _tags("If-Match", if_match) if not weak and _VERSION.fullmatch(tag)]
 
 

@@ -1,4 +1,4 @@
-"""Idempotency-Key: the first answer is kept for a day, in the transaction of the tasks that it is about."""
+"""Idempotency-Key: the first answer is stored for 24 hours, in the same transaction as its changes."""
 
 import asyncio
 import hashlib

@@ -31,7 +31,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from arrays import any_of, has_all, list_of
+from arrays import AnyOf, HasAll, list_of
 from db import named
 from models import BIG_ID, DAY, PRIORITY, DayText, Task
 from schemas import Filter, Order, TaskOut
@@ -40,7 +40,7 @@ TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
 COLUMNS = tuple(TASKS.c[name] for name in TaskOut.model_fields)
 OWNED = TASKS.c.user_id == bindparam("owner", type_=TASKS.c.user_id.type)
 
-# Where a page begins: with the first task, or after one that has a value to sort by or has none.
+# A page starts at the beginning, or after a task whose sort key has a value, or is null.
 Start = Literal["first", "after value", "after null"]
 Shape = Literal["all", "pending", "filtered"]
 PENDING = Filter(states=frozenset((False,)))
@@ -49,7 +49,7 @@ _NULLABLE = {column.name for column in COLUMNS if column.nullable}
 _LIMIT = bindparam("limit", type_=Integer)
 
 
-class fold_case(FunctionElement[str]):  # noqa: N801 - used like a function, as SQLAlchemy's are
+class FoldCase(FunctionElement[str]):
     """A text in lower case, beyond ASCII too.
 
     On PostgreSQL the function is the migrations': `lower` of a database whose LC_CTYPE is C folds ASCII only.
@@ -59,18 +59,18 @@ class fold_case(FunctionElement[str]):  # noqa: N801 - used like a function, as 
     inherit_cache = True
 
 
-@compiles(fold_case)
-def _fold_case(element: fold_case, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(FoldCase)
+def _fold_case(element: FoldCase, compiler: SQLCompiler, **options: Any) -> str:
     return f"task_fold_case({compiler.process(element.clauses, **options)})"
 
 
-@compiles(fold_case, "sqlite")
-def _fold_case_sqlite(element: fold_case, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(FoldCase, "sqlite")
+def _fold_case_sqlite(element: FoldCase, compiler: SQLCompiler, **options: Any) -> str:
     return f"lower({compiler.process(element.clauses, **options)})"
 
 
-class has_words(FunctionElement[bool]):  # noqa: N801 - used like a function
-    """Whether a task has all words: `has_words(title, description, words, longest, second, others)`.
+class HasWords(FunctionElement[bool]):
+    """Whether a task has all words: `HasWords(title, description, words, longest, second, others)`.
 
     PostgreSQL may look the two longest up in the trigram index and compares the others with the rows that it
     finds. Folding is what a row costs, so it is done once for all the others. Absent words are null.
@@ -82,8 +82,8 @@ class has_words(FunctionElement[bool]):  # noqa: N801 - used like a function
     inherit_cache = True
 
 
-@compiles(has_words)
-def _has_words(element: has_words, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(HasWords)
+def _has_words(element: HasWords, compiler: SQLCompiler, **options: Any) -> str:
     parts = [compiler.process(part, **options) for part in element.clauses if part.key != "words"]
     title, description, *indexed, others = parts
     # As the index of the migrations has it; a word holds no space, so none is found across both.
@@ -93,14 +93,14 @@ def _has_words(element: has_words, compiler: SQLCompiler, **options: Any) -> str
     return " AND ".join([*found, f"({others} IS NULL OR {text} LIKE ALL ({folded}))"])
 
 
-@compiles(has_words, "sqlite")
-def _has_words_sqlite(element: has_words, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(HasWords, "sqlite")
+def _has_words_sqlite(element: HasWords, compiler: SQLCompiler, **options: Any) -> str:
     title, description, words, *_ = (compiler.process(part, **options) for part in element.clauses)
     # Unlike OR, CASE never calls it in vain.
     return f"CASE WHEN {words} IS NULL THEN 1 ELSE has_words({title}, {description}, {words}) END"
 
 
-class planned_for(FunctionElement[bool]):  # noqa: N801 - used like a function
+class PlannedFor(FunctionElement[bool]):
     """True. Makes PostgreSQL plan a statement for its values, one of which is *value* and never null.
 
     After five executions it would keep a generic plan, which knows neither which filters are absent nor how
@@ -112,15 +112,15 @@ class planned_for(FunctionElement[bool]):  # noqa: N801 - used like a function
     inherit_cache = True
 
 
-@compiles(planned_for)
-def _planned_for(element: planned_for, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(PlannedFor)
+def _planned_for(element: PlannedFor, compiler: SQLCompiler, **options: Any) -> str:
     value = compiler.process(element.clauses, **options)
-    dear = f"SELECT count(*) FROM generate_series(1, 1000000000) WHERE {value} IS NULL"  # noqa: S608 - SQL already
-    return f"({value} IS NOT NULL OR ({dear}) = 0)"
+    expensive = f"SELECT count(*) FROM generate_series(1, 1000000000) WHERE {value} IS NULL"  # noqa: S608 - SQL already
+    return f"({value} IS NOT NULL OR ({expensive}) = 0)"
 
 
-@compiles(planned_for, "sqlite")
-def _planned_for_sqlite(_element: planned_for, _compiler: SQLCompiler, **_: Any) -> str:
+@compiles(PlannedFor, "sqlite")
+def _planned_for_sqlite(_element: PlannedFor, _compiler: SQLCompiler, **_: Any) -> str:
     return "1"
 
 
@@ -169,17 +169,17 @@ def _filters() -> Iterator[ColumnElement[bool]]:
     since, until = (bindparam(name, type_=DAY) for name in ("due_date_from", "due_date_to"))
     # A task without a priority is found by `none`.
     rank = func.coalesce(task.priority, literal_column(str(PRIORITY.rank("none"))))
-    yield planned_for(states)
-    yield any_of(task.completed, states)
-    yield or_(priorities.is_(None), any_of(rank, priorities))
-    yield or_(categories.is_(None), any_of(task.category, categories))
-    yield has_all(task.tags, bindparam("tags", type_=list_of(Text())))
+    yield PlannedFor(states)
+    yield AnyOf(task.completed, states)
+    yield or_(priorities.is_(None), AnyOf(rank, priorities))
+    yield or_(categories.is_(None), AnyOf(task.category, categories))
+    yield HasAll(task.tags, bindparam("tags", type_=list_of(Text())))
     # As text: the planner folds no cast to a date away, and would not use the index for either bound.
     yield or_(type_coerce(since, DayText()).is_(None), task.due_date >= since)
     yield or_(type_coerce(until, DayText()).is_(None), task.due_date <= until)
     words, others = (bindparam(name, type_=list_of(Text())) for name in ("words", "other_words"))
     longest, second = (bindparam(name, type_=Text()) for name in ("longest_word", "second_word"))
-    yield has_words(task.title, task.description, words, longest, second, others)
+    yield HasWords(task.title, task.description, words, longest, second, others)
 
 
 def start_of(after: tuple[Any, int] | None) -> Start:
@@ -247,4 +247,4 @@ def _ordering(order: Order, columns: Any) -> list[ColumnElement[Any]]:
 
 def _sort_key(field: str, value: Any) -> ColumnElement[Any]:
     """Titles are sorted without regard to case and, the same everywhere, by code point."""
-    return collate(fold_case(value), "C") if field == "title" else value
+    return collate(FoldCase(value), "C") if field == "title" else value

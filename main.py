@@ -56,7 +56,7 @@ SD_LISTEN_FDS_START = 3
 START_WAIT_S = 1.5  # for the database; then the port opens, and 503 is the answer until it is there
 RETRY_MAX_S = 30.0  # between two attempts to migrate a database that is away
 MIGRATION_WAIT_S = 1.0  # for another process that migrates, before this one says so in the log
-END_S = 0.5  # for connections to end in order, and then for threads: what waits for a database holds nobody
+END_S = 0.5  # for closing connections, and then for threads; after that the process ends anyway
 
 _log = structlog.get_logger("main")
 
@@ -91,14 +91,14 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
             await keys.open()
         end_metrics = _serve_metrics(settings)
         metrics.watch_connections(lambda: database.usage)
-        tried: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        first_attempt: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         preparing = asyncio.create_task(
-            _prepare(database, readiness, tried, migrates=settings.migrates_on_start)
+            _prepare(database, readiness, first_attempt, migrates=settings.migrates_on_start)
         )
         sweeping = asyncio.create_task(idempotency.sweep(database))
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(tried, START_WAIT_S)
+                await asyncio.wait_for(first_attempt, START_WAIT_S)
             gc.freeze()  # what start-up has made stays; the collector need not look at it again and again
             yield
         finally:
@@ -186,10 +186,10 @@ def _account_keeper(settings: Settings, attempts: Attempts) -> accounts.AccountK
     )
 
 
-async def _say_what_hinders(readiness: Readiness) -> None:
+async def _log_not_ready(readiness: Readiness) -> None:
     try:
-        if hindrance := await readiness.hindrance():
-            _log.error("not ready", reason=hindrance)
+        if reason := await readiness.not_ready_reason():
+            _log.error("not ready", reason=reason)
     except Exception:  # whoever asks later is told so too: no reason not to start
         _log.exception("not ready")
 
@@ -205,12 +205,12 @@ def _serve_metrics(settings: Settings) -> Callable[[], None]:
 
 
 async def _prepare(
-    database: db.Database, readiness: Readiness, tried: "asyncio.Future[None]", *, migrates: bool
+    database: db.Database, readiness: Readiness, first_attempt: "asyncio.Future[None]", *, migrates: bool
 ) -> None:
-    """Migrate and connect; what is away is tried again until it is there.
+    """Migrate and connect, and try again while the database is unreachable.
 
-    *tried* is done after the first attempt, unless nobody waits for it any more, with the error that no time
-    will mend, if that ended it.
+    *first_attempt* ends with the first attempt, with the exception if the failure is permanent. By then the
+    caller may have stopped waiting.
     """
     migrated, opened = not migrates, False
     try:
@@ -218,17 +218,17 @@ async def _prepare(
             migrated = migrated or await _succeeds(_migrate(database), "database cannot be migrated yet")
             opened = opened or await _succeeds(database.open(), "database cannot be opened yet")
             if attempt == 0:
-                await _say_what_hinders(readiness)
-            if not tried.done():
-                tried.set_result(None)
+                await _log_not_ready(readiness)
+            if not first_attempt.done():
+                first_attempt.set_result(None)
             if migrated and opened:
                 return
             await asyncio.sleep(min(2**attempt, RETRY_MAX_S))
     except Exception as error:
-        if tried.done():
+        if first_attempt.done():
             _log.exception("migration failed" if not migrated else "database cannot be opened")
         else:
-            tried.set_exception(error)
+            first_attempt.set_exception(error)
 
 
 async def _succeeds(attempt: Awaitable[None], event: str) -> bool:
@@ -288,9 +288,9 @@ def _traces() -> bool:
     """Return whether traces are to be sent, and say so if they cannot be."""
     if not telemetry.is_wanted(os.environ):
         return False
-    if hindrance := telemetry.hindrance(os.environ):
-        _log.warning("no traces are sent", reason=hindrance)
-    return hindrance is None
+    if reason := telemetry.not_exported_reason(os.environ):
+        _log.warning("no traces are sent", reason=reason)
+    return reason is None
 
 
 def __getattr__(name: str) -> Any:

@@ -104,7 +104,7 @@ def statement_ran(name: str, seconds: float) -> None:
 
 
 class _Connections(Collector):
-    """The database connections of the service in this process, asked for when somebody looks."""
+    """The database connections of the service in this process, read at each scrape."""
 
     usage: Callable[[], dict[str, int]] | None = None
 

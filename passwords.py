@@ -25,31 +25,31 @@ class TooManyPasswords(Exception):
 
 
 class Passwords:
-    """Hashes and checks passwords; whoever does so first takes a place."""
+    """Hashes and checks passwords; the callers take a slot first."""
 
     def __init__(self, hasher: BcryptHasher | None = None, *, waiting_max: int = WAITING_MAX) -> None:
         self._hasher = hasher or BcryptHasher(ROUNDS)
         # The hash of no password, as slow to compare with as any other: 22 characters of salt, 31 of digest.
         self._nobodys_hash = f"$2b${self._hasher.rounds:02}${'.' * (22 + 31)}"
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="passwords")
-        self._places = THREADS + waiting_max
+        self._slots = THREADS + waiting_max
         self._held: Counter[str] = Counter()
 
     @contextmanager
-    def place(self, address: str) -> Iterator[None]:
-        """Hold a place among those who run and wait, for a client at *address*.
+    def slot(self, address: str) -> Iterator[None]:
+        """Hold one of the slots for running and waiting checks, for a client at *address*.
 
         Raises:
             TooManyPasswords: there is none left, or none for this address.
         """
-        if not self._places or self._held[address] >= PER_ADDRESS_MAX:
+        if not self._slots or self._held[address] >= PER_ADDRESS_MAX:
             raise TooManyPasswords
-        self._places -= 1
+        self._slots -= 1
         self._held[address] += 1
         try:
             yield
         finally:
-            self._places += 1
+            self._slots += 1
             self._held[address] -= 1
             self._held += Counter()  # forgets the zeros
 

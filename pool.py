@@ -19,7 +19,7 @@ STATEMENTS_MAX = 48  # of one connection; each takes the server up to 0.6 MB
 LIFETIME_S = 1800.0  # what a server process has cached ends with it
 UNCHECKED_S = 30.0  # a connection that has been idle for longer may be cut off without a word
 CHECK_TIMEOUT_S = 1.0
-# A database that sleeps (Neon) takes 0.5 to 5 s to wake: who asks it meanwhile waits, and is not refused.
+# Neon takes 0.5 to 5 s to wake up; requests wait instead of failing.
 PATIENCE_S = 5.5
 RECONNECT_S = 0.25
 
@@ -80,7 +80,7 @@ class Connection:
 
 @dataclass
 class _Outage:
-    """A time in which connecting fails with *error*; *over* is set when a connection may be had."""
+    """A period in which connecting fails. *error* is the latest failure; *over* is set once one is free."""
 
     error: Exception
     since: float = field(default_factory=time.monotonic)
@@ -98,7 +98,7 @@ class Pool:
         self._connect = connect
         self._size = size
         self._wait_s = wait_s
-        self._turns = asyncio.Semaphore(size)
+        self._slots = asyncio.Semaphore(size)
         self._waiting = 0
         self._idle: list[Connection] = []
         self._alive = 0  # idle or in use
@@ -125,7 +125,7 @@ class Pool:
             self._release(connection)  # the server answered: the connection is in order
             raise
         except BaseException:
-            self._discard(connection)  # an answer may be on its way; nobody may read it as theirs
+            self._discard(connection)  # a late answer must not reach the next request
             raise
         self._release(connection)
         return rows
@@ -167,36 +167,36 @@ class Pool:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _acquire(self) -> Connection:
-        if not self._turns.locked():
-            await self._turns.acquire()
+        if not self._slots.locked():
+            await self._slots.acquire()
             self._in_use += 1
             if self._idle and self._idle[-1].idle_s < UNCHECKED_S and not self._idle[-1].raw.is_closed():
                 return self._idle.pop()  # nearly always
         else:
-            await self._wait_for_turn()
+            await self._wait_for_slot()
             self._in_use += 1
         try:
             async with asyncio.timeout(self._wait_s):
-                return await self._connection_for_turn()
+                return await self._connection_for_slot()
         except BaseException:
-            self._end_turn()
+            self._release_slot()
             raise
 
-    def _end_turn(self) -> None:
+    def _release_slot(self) -> None:
         self._in_use -= 1
-        self._turns.release()
+        self._slots.release()
 
-    async def _wait_for_turn(self) -> None:
+    async def _wait_for_slot(self) -> None:
         if self._waiting >= max(WAITING_MAX_AT_LEAST, self._size * WAITING_MAX_PER_CONNECTION):
             raise PoolBusy(f"{self._waiting} requests are waiting for {self._size} connections")
         self._waiting += 1
         try:
             async with asyncio.timeout(self._wait_s):
-                await self._turns.acquire()
+                await self._slots.acquire()
         finally:
             self._waiting -= 1
 
-    async def _connection_for_turn(self) -> Connection:
+    async def _connection_for_slot(self) -> Connection:
         while True:
             if connection := await self._take_idle():
                 return connection
@@ -224,7 +224,7 @@ class Pool:
     async def _is_heard(self, connection: Connection) -> bool:
         try:
             return await connection.answers()
-        except BaseException:  # who asked has been cancelled
+        except BaseException:  # the request was cancelled
             self._drop(connection)
             raise
 
@@ -244,14 +244,14 @@ class Pool:
             self._start(self._reconnect(self._outage), "reconnect")
 
     async def _wait_out(self, outage: _Outage) -> None:
-        """Return when a connection may be had.
+        """Return when a connection may be free.
 
         Raises:
-            Exception: why none can be had for `PATIENCE_S` already, as connecting raised it.
+            Exception: the last connection error, once the outage has lasted `PATIENCE_S`.
         """
         left_s = outage.since + PATIENCE_S - time.monotonic()
         if self._alive:
-            left_s = self._wait_s  # the server allows no more of them, but somebody will give theirs back
+            left_s = self._wait_s  # the server allows no more of them, but one of ours will be released
         try:
             async with asyncio.timeout(max(0.0, left_s)):
                 await outage.over.wait()
@@ -265,7 +265,7 @@ class Pool:
             await asyncio.sleep(RECONNECT_S)
             try:
                 connection = await self._open()
-            except Exception as error:  # whoever gives up here is missed by all who wait
+            except Exception as error:  # if this task ended, waiting requests would never be woken
                 outage.error = error
             else:
                 self._add_idle(connection)
@@ -281,13 +281,13 @@ class Pool:
             return
         else:
             self._add_idle(connection)
-        self._end_turn()
+        self._release_slot()
 
     def _replace(self, connection: Connection) -> None:
         """End *connection* and open another one, and then give its turn back."""
         self._alive -= 1
         replacing = self._start(self._end_and_open(connection), "replace")
-        replacing.add_done_callback(lambda _: self._end_turn())
+        replacing.add_done_callback(lambda _: self._release_slot())
 
     async def _end_and_open(self, connection: Connection) -> None:
         await _end(connection.raw)
@@ -302,7 +302,7 @@ class Pool:
         """End *connection*, and what the server still does for it, and then give its turn back."""
         self._alive -= 1
         ending = self._start(_end(connection.raw), "end")
-        ending.add_done_callback(lambda _: self._end_turn())
+        ending.add_done_callback(lambda _: self._release_slot())
 
     def _start(self, work: Any, name: str) -> "asyncio.Task[None]":
         task = asyncio.create_task(work, name=name)

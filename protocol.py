@@ -25,7 +25,7 @@ from logs import BoundedLog
 HEAD_TIMEOUT_S = 10.0
 DRAIN_S = 1.0  # keep-alive clients may already have sent a request before they see `Connection: close`
 LINGER_S = 1.0  # for a client that is still sending
-HANG_UP_S = 0.1  # what is nearly done is done by then, and keeps its database connection
+CANCEL_DELAY_S = 0.1  # what is nearly done is done by then, and keeps its database connection
 STALL_CHECK_S = 5.0  # how often the bytes that a client has not read are looked at
 WRITE_BUFFER_MAX_BYTES = 16 * 1024  # with more unread, no further request of the connection is answered
 PIPELINED_MAX = 20  # requests that wait for an answer on one connection; each takes about 3 KB
@@ -47,7 +47,7 @@ class Protocol(HttpToolsProtocol):
     def __init__(self, *args: Any, connections: Connections, **options: Any) -> None:
         super().__init__(*args, **options)
         self._connections = connections
-        self._leave: Callable[[], None] | None = None  # undoes what `connections` has counted
+        self._release: Callable[[], None] | None = None  # undoes what `connections` has counted
         self._is_proxied = False
         self._in_body = False
         self._received_bytes = 0  # since the last head was complete, as they came
@@ -71,25 +71,25 @@ class Protocol(HttpToolsProtocol):
             self._connections.add(client)
         except errors.Problem as problem:
             if self._connections.add_refused():
-                self._leave = self._connections.remove_refused
+                self._release = self._connections.remove_refused
                 self._refuse(problem)
             else:
                 transport.abort()
             return
-        self._leave = partial(self._connections.remove, client)
+        self._release = partial(self._connections.remove, client)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._connections.remove_unread(self.transport)
-        if self._leave is not None:
-            self._leave()
+        if self._release is not None:
+            self._release()
         super().connection_lost(exc)
         if self._stall_timer is not None:
             self._stall_timer.cancel()
         if self._answering is not None:
             self._disconnect(self._answered)  # uvicorn tells the last of several requests only
-            self.loop.call_later(HANG_UP_S, self._answering.cancel)
+            self.loop.call_later(CANCEL_DELAY_S, self._answering.cancel)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -110,7 +110,7 @@ class Protocol(HttpToolsProtocol):
         if self._refusal:
             return
         self._unset_keepalive_if_required()
-        if self._is_free():
+        if self._is_idle():
             self._start_timer()
         if not self._in_body:
             self._received_bytes += len(data)
@@ -174,7 +174,7 @@ class Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_writing()
-        if self._refusal and self._is_free():
+        if self._refusal and self._is_idle():
             self._send_refusal()
             return
         # A proxy sends the requests of other clients on the same connection, and these must not wait.
@@ -185,8 +185,8 @@ class Protocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Answer what has been asked, and what is asked within `DRAIN_S`, and then close."""
         self._draining = True
-        if self._is_free():
-            self.loop.call_later(DRAIN_S, self._close_if_free)
+        if self._is_idle():
+            self.loop.call_later(DRAIN_S, self._close_if_idle)
         else:
             self.cycle.keep_alive = False
 
@@ -235,7 +235,7 @@ class Protocol(HttpToolsProtocol):
             if self._answering is task:  # and not the next one's already
                 self._answering = None
 
-    def _is_free(self) -> bool:
+    def _is_idle(self) -> bool:
         """Return whether no request is being answered or waits for an answer."""
         return self.cycle is None or self.cycle.response_complete
 
@@ -258,7 +258,7 @@ class Protocol(HttpToolsProtocol):
             return
         if left < before:
             self._watch_writing()
-        elif stalled_s < self._connections.patience_s:
+        elif stalled_s < self._connections.stall_timeout_s:
             self._watch_writing(stalled_s)
         else:
             _log.warning("connection ended", reason="its client does not read")
@@ -266,22 +266,22 @@ class Protocol(HttpToolsProtocol):
 
     def _start_timer(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._is_late)
+            self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._on_head_timeout)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _is_late(self) -> None:
+    def _on_head_timeout(self) -> None:
         self._timer = None
         if self._received_bytes:
             self._refuse(HeadTimeout())
         elif not self.transport.is_closing():
             self.transport.close()  # it has said nothing, or goes on with a body that no handler reads
 
-    def _close_if_free(self) -> None:
-        if self._is_free() and not self.transport.is_closing():
+    def _close_if_idle(self) -> None:
+        if self._is_idle() and not self.transport.is_closing():
             self.transport.close()
 
     def _resume(self) -> None:
@@ -299,12 +299,12 @@ class Protocol(HttpToolsProtocol):
         self._refusal = _render(scope, problem)
         # What has been read of a head may be large, and the client may be slow to read the refusal.
         self.parser = self.scope = self.headers = None  # type: ignore[assignment] # as uvicorn ends
-        if self._in_body and self._is_free():
+        if self._in_body and self._is_idle():
             self.transport.close()  # the request has its answer already
             return
         if self._in_body:
             self._give_up_last()
-        if self._is_free() or self.cycle.disconnected:
+        if self._is_idle() or self.cycle.disconnected:
             self._send_refusal()
 
     def _give_up_last(self) -> None:

@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.base import Executable
 
 import listing
-from arrays import Elements, any_of, list_of
+from arrays import AnyOf, Elements, list_of
 from db import Database, Deferred, Row, Runner, Statement, named
 from errors import Unavailable
 from listing import COLUMNS, OWNED, TASKS
@@ -46,10 +46,10 @@ SERIES_ATTEMPTS = 3  # others may change the task between two statements, but no
 NOW = bindparam("now", type_=TIMESTAMP)
 _THIS = TASKS.c.id == bindparam("task_id", type_=BIG_ID)
 _VERSIONS = bindparam("versions", type_=list_of(Integer()))
-_EXPECTED = or_(_VERSIONS.is_(None), any_of(TASKS.c.version, _VERSIONS))
+_EXPECTED = or_(_VERSIONS.is_(None), AnyOf(TASKS.c.version, _VERSIONS))
 
 
-class Stale(Exception):
+class VersionConflict(Exception):
     """The task has another *version* than those that were asked for."""
 
     def __init__(self, version: int) -> None:
@@ -113,7 +113,7 @@ async def update_task(
     What is set to the value it has is no change: version and times stay, so a retry is harmless.
 
     Raises:
-        Stale: the task's version is not one of *versions*.
+        VersionConflict: the task's version is not one of *versions*.
         TooManyTasks: the next task of its series would be one too many.
     """
     if not changes:
@@ -125,7 +125,7 @@ async def toggle_task(owner: Owner, task_id: int, versions: Collection[int] | No
     """Complete the task, or reopen it, and return it.
 
     Raises:
-        Stale: the task's version is not one of *versions*.
+        VersionConflict: the task's version is not one of *versions*.
         TooManyTasks: the next task of its series would be one too many.
     """
     return await _change(owner, _TOGGLE, task_id, {"completed": True}, versions)
@@ -135,7 +135,7 @@ async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | No
     """Delete the task and return whether there was one.
 
     Raises:
-        Stale: the task's version is not one of *versions*.
+        VersionConflict: the task's version is not one of *versions*.
     """
     values = {"task_id": task_id, "versions": _list(versions)}
     try:
@@ -247,7 +247,7 @@ async def _change(
 async def _current(owner: Owner, task_id: int, versions: Collection[int] | None) -> Row | None:
     task = await get_task(owner, task_id)
     if task is not None and not _is_expected(task, versions):
-        raise Stale(task["version"])
+        raise VersionConflict(task["version"])
     return task
 
 
@@ -363,7 +363,11 @@ def _changes(name: str) -> ColumnElement[bool]:
 
 
 def _update_statement(*, in_series: bool) -> Executable:
-    """Return the update of tasks that it completes *in_series*, so that a next one is due, or of others."""
+    """Return one of two complementary updates.
+
+    *in_series* changes the task only if it completes a recurring one whose next is due; the other changes it
+    in every other case.
+    """
     succeeded = and_(TASKS.c.succeeded, not_(_changes("due_date")))
     next_is_due = and_(
         _sets("completed"),

@@ -31,8 +31,8 @@ class Readiness:
         self._outdated = outdated_revisions(versions)
         self._looking: asyncio.Task[str | None] | None = None
 
-    async def hindrance(self) -> str | None:
-        """Return what keeps us from serving, if anything. Who asks while somebody looks shares the answer."""
+    async def not_ready_reason(self) -> str | None:
+        """Return why requests cannot be served, or None. Concurrent callers share one check."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
         return await asyncio.shield(self._looking)

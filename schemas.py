@@ -162,7 +162,7 @@ class Delete(BaseModel):
 
 
 def _tag(operation: object) -> str:
-    # A body that is read is a dict, one that is written for the fingerprint of an Idempotency-Key a model.
+    # Validation passes a dict; serialisation, for the fingerprint of an Idempotency-Key, passes a model.
     name = operation.get("op") if isinstance(operation, dict) else getattr(operation, "op", None)
     return f"<{name}>" if isinstance(name, str) else ""
 

@@ -13,10 +13,10 @@ class TooManyTasks(Exception):
 
 
 class TaskLimit:
-    """A user with *count* tasks may add a tenth of what is left before they are counted again.
+    """Counts a user's tasks seldom: each count admits a tenth of what is left before the next one.
 
-    So most of the statements need not count. Of single tasks that are created at the same time, none sees
-    the others; what adds several waits for its turn.
+    Single inserts at the same moment do not see one another and may go a little beyond the limit; what adds
+    several tasks takes a lock.
     """
 
     def __init__(self, most: int) -> None:
@@ -24,7 +24,7 @@ class TaskLimit:
         self._unchecked: dict[str, int] = {}
 
     def take(self, user_id: str) -> bool:
-        """Return whether *user_id* may add a task that nobody counts, and use that up."""
+        """Return whether *user_id* may add a task without a count, and use that up."""
         if not self.most:
             return True
         left = self._unchecked.get(user_id, 0)

@@ -20,7 +20,7 @@ def is_wanted(environment: Mapping[str, str]) -> bool:
     return _has_endpoint(environment) or any(exporter not in ("", "none") for exporter in exporters)
 
 
-def hindrance(environment: Mapping[str, str]) -> str | None:
+def not_exported_reason(environment: Mapping[str, str]) -> str | None:
     """Return why nothing can be sent, as a sentence for whoever starts the service."""
     if not all(importlib.util.find_spec(package) for package in PACKAGES):
         return "OpenTelemetry is asked for, but its packages are missing: uv sync --group telemetry"

@@ -1,8 +1,8 @@
 """What one user can take from the others: `uv run --group bench bench/hostile.py`.
 
 Memory: how much the service and each PostgreSQL server process grow by 2,000 varied lists. Searches: what
-another user's reads are answered, and how fast, while one user sends as many dear searches as the rate limit
-admits, on both databases, directly and by a pooler's rules.
+another user's reads are answered, and how fast, while one user sends as many expensive searches as the rate
+limit admits, on both databases, directly and by a pooler's rules.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Problems that other readers understand too, by the members that they look for."""
+"""Adds the members that clients of Better Auth and OAuth expect to our problems."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any

@@ -73,7 +73,7 @@ class RateLimits:
 
 
 class RateLimitMiddleware:
-    """Counts by its address what nobody has counted when it is answered: no token was valid.
+    """Counts a request for its client's address, unless it was counted for a user: it had no valid token.
 
     What costs more than an answer, a password above all, counts itself before it begins. The headers are
     written by the access log, which also answers crashes.
@@ -104,5 +104,5 @@ class RateLimitMiddleware:
 
 
 def client_address(scope: Scope) -> str:
-    """Return who counts as one client: an IPv4 address, or the /64 of an IPv6 one."""
+    """Return the address that a request counts for: IPv4, or the /64 of an IPv6 one."""
     return client_of(scope["client"][0]) if scope.get("client") else ""

@@ -131,14 +131,14 @@ class AccountKeeper:
         return too_old or bool(ended_at and _time(signed_in_at) <= ended_at)
 
     @contextmanager
-    def place(self, request: Request) -> Iterator[None]:
-        """Hold a place for whoever sends *request* a password.
+    def slot(self, request: Request) -> Iterator[None]:
+        """Hold a slot for checking the password in *request*.
 
         Raises:
             Unavailable: too many are waiting.
         """
         try:
-            with self.passwords.place(client_address(request.scope)):
+            with self.passwords.slot(client_address(request.scope)):
                 yield
         except TooManyPasswords as error:
             raise Unavailable from error
@@ -254,7 +254,7 @@ async def sign_up(keeper: KeeperDep, request: Request, body: SignUp) -> Response
         raise PasswordTooShort
     if _length(body.password) > PASSWORD_MAX:
         raise PasswordTooLong
-    with keeper.place(request):
+    with keeper.slot(request):
         password_hash = await keeper.passwords.hash(body.password)
     account = await accounts.create_account(
         request.app.state.database,
@@ -352,7 +352,7 @@ async def _sign_in(keeper: AccountKeeper, request: Request, email: str, password
     account = await accounts.account_of_email(request.app.state.database, email)
     try:
         # Nothing is counted that bcrypt does not slow down: so the counts, too, are bounded.
-        with keeper.place(request):
+        with keeper.slot(request):
             await keeper.attempts.count(*about)
             is_right = await keeper.passwords.check(password, account["password_hash"] if account else None)
     except TooManyAttempts as error:

@@ -19,6 +19,6 @@ async def health() -> Health:
 async def ready(request: Request) -> Health:
     """Say that the database answers and has our schema: that requests may come. No token is needed."""
     readiness: Readiness = request.app.state.readiness
-    if sentence := await readiness.hindrance():
+    if sentence := await readiness.not_ready_reason():
         raise Unavailable(sentence)
     return Health()

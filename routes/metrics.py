@@ -1,4 +1,4 @@
-"""/metrics: what Prometheus reads, for who has the token or, in development, sits at this machine."""
+"""/metrics for Prometheus: for requests with the token or, in development, from this machine."""
 
 import ipaddress
 import secrets

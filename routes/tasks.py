@@ -414,7 +414,7 @@ def _refusals() -> Iterator[None]:
     """Answer with what the statements refuse."""
     try:
         yield
-    except queries.Stale as error:
+    except queries.VersionConflict as error:
         raise _stale(error.version) from error
     except TooManyTasks as error:
         raise _too_many(error.most) from error

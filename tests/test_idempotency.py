@@ -89,7 +89,7 @@ async def test_what_is_no_key_creates_nothing(alice: Person, key: bytes) -> None
     assert (await alice.get()).json() == []
 
 
-async def test_two_keys_are_none(alice: Person) -> None:
+async def test_repeated_idempotency_key_header_is_422(alice: Person) -> None:
     headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b"), ("Authorization", f"Bearer {alice.token}")]
 
     answer = await alice.client.post(

@@ -101,10 +101,10 @@ async def test_the_event_loop_hashes_nothing(passwords: Passwords, hasher: Watch
 def test_there_are_as_many_places_as_may_run_and_wait() -> None:
     passwords = Passwords(WatchedHasher(), waiting_max=1)
 
-    with passwords.place("1.2.3.4"), passwords.place("1.2.3.4"):
-        with passwords.place("1.2.3.4"), pytest.raises(TooManyPasswords), passwords.place("1.2.3.4"):
+    with passwords.slot("1.2.3.4"), passwords.slot("1.2.3.4"):
+        with passwords.slot("1.2.3.4"), pytest.raises(TooManyPasswords), passwords.slot("1.2.3.4"):
             pass
-        with passwords.place("1.2.3.4"):  # given back
+        with passwords.slot("1.2.3.4"):  # given back
             pass
 
 
@@ -113,12 +113,12 @@ def test_one_address_leaves_places_for_others() -> None:
 
     with ExitStack() as held:
         for _ in range(PER_ADDRESS_MAX):
-            held.enter_context(passwords.place("1.2.3.4"))
-        with pytest.raises(TooManyPasswords), passwords.place("1.2.3.4"):
+            held.enter_context(passwords.slot("1.2.3.4"))
+        with pytest.raises(TooManyPasswords), passwords.slot("1.2.3.4"):
             pass
-        with passwords.place("5.6.7.8"):
+        with passwords.slot("5.6.7.8"):
             pass
-    with passwords.place("1.2.3.4"):  # given back
+    with passwords.slot("1.2.3.4"):  # given back
         pass
     assert passwords._held == {}
 
@@ -127,8 +127,8 @@ def test_a_place_is_given_back_after_a_mistake() -> None:
     passwords = Passwords(WatchedHasher(), waiting_max=1 - THREADS)
 
     for _ in range(2):
-        with pytest.raises(RuntimeError), passwords.place("1.2.3.4"):
+        with pytest.raises(RuntimeError), passwords.slot("1.2.3.4"):
             raise RuntimeError
 
-    with passwords.place("1.2.3.4"):
+    with passwords.slot("1.2.3.4"):
         pass

@@ -159,7 +159,7 @@ async def test_who_hangs_up_takes_the_answer_from_nobody(database_url: str) -> N
     database = db.connect(database_url, pool_size=1)
     await database.open()
     asked = Readiness(database)
-    hasty, patient = [asyncio.create_task(asked.hindrance()) for _ in range(2)]
+    hasty, patient = [asyncio.create_task(asked.not_ready_reason()) for _ in range(2)]
     await asyncio.sleep(0)
     hasty.cancel()
 

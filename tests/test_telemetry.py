@@ -92,5 +92,7 @@ def test_the_standards_variables_switch_it_on(environment: dict[str, str], wante
 
 
 def test_an_exporter_without_an_address_is_a_sentence() -> None:
-    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in (telemetry.hindrance({"OTEL_TRACES_EXPORTER": "otlp"}) or "")
-    assert telemetry.hindrance({ENDPOINT: "http://collector:4318"}) is None
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in (
+        telemetry.not_exported_reason({"OTEL_TRACES_EXPORTER": "otlp"}) or ""
+    )
+    assert telemetry.not_exported_reason({ENDPOINT: "http://collector:4318"}) is None
