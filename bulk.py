@@ -182,7 +182,8 @@ async def _write(owner: Owner, workbench: _Workbench) -> list[Row]:
     if workbench.deleted:
         await owner.all(_DELETE_SOME, ids=workbench.deleted)
     if changed := [workbench.rows[task_id] for task_id in workbench.changed if task_id in workbench.rows]:
-        await owner.all(_UPDATE_SOME, records=_json({**row, **_stored(row)} for row in changed))
+        records_ = _json({**row, **_stored(row)} for row in changed)
+        await owner.all(_UPDATE_SOME, ids=[row["id"] for row in changed], records=records_)
     if not workbench.new:
         return []
     created = await owner.all(_INSERT_ALL, records=_json(map(_record, workbench.new)))
@@ -285,7 +286,8 @@ _DELETE_SOME = named("delete_some", delete(TASKS).where(OWNED, _IDS).returning(T
 _UPDATE_SOME = named(
     "update_some",
     update(TASKS)
-    .where(OWNED, TASKS.c.id == Member(_RECORDS.c.value, "id", BIG_ID))
+    # By their ids first: SQLite would else look through all records for each task of the owner.
+    .where(OWNED, _IDS, TASKS.c.id == Member(_RECORDS.c.value, "id", BIG_ID))
     .values({name: value for name, value in _MEMBERS.items() if name != "created_at"})
     .returning(TASKS.c.id),
 )

@@ -137,7 +137,8 @@ class _TryLock(FunctionElement[bool]):
 @compiles(_TryLock)
 def _try_lock(element: _TryLock, compiler: SQLCompiler, **options: Any) -> str:
     owner, key = (compiler.process(part, **options) for part in element.clauses)
-    return f"pg_try_advisory_xact_lock(hashtextextended({owner} || '/' || {key}, 0))"
+    # A key has no line break, so that no two pairs make the same text.
+    return f"pg_try_advisory_xact_lock(hashtextextended({owner} || chr(10) || {key}, 0))"
 
 
 @compiles(_TryLock, "sqlite")

@@ -356,4 +356,5 @@ Index(
 )
 _key = IdempotencyKey.__table__.c  # type: ignore[attr-defined] # SQLModel adds it
 Index("ix_idempotency_key_created_at", _key.created_at)
+Index("ix_idempotency_key_user_id_weight", _key.user_id, _key.weight)
 Index("ix_task_user_id_due_date_id", _task.user_id, _task.due_date, _task.id)

@@ -50,11 +50,11 @@ _EXPECTED = or_(_VERSIONS.is_(None), AnyOf(TASKS.c.version, _VERSIONS))
 
 
 class VersionConflict(Exception):
-    """The task has another *version* than those that were asked for."""
+    """The *task* has another version than those that were asked for."""
 
-    def __init__(self, version: int) -> None:
-        super().__init__(version)
-        self.version = version
+    def __init__(self, task: Row) -> None:
+        super().__init__(task["version"])
+        self.task = task
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +142,12 @@ async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | No
         deleted = await owner.one(_DELETE, **values)
     except Unavailable as error:
         task = await _after_loss(owner, task_id, versions, error)
-        if task is None:
-            return True  # the client had read it: it was there
-        if not _is_expected(task, versions):
+        if task is not None and _is_expected(task, versions):
+            await owner.one(_DELETE, **values)
+            task = await get_task(owner, task_id)
+        if task is not None:
             raise
-        deleted = await owner.one(_DELETE, **values)
+        return True  # it is gone, as was asked; the client had read it, so it was there
     if not deleted and versions is not None:
         await _current(owner, task_id, versions)
     return deleted is not None
@@ -223,9 +224,16 @@ async def _change(
     changes: Mapping[str, Any],
     versions: Collection[int] | None,
 ) -> Row | None:
-    """Run *statement*, which leaves a task alone whose completion has to create the next one."""
+    """Run *statement*, which leaves a task alone whose completion has to create the next one.
+
+    After a loss the change may still be under way: the server goes on with what waits for a lock. To repeat
+    it is safe with one version, which only one of the two can find.
+    """
+    lost: Unavailable | None = None
+    sent = []
     for _ in range(SERIES_ATTEMPTS):
         values = _changing(changes) | {"task_id": task_id, "versions": _list(versions)}
+        sent.append(values["now"])  # to the microsecond, so that we know our own changes by it
         try:
             if row := await owner.one(statement, **values):
                 return row
@@ -235,19 +243,26 @@ async def _change(
                 return None
             if row := await _complete_in_series(owner, values):
                 return row
-        except Unavailable as error:
-            task = await _after_loss(owner, task_id, versions, error)
-            if task is None or task["updated_at"] == values["now"]:  # to the microsecond: our own change
-                return task
-            if not _is_expected(task, versions):
+        except VersionConflict as conflict:
+            if lost is None:
                 raise
-    raise Unavailable
+            if conflict.task["updated_at"] in sent:
+                return conflict.task
+            raise lost from conflict
+        except Unavailable as error:
+            lost = error
+            task = await _after_loss(owner, task_id, versions, error)
+            if task is None or task["updated_at"] in sent:
+                return task
+            if not _is_expected(task, versions) or len(versions or ()) > 1:
+                raise
+    raise lost or Unavailable
 
 
 async def _current(owner: Owner, task_id: int, versions: Collection[int] | None) -> Row | None:
     task = await get_task(owner, task_id)
     if task is not None and not _is_expected(task, versions):
-        raise VersionConflict(task["version"])
+        raise VersionConflict(task)
     return task
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import String, column, select, table
 from db import Database, named
 from errors import NotMigrated, Unavailable
 
-PROBES = ("/health", "/health/ready")  # never refused: a restart may depend on their answer
+PROBES = (b"/health", b"/health/ready")  # never refused: a restart may depend on their answer
 TIMEOUT_S = 1.5  # so that the answer has left within 2 s, whatever the database does
 AWAY = "The database cannot be used right now"
 OUTDATED = "The database's schema is not migrated: run alembic upgrade head"
@@ -20,9 +20,9 @@ _SELECT_REVISION = named(
 )
 
 
-def is_probe(path: str) -> bool:
-    """Return whether *path* is that of a probe, with or without the slash behind it that routes ignore."""
-    return path.removesuffix("/") in PROBES
+def is_probe(raw_path: bytes) -> bool:
+    """Return whether *raw_path*, as it was sent, is that of a probe, perhaps with a slash behind it."""
+    return raw_path.removesuffix(b"/") in PROBES
 
 
 class Readiness:

@@ -47,4 +47,4 @@ def _has_endpoint(environment: Mapping[str, str]) -> bool:
 
 
 def _is_probe(scope: MutableMapping[str, Any]) -> bool:
-    return is_probe(scope["path"]) or scope["path"].removesuffix("/") == "/metrics"
+    return is_probe(scope["raw_path"]) or scope["path"].removesuffix("/") == "/metrics"

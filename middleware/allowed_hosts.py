@@ -33,7 +33,7 @@ class AllowedHostsMiddleware:
         self._ours: set[bytes] = set()  # spellings that were found to be ours; others are not kept
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_probe(scope["path"]) or self._is_ours(scope):
+        if scope["type"] != "http" or is_probe(scope["raw_path"]) or self._is_ours(scope):
             await self.app(scope, receive, send)
             return
         await errors.render(scope, WrongHost())(scope, receive, send)

@@ -84,7 +84,7 @@ class RateLimitMiddleware:
         self._rate_limits = rate_limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_probe(scope["path"]):
+        if scope["type"] != "http" or is_probe(scope["raw_path"]):
             await self.app(scope, receive, send)
             return
         is_refused = False

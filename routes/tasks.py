@@ -415,7 +415,7 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except queries.VersionConflict as error:
-        raise _stale(error.version) from error
+        raise _stale(error.task["version"]) from error
     except TooManyTasks as error:
         raise _too_many(error.most) from error
     except idempotency.KeyInUse as error:

@@ -1,5 +1,6 @@
 """A PostgreSQL server for one test run: programs from a wheel, data in a temporary folder."""
 
+import asyncio
 import contextlib
 import ctypes
 import importlib.util
@@ -12,12 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
+
+import db
+from main import migrate
 
 START_TIMEOUT_S = 60
 
@@ -39,6 +43,22 @@ class Server:
 
     async def drop_database(self, name: str) -> None:
         await self.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+    @contextlib.asynccontextmanager
+    async def database(self) -> AsyncIterator[str]:
+        """Lend the URL of a new database without tables."""
+        name = await self.create_database()
+        try:
+            yield self.url_of(name)
+        finally:
+            await self.drop_database(name)
+
+    @contextlib.asynccontextmanager
+    async def migrated_database(self) -> AsyncIterator[str]:
+        """Lend the URL of a new database with our tables."""
+        async with self.database() as url:
+            await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
+            yield url
 
     async def execute(self, statement: str) -> None:
         connection = await asyncpg.connect(self.url)

@@ -23,6 +23,7 @@ class Proxy:
         self._passing.set()
         self._swallowed: set[asyncio.Task[None] | None] = set()
         self._on_loss: Callable[[], Awaitable[None]] | None = None
+        self._cuts_next = False
         self.port = 0
         self.statements: list[str] = []
         self.round_trips = 0
@@ -42,6 +43,10 @@ class Proxy:
     def lose_next_answer(self, then: Callable[[], Awaitable[None]]) -> None:
         """Drop the next answer of the server, which has done its work, call *then* and cut the connection."""
         self._on_loss = then
+
+    def cut_after_next_statement(self) -> None:
+        """Cut the connection when the next statement has been sent: the server may go on with it."""
+        self._cuts_next = True
 
     def hold(self) -> None:
         """Accept connections and let nothing pass until `release`."""
@@ -91,6 +96,9 @@ class Proxy:
                     continue
                 server.write(kind + head + body)
                 await server.drain()
+                if self._cuts_next and kind == b"S":
+                    self._cuts_next = False
+                    return
 
     async def _downstream(self, server: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):

@@ -97,7 +97,7 @@ async def test_hosts_that_were_seen_hold_little_memory() -> None:
                 f"{number}.x",
             ):
                 headers = [(b"host", host.encode())]
-                await middleware({"type": "http", "path": "/", "headers": headers}, receive, ignore)
+                await middleware({"type": "http", "raw_path": b"/", "headers": headers}, receive, ignore)
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

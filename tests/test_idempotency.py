@@ -17,6 +17,7 @@ from errors import Unavailable
 from main import create_app
 from queries import Owner
 from tests.conftest import Person, person, running, settings_for
+from tests.postgres import Server
 
 
 async def post_once(person: Person, key: str, **fields: Any) -> httpx.Response:
@@ -54,6 +55,28 @@ async def test_another_body_under_the_same_key_is_422(alice: Person) -> None:
     assert answer.status_code == 422
     assert answer.json()["detail"] == "Idempotency-Key: was used for another request"
     assert len((await alice.get()).json()) == 1
+
+
+async def test_two_users_never_share_the_lock_of_a_key(postgres: Server) -> None:
+    release = asyncio.Event()
+
+    async def work(_: Owner) -> str:
+        await release.wait()
+        return "done"
+
+    async with postgres.migrated_database() as url:
+        database = db.connect(url, pool_size=2)
+        await database.open()
+        try:
+            both = [
+                asyncio.create_task(idempotency.once(Owner(user_id, database), key, {}, work))
+                for user_id, key in (("a", "b/k"), ("a/b", "k"))
+            ]
+            await asyncio.sleep(0.2)
+            release.set()
+            assert await asyncio.gather(*both) == [("done", False)] * 2
+        finally:
+            await database.close()
 
 
 async def test_a_key_is_its_users_own(alice: Person, bob: Person) -> None:
@@ -127,7 +150,7 @@ async def test_what_still_runs_is_409(alice: Person, database_url: str) -> None:
     try:
         transaction = connection.transaction()
         await transaction.start()
-        lock = "SELECT pg_advisory_xact_lock(hashtextextended($1 || '/' || $2, 0))"
+        lock = "SELECT pg_advisory_xact_lock(hashtextextended($1 || chr(10) || $2, 0))"
         await connection.execute(lock, alice.user_id, "a")
 
         running = await post_once(alice, "a")
@@ -422,7 +445,7 @@ async def test_a_bulk_request_that_still_runs_is_409(alice: Person, database_url
     connection = await asyncpg.connect(database_url)
     try:
         async with connection.transaction():
-            lock = "SELECT pg_advisory_xact_lock(hashtextextended($1 || '/' || $2, 0))"
+            lock = "SELECT pg_advisory_xact_lock(hashtextextended($1 || chr(10) || $2, 0))"
             await connection.execute(lock, alice.user_id, "a")
             running = await bulk_once(alice, "a", CREATION)
     finally:

@@ -1,9 +1,12 @@
 """What a client is told when its change was committed and the database's answer was lost."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import asyncpg
 import httpx
 import pytest
 
@@ -46,6 +49,7 @@ async def line(postgres: Server) -> AsyncIterator[Line]:
         await postgres.drop_database(name)
 
 
+WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted"
 CHANGES: dict[str, tuple[str, str, Any]] = {
     "put": ("PUT", "/{}", {"title": "mine"}),
     "patch": ("PATCH", "/{}", {"title": "mine"}),
@@ -118,6 +122,56 @@ async def test_a_task_that_is_gone_after_the_answer_to_its_change_was_lost_is_40
     line.proxy.lose_next_answer(line.removal)
 
     assert (await _send(line, "put", task["id"], '"1"')).status_code == 404
+
+
+@asynccontextmanager
+async def _locked(line: Line, task_id: int, *, waiting: int) -> AsyncIterator[None]:
+    """Lock a task until the block has ended and *waiting* statements wait for it."""
+    other = await asyncpg.connect(line.server.url)
+    try:
+        async with other.transaction(), asyncio.timeout(5):
+            await other.execute("SELECT FROM task WHERE id = $1 FOR UPDATE", task_id)
+            yield
+            while await other.fetchval(WAITING) < waiting:
+                await other.execute("SELECT pg_sleep(0.01)")
+    finally:
+        await other.close()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+async def test_a_change_that_goes_on_after_its_connection_broke_is_done_once_and_told(
+    line: Line, change: str
+) -> None:
+    await _prepare(line, change)
+    task = await line.alice.create()
+
+    async with _locked(line, task["id"], waiting=2):
+        line.proxy.cut_after_next_statement()
+        sending = asyncio.create_task(_send(line, change, task["id"], '"1"'))
+    answer = await sending
+
+    now = await line.alice.get(f"/{task['id']}")
+    if change == "delete":
+        assert (answer.status_code, now.status_code) == (204, 404)
+    else:
+        assert (answer.status_code, answer.json()) == (200, now.json())
+        assert now.json()["version"] == 2
+
+
+async def test_a_toggle_of_several_versions_is_not_repeated_after_its_connection_broke(line: Line) -> None:
+    await _prepare(line, "toggle")
+    task = await line.alice.create()
+
+    async with _locked(line, task["id"], waiting=1):
+        line.proxy.cut_after_next_statement()
+        answer = await _send(line, "toggle", task["id"], '"1", "2"')
+
+    assert answer.status_code == 503
+    now: dict[str, Any] = {}
+    async with asyncio.timeout(5):
+        while now.get("version") != 2:  # the first attempt goes on by itself
+            now = (await line.alice.get(f"/{task['id']}")).json()
+    assert now["completed"] is True
 
 
 async def test_a_completed_series_whose_answer_was_lost_has_one_successor(line: Line) -> None:

@@ -20,7 +20,13 @@ from tests.postgres import Server
 from tests.service import PROJECT, environment
 from tests.test_migrations import _alembic
 
-INDEXES = ("ix_task_pending", "ix_task_user_id_due_date_id", "ix_idempotency_key_created_at", "ix_task_words")
+INDEXES = (
+    "ix_task_pending",
+    "ix_task_user_id_due_date_id",
+    "ix_idempotency_key_created_at",
+    "ix_idempotency_key_user_id_weight",
+    "ix_task_words",
+)
 BEFORE_INDEXES = "0007"
 WITHIN_S = 60
 REVISION = "SELECT version_num FROM task_schema_version"

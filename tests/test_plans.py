@@ -1,19 +1,29 @@
+import asyncio
+import contextlib
+import itertools
+import sqlite3
 from collections.abc import AsyncIterator
-from datetime import date
+from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
+from sqlalchemy.sql.base import Executable
 
+import bulk
 import db
+import idempotency
 import queries
-from main import create_app
-from schemas import Filter, Order
+from main import create_app, migrate
+from schemas import Filter, Order, TaskCreate
 from tests.conftest import person, running, settings_for
 from tests.plans import LIMIT, LISTS, OWNER, RARE, TASKS, List, filled, nodes, plan
 from tests.postgres import Server
 
 USERS = 21
+ADD_TO_SQLITE = """INSERT INTO task (user_id, title, created_at, updated_at)
+VALUES (?, 'Old', '2026-01-01 00:00:00', '2026-01-01 00:00:00')"""
 
 NOTES = (
     ("Water the HELIOTROPE", None),
@@ -166,3 +176,38 @@ async def _indexes(url: str) -> set[str]:
     rows = await connection.fetch("SELECT indexname FROM pg_indexes WHERE tablename = 'task'")
     await connection.close()
     return {row["indexname"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    "statement", [bulk._SELECT_FOR_UPDATE, bulk._UPDATE_SOME, bulk._DELETE_SOME], ids=str
+)
+def test_sqlite_does_little_for_each_task_that_a_bulk_request_leaves_alone(
+    tmp_path: Path, statement: Executable
+) -> None:
+    database = db.connect(f"sqlite:///{tmp_path / 'tasks.db'}", pool_size=1)
+    migrate(database)
+    compiled = db.compile_statement(statement, database.dialect)
+    ids = list(range(1, 101))
+    values = bulk._record(queries.new_task(TaskCreate(title="New").model_dump(), datetime.now(UTC)))
+    records = bulk._json({**values, "id": task_id} for task_id in ids)
+    arguments = compiled.arguments({"owner": OWNER, "ids": ids, "records": records})
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "tasks.db", isolation_level=None)) as connection:
+        connection.executemany(ADD_TO_SQLITE, [(OWNER,)] * TASKS)
+        steps = itertools.count()
+        connection.set_progress_handler(lambda: next(steps) < 0, 100)
+        assert len(connection.execute(compiled.sql, arguments).fetchall()) == 100
+
+    # 100 records looked through for each of 10,000 tasks were 5,000,000 steps of SQLite's machine.
+    assert next(steps) * 100 < 30 * TASKS
+
+
+async def test_sqlite_weighs_keys_without_reading_their_answers(tmp_path: Path) -> None:
+    database = db.connect(f"sqlite:///{tmp_path / 'tasks.db'}", pool_size=1)
+    await asyncio.to_thread(migrate, database)
+    compiled = db.compile_statement(idempotency._LOCK_AND_FIND, database.dialect)
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "tasks.db")) as connection:
+        plan = connection.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", compiled.arguments({})).fetchall()
+
+    assert "USING COVERING INDEX ix_idempotency_key_user_id_weight" in str(plan)

@@ -1,4 +1,3 @@
-import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -8,7 +7,7 @@ import pytest
 
 import db
 import listing
-from main import create_app, migrate
+from main import create_app
 from schemas import Order
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
@@ -121,10 +120,9 @@ async def test_a_wrong_caller_reaches_no_statement(
 async def test_each_operation_is_one_round_trip_to_a_database_ten_milliseconds_away(
     postgres: Server,
 ) -> None:
-    name = await postgres.create_database()
-    await asyncio.to_thread(migrate, db.connect(postgres.url_of(name), pool_size=1))
     async with (
-        running_proxy(postgres.url_of(name), delay_s=0.01) as proxy,
+        postgres.migrated_database() as url,
+        running_proxy(url, delay_s=0.01) as proxy,
         running(create_app(settings_for(proxy.url, database_pool_size=1))) as client,
     ):
         anna = person("anna", client)
@@ -136,7 +134,6 @@ async def test_each_operation_is_one_round_trip_to_a_database_ten_milliseconds_a
                 proxy.clear()
                 assert (await anna.send(method, path.format(task["id"]), **_with_body(body))).is_success
                 counted.append(proxy.round_trips)
-    await postgres.drop_database(name)
 
     assert counted == [1] * len(OPERATIONS)
 
@@ -292,10 +289,9 @@ async def test_a_new_connection_asks_for_nothing_but_tasks(postgres: Server) -> 
 
 
 async def test_a_transaction_is_a_round_trip_for_each_statement(postgres: Server) -> None:
-    name = await postgres.create_database()
-    await asyncio.to_thread(migrate, db.connect(postgres.url_of(name), pool_size=1))
     async with (
-        running_proxy(postgres.url_of(name), delay_s=0.01) as proxy,
+        postgres.migrated_database() as url,
+        running_proxy(url, delay_s=0.01) as proxy,
         running(create_app(settings_for(proxy.url, database_pool_size=1))) as client,
     ):
         anna = person("anna", client)
@@ -306,7 +302,6 @@ async def test_a_transaction_is_a_round_trip_for_each_statement(postgres: Server
             await anna.patch(f"/{task['id']}/complete")
             await anna.patch("?status=pending", json={"completed": True})
             await anna.post("/bulk", json={"operations": [{"op": "create", "task": {"title": "Rest"}}]})
-    await postgres.drop_database(name)
 
     assert proxy.round_trips == len(proxy.statements) == 5 + 6 + 7 + 5
 

@@ -183,6 +183,14 @@ async def test_health_and_preflights_are_never_limited(database_url: str) -> Non
     assert [answer for answer in answers if "ratelimit" in answer.headers] == []
 
 
+@pytest.mark.parametrize("path", ["/health%2F", "/health%2Fready", "/%68ealth", "//health"])
+async def test_what_only_resembles_a_probe_is_limited(database_url: str, path: str) -> None:
+    async with limited(database_url) as client:
+        answers = [await client.get(path) for _ in range(4)]
+
+    assert answers[-1].status_code == 429
+
+
 @pytest.mark.parametrize("off", ["rate_limit", "rate_limit_anonymous"])
 async def test_either_limit_can_be_switched_off(database_url: str, off: str) -> None:
     async with limited(database_url, **{off: "off"}) as client:

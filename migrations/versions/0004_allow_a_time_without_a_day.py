@@ -18,11 +18,13 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    if op.get_bind().dialect.name == "sqlite":  # it checks every row: times without a day are lost
+    """Times without a day are lost: the older code could not change such a task."""
+    if op.get_bind().dialect.name == "sqlite":
         rule = f"CONSTRAINT {NAME} CHECK (new_due_time IS NULL OR due_date IS NOT NULL)"
         _replace_due_time("CASE WHEN due_date IS NOT NULL THEN due_time END", rule)
     else:
         rule = f"CONSTRAINT {NAME} CHECK (due_time IS NULL OR due_date IS NOT NULL)"
+        op.execute("UPDATE task SET due_time = NULL WHERE due_date IS NULL AND due_time IS NOT NULL")
         op.execute(f"ALTER TABLE task ADD {rule} NOT VALID")
 
 

@@ -1,4 +1,4 @@
-"""Index pending tasks, due dates, the age of idempotency keys and, where PostgreSQL can, words.
+"""Index pending tasks, due dates, the age and weight of idempotency keys and, where PostgreSQL can, words.
 
 Databases of a release have some of these: 0003 built them, with the words of `lower`.
 """
@@ -29,6 +29,7 @@ def upgrade() -> None:
     )
     create_index("ix_task_user_id_due_date_id", "task", ["user_id", "due_date", "id"])
     create_index("ix_idempotency_key_created_at", "idempotency_key", ["created_at"])
+    create_index("ix_idempotency_key_user_id_weight", "idempotency_key", ["user_id", "weight"])
     _index_words("ix_task_words", "task_fold_case")
     drop_index("ix_task_search", "task")
 
@@ -37,6 +38,7 @@ def downgrade() -> None:
     """Leave what 0003 of the release has."""
     _index_words("ix_task_search", "lower")
     drop_index("ix_task_words", "task")
+    drop_index("ix_idempotency_key_user_id_weight", "idempotency_key")
     drop_index("ix_idempotency_key_created_at", "idempotency_key")
 
 
