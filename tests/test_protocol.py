@@ -29,7 +29,7 @@ import connections, main, protocol
 protocol.HEAD_TIMEOUT_S = 0.5
 protocol.DRAIN_S = 0.5
 protocol.STALL_CHECK_S = 0.1
-connections.STALL_TIMEOUT_S = 0.5
+connections.STALL_TIMEOUT_S = 1.0
 main.main([])
 """
 SPEED = 5
