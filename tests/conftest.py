@@ -102,9 +102,8 @@ async def database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
         yield f"sqlite:///{request.getfixturevalue('tmp_path_factory').mktemp('data') / 'tasks.db'}"
         return
     server: Server = request.getfixturevalue("postgres")
-    name = await server.create_database()
-    yield server.url_of(name)
-    await server.drop_database(name)
+    async with server.database() as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -114,9 +113,15 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[s
         yield f"sqlite:///{tmp_path / 'tasks.db'}"
         return
     server: Server = request.getfixturevalue("postgres")
-    name = await server.create_database()
-    yield server.url_of(name)
-    await server.drop_database(name)
+    async with server.database() as url:
+        yield url
+
+
+@pytest.fixture
+async def postgres_url(postgres: Server) -> AsyncIterator[str]:
+    """A PostgreSQL database without tables, for one test."""
+    async with postgres.database() as url:
+        yield url
 
 
 def settings_for(database_url: str, **changes: Any) -> Settings:

@@ -28,9 +28,8 @@ BETTER_AUTH_TABLES = {"user", "session", "account", "verification", "jwks"}
 @pytest.fixture
 async def url(postgres: Server) -> AsyncIterator[str]:
     """An empty database, for Better Auth and for us."""
-    name = await postgres.create_database()
-    yield postgres.url_of(name)
-    await postgres.drop_database(name)
+    async with postgres.database() as url:
+        yield url
 
 
 def _service(url: str, issuer: BetterAuth, **changes: Any) -> AbstractAsyncContextManager[httpx.AsyncClient]:

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -27,13 +28,13 @@ async def test_the_first_and_the_last_day_are_days_like_others(alice: Person, da
         assert (await alice.put(f"/{task['id']}", json={"due_date": day})).json() == task
 
 
-async def test_times_are_utc_whatever_the_time_zone_of_the_database(postgres: Server) -> None:
-    name = await postgres.create_database()
-    await postgres.execute(f"ALTER DATABASE \"{name}\" SET timezone = 'America/New_York'")
+async def test_times_are_utc_whatever_the_time_zone_of_the_database(postgres_url: str) -> None:
+    name = urlsplit(postgres_url).path[1:]
+    await Server(postgres_url).execute(f"ALTER DATABASE \"{name}\" SET timezone = 'America/New_York'")
     operation = {"op": "create", "task": {"title": "Buy milk", "completed": True}}
     before = datetime.now(UTC)
 
-    async with running(create_app(settings_for(postgres.url_of(name)))) as client:
+    async with running(create_app(settings_for(postgres_url))) as client:
         done = await person("alice", client).post("/bulk", json={"operations": [operation]})
 
     task = done.json()["results"][0]["task"]

@@ -139,32 +139,29 @@ async def test_a_database_that_is_away_does_not_keep_the_service_from_starting(p
         assert (await person("alice", client).get()).status_code == 503
 
 
-async def test_a_terminated_connection_is_replaced(postgres: Server) -> None:
-    name = await postgres.create_database()
-    async with running(create_app(settings_for(postgres.url_of(name), database_pool_size=1))) as client:
+async def test_a_terminated_connection_is_replaced(postgres_url: str) -> None:
+    async with running(create_app(settings_for(postgres_url, database_pool_size=1))) as client:
         alice = person("alice", client)
         task = await alice.create()
-        await postgres.execute(
-            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+        await Server(postgres_url).execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
 
         answers = [await alice.get(f"/{task['id']}") for _ in range(2)]
 
         assert [answer.json() for answer in answers] == [task, task]
-    await postgres.drop_database(name)
 
 
-async def test_a_migration_below_a_running_service_goes_unnoticed(postgres: Server) -> None:
-    name = await postgres.create_database()
-    async with running(create_app(settings_for(postgres.url_of(name), database_pool_size=1))) as client:
+async def test_a_migration_below_a_running_service_goes_unnoticed(postgres_url: str) -> None:
+    async with running(create_app(settings_for(postgres_url, database_pool_size=1))) as client:
         alice = person("alice", client)
         task = await alice.create()
         assert (await alice.get(f"/{task['id']}")).status_code == 200
-        other = Server(postgres.url_of(name))
+        other = Server(postgres_url)
         await other.execute("ALTER TABLE task ALTER COLUMN version TYPE bigint")
 
         assert (await alice.get(f"/{task['id']}")).json() == task
-    await postgres.drop_database(name)
 
 
 async def test_rows_loaded_with_few_columns_are_tasks(database_url: str, alice: Person) -> None:
@@ -247,27 +244,25 @@ def test_so_are_the_drivers_own_errors(error: Exception, transient: bool) -> Non
     assert db._is_transient(error) is transient
 
 
-async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(postgres: Server) -> None:
-    name = await postgres.create_database()
-    settings = settings_for(postgres.url_of(name), database_statement_timeout_s=0.3)
+async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(postgres_url: str) -> None:
+    settings = settings_for(postgres_url, database_statement_timeout_s=0.3)
     async with running(create_app(settings)) as client:
         alice = person("alice", client)
         task = await alice.create()
-        other, watcher = [await asyncpg.connect(postgres.url_of(name)) for _ in range(2)]
+        other, watcher = [await asyncpg.connect(postgres_url) for _ in range(2)]
         async with other.transaction():
             await other.execute("SELECT * FROM task FOR UPDATE")
 
             answer = await alice.patch(f"/{task['id']}/complete")
-            waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND wait_event_type = 'Lock'"
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
             async with asyncio.timeout(5):
-                while await watcher.fetchval(waiting, name):
+                while await watcher.fetchval(waiting):
                     pass
 
         await other.close()
         await watcher.close()
         assert answer.status_code == 503
         assert (await alice.patch(f"/{task['id']}/complete")).json()["completed"] is True
-    await postgres.drop_database(name)
 
 
 async def test_what_would_wait_too_long_for_sqlite_is_told_at_once(
@@ -384,10 +379,8 @@ async def owner(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
             yield Owner("alice", database)
         return
     server: Server = request.getfixturevalue("postgres")
-    name = await server.create_database()
-    async with _opened(server.url_of(name)) as database:
+    async with server.database() as url, _opened(url) as database:
         yield Owner("alice", database)
-    await server.drop_database(name)
 
 
 @asynccontextmanager
@@ -457,9 +450,8 @@ async def test_a_refused_statement_takes_the_transaction_with_it(owner: Owner) -
     await _write_at_once(owner)
 
 
-async def test_a_problem_costs_no_connection(postgres: Server) -> None:
-    name = await postgres.create_database()
-    async with _opened(postgres.url_of(name)) as database:
+async def test_a_problem_costs_no_connection(postgres_url: str) -> None:
+    async with _opened(postgres_url) as database:
         assert isinstance(database, db.Postgres)
         before = await database.pool.fetch("SELECT pg_backend_pid()", [])
         with pytest.raises(NotFound):
@@ -467,7 +459,6 @@ async def test_a_problem_costs_no_connection(postgres: Server) -> None:
                 raise NotFound
 
         assert await database.pool.fetch("SELECT pg_backend_pid()", []) == before
-    await postgres.drop_database(name)
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -541,16 +532,14 @@ async def test_transactions_at_the_same_time_all_count(owner: Owner) -> None:
     assert task["version"] == 1 + 2 * 20
 
 
-async def test_postgres_runs_transactions_side_by_side(postgres: Server) -> None:
-    name = await postgres.create_database()
-    async with _opened(postgres.url_of(name)) as database:
+async def test_postgres_runs_transactions_side_by_side(postgres_url: str) -> None:
+    async with _opened(postgres_url) as database:
         owner = Owner("alice", database)
         async with asyncio.timeout(2), owner.transaction() as one, owner.transaction() as two:
             await _add(one)
             await _add(two)
             assert len(await _titles(one)) == len(await _titles(two)) == 1
         assert len(await _titles(owner)) == 2
-    await postgres.drop_database(name)
 
 
 async def test_who_waits_too_long_to_write_is_told_to_come_back(tmp_path: Path) -> None:
@@ -575,11 +564,10 @@ CREATE TRIGGER cut_off AFTER UPDATE ON task FOR EACH ROW EXECUTE FUNCTION cut_of
 
 @pytest.mark.parametrize(("versions", "tries"), [(None, 1), ([1], queries.SERIES_ATTEMPTS)])
 async def test_a_write_that_may_have_been_done_is_sent_again_only_with_a_version(
-    postgres: Server, versions: list[int] | None, tries: int
+    postgres_url: str, versions: list[int] | None, tries: int
 ) -> None:
-    name = await postgres.create_database()
-    server = Server(postgres.url_of(name))
-    async with _opened(server.url) as database:
+    server = Server(postgres_url)
+    async with _opened(postgres_url) as database:
         owner = Owner("alice", database)
         task = await queries.create_task(owner, dict(TaskCreate(title="Buy milk")))
         await server.execute(CUT_OFF)
@@ -589,7 +577,6 @@ async def test_a_write_that_may_have_been_done_is_sent_again_only_with_a_version
 
         counted = select(literal_column("last_value", Integer).label("tries")).select_from(text("tries"))
         assert await database.one(counted) == {"tries": tries}
-    await postgres.drop_database(name)
 
 
 ON_COMMIT = """
@@ -609,12 +596,11 @@ FOR EACH ROW WHEN (NEW.title = 'refuse') EXECUTE FUNCTION on_commit();
     ],
 )
 async def test_a_commit_that_fails_is_told_as_a_statement_that_fails(
-    postgres: Server, what: str, expected: type[Exception]
+    postgres_url: str, what: str, expected: type[Exception]
 ) -> None:
-    name = await postgres.create_database()
-    async with _opened(postgres.url_of(name), db.TimeLimits(statement_s=0.3)) as database:
+    async with _opened(postgres_url, db.TimeLimits(statement_s=0.3)) as database:
         owner = Owner("alice", database)
-        await Server(postgres.url_of(name)).execute(ON_COMMIT.format(what))
+        await Server(postgres_url).execute(ON_COMMIT.format(what))
 
         start = time.monotonic()
         with pytest.raises(expected):
@@ -624,4 +610,3 @@ async def test_a_commit_that_fails_is_told_as_a_statement_that_fails(
         assert time.monotonic() - start < 2
         assert await _titles(owner) == []
         await _write_at_once(owner)
-    await postgres.drop_database(name)

@@ -164,14 +164,11 @@ async def test_a_grant_that_is_missing_is_a_503(url: str) -> None:
 
 
 async def test_the_key_that_citus_needs_changes_nothing_for_us(postgres: Server) -> None:
-    name = await postgres.create_database()
-    url = postgres.url_of(name)
-    await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
-    await execute(url, sql("before distributing"))
+    async with postgres.migrated_database() as url:
+        await execute(url, sql("before distributing"))
 
-    async with running(create_app(settings_for(url, local_accounts=True))) as client:
-        await every_operation(client, person("alice", client))
-    await postgres.drop_database(name)
+        async with running(create_app(settings_for(url, local_accounts=True))) as client:
+            await every_operation(client, person("alice", client))
 
 
 def of_the_unit(name: str) -> list[str]:

@@ -9,7 +9,6 @@ from errors import TooManyRequests
 from fair_share import FairShare
 from main import create_app
 from tests.conftest import person, running, settings_for
-from tests.postgres import Server
 
 
 async def _hold(share: FairShare, user_id: str, released: asyncio.Event) -> None:
@@ -100,11 +99,10 @@ async def test_cancelled_requests_do_not_wait_any_more(monkeypatch: pytest.Monke
     await asyncio.wait_for(last, 1)
 
 
-async def test_one_users_waiting_requests_leave_connections_for_others(postgres: Server) -> None:
-    name = await postgres.create_database()
-    other = await asyncpg.connect(postgres.url_of(name))
+async def test_one_users_waiting_requests_leave_connections_for_others(postgres_url: str) -> None:
+    other = await asyncpg.connect(postgres_url)
     try:
-        async with running(create_app(settings_for(postgres.url_of(name), database_pool_size=6))) as client:
+        async with running(create_app(settings_for(postgres_url, database_pool_size=6))) as client:
             alice, bob = person("alice", client), person("bob", client)
             task = await alice.create()
             async with other.transaction():
@@ -118,6 +116,5 @@ async def test_one_users_waiting_requests_leave_connections_for_others(postgres:
             answers = await asyncio.gather(*waiting)
     finally:
         await other.close()
-        await postgres.drop_database(name)
 
     assert {answer.status_code for answer in answers} == {200}

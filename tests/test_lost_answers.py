@@ -37,16 +37,11 @@ class Line:
 
 
 @pytest.fixture
-async def line(postgres: Server) -> AsyncIterator[Line]:
-    name = await postgres.create_database()
-    server = Server(postgres.url_of(name))
-    try:
-        async with running_proxy(server.url) as proxy:
-            settings = settings_for(proxy.url, database_pool_size=1)
-            async with running(create_app(settings)) as client:
-                yield Line(person("alice", client), proxy, server)
-    finally:
-        await postgres.drop_database(name)
+async def line(postgres_url: str) -> AsyncIterator[Line]:
+    async with running_proxy(postgres_url) as proxy:
+        settings = settings_for(proxy.url, database_pool_size=1)
+        async with running(create_app(settings)) as client:
+            yield Line(person("alice", client), proxy, Server(postgres_url))
 
 
 WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted"

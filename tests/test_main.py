@@ -14,7 +14,7 @@ import jwt
 import pytest
 
 from tests.conftest import SECRET
-from tests.postgres import Server, free_port, own_server
+from tests.postgres import free_port, own_server
 from tests.service import PROJECT, run, running_service
 
 MAIN = str(PROJECT / "main.py")
@@ -90,11 +90,10 @@ def test_a_large_body_over_a_socket_is_a_problem(tmp_path: Path) -> None:
     assert (after.status_code, after.json()) == (200, [])
 
 
-async def test_postgres_is_served_as_configured(tmp_path: Path, postgres: Server) -> None:
-    name = await postgres.create_database()
+async def test_postgres_is_served_as_configured(tmp_path: Path, postgres_url: str) -> None:
     port = str(free_port())
     settings = {
-        "DATABASE_URL": postgres.url_of(name).replace("postgresql://", "postgres://"),
+        "DATABASE_URL": postgres_url.replace("postgresql://", "postgres://"),
         "BETTER_AUTH_SECRET": SECRET,
         "MIGRATE_ON_START": "true",
         "ENVIRONMENT": "production",
@@ -112,7 +111,6 @@ async def test_postgres_is_served_as_configured(tmp_path: Path, postgres: Server
         assert service.printed == []
         assert all(json.loads(line) for line in service.logged.splitlines())
         assert service.stop() == 0
-    await postgres.drop_database(name)
 
 
 @pytest.mark.parametrize(("lifetime", "seconds"), [("15m", 900), ("24h", 86_400), ("7d", 604_800)])

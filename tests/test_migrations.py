@@ -32,11 +32,10 @@ async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
         yield database
         return
     server: Server = request.getfixturevalue("postgres")
-    name = await server.create_database()
-    database = db.connect(server.url_of(name), pool_size=1)
-    await _add_better_auth(database)
-    yield database
-    await server.drop_database(name)
+    async with server.database() as url:
+        database = db.connect(url, pool_size=1)
+        await _add_better_auth(database)
+        yield database
 
 
 async def _add_better_auth(database: db.Database) -> None:

@@ -38,11 +38,8 @@ WAITING = f"{BUILDING} AND wait_event_type = 'Lock'"
 
 @pytest.fixture
 async def url(postgres: Server) -> AsyncIterator[str]:
-    name = await postgres.create_database()
-    try:
-        yield postgres.url_of(name)
-    finally:
-        await postgres.drop_database(name)
+    async with postgres.database() as url:
+        yield url
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import tokens
 from heads import HEAD_MAX_BYTES
 from protocol import OVERLOADED_PAUSE_S, PIPELINED_MAX
 from tests.conftest import SECRET
-from tests.postgres import Server, free_port
+from tests.postgres import free_port
 from tests.service import Service, running_service
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
@@ -316,12 +316,12 @@ def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path
 
 @asynccontextmanager
 async def locked_out(
-    tmp_path: Path, postgres: Server, *program: str, **settings: str
+    tmp_path: Path, postgres_url: str, *program: str, **settings: str
 ) -> AsyncIterator[tuple[int, Service, asyncpg.Connection]]:
     """A service with one database connection, and a transaction that lets nobody read tasks."""
-    name, port = await postgres.create_database(), free_port()
+    port = free_port()
     settings |= {
-        "DATABASE_URL": postgres.url_of(name),
+        "DATABASE_URL": postgres_url,
         "DATABASE_POOL_SIZE": "1",
         "BETTER_AUTH_SECRET": SECRET,
         "MIGRATE_ON_START": "true",
@@ -329,11 +329,10 @@ async def locked_out(
     }
     with running_service(tmp_path, *program, **settings) as service:
         await asyncio.to_thread(service.wait_for, f"http://127.0.0.1:{port}")
-        locking = await asyncpg.connect(postgres.url_of(name))
+        locking = await asyncpg.connect(postgres_url)
         await locking.execute("BEGIN; LOCK TABLE task")
         yield port, service, locking
         await locking.close()
-    await postgres.drop_database(name)
 
 
 def list_request(user: str = "alice") -> bytes:
@@ -343,11 +342,11 @@ def list_request(user: str = "alice") -> bytes:
 
 @pytest.mark.parametrize("proxies", ["", "127.0.0.1"], ids=["a client", "a trusted proxy"])
 async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
-    tmp_path: Path, postgres: Server, proxies: str
+    tmp_path: Path, postgres_url: str, proxies: str
 ) -> None:
     """Unless it is a proxy's, on which the requests of other clients follow."""
     code = "import main, pool; pool.WAITING_MAX_AT_LEAST = pool.WAITING_MAX_PER_CONNECTION = 0; main.main([])"
-    locked = locked_out(tmp_path, postgres, "-c", code, TRUSTED_PROXIES=proxies)
+    locked = locked_out(tmp_path, postgres_url, "-c", code, TRUSTED_PROXIES=proxies)
     async with locked as (port, _, locking):
         _, waiting = await _connected(port, list_request())
         await _until_true(5, lambda: _waits_for_a_lock(locking))  # now the only connection is taken
@@ -367,8 +366,10 @@ async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
     assert (answered_s >= OVERLOADED_PAUSE_S) == (not proxies)
 
 
-async def test_what_is_done_for_a_client_that_hangs_up_is_cancelled(tmp_path: Path, postgres: Server) -> None:
-    async with locked_out(tmp_path, postgres) as (port, service, locking):
+async def test_what_is_done_for_a_client_that_hangs_up_is_cancelled(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    async with locked_out(tmp_path, postgres_url) as (port, service, locking):
         hasty = [await _connected(port, list_request()) for _ in range(3)]
         await _until_true(5, lambda: _waits_for_a_lock(locking))
         for _, writer in hasty:

@@ -5,7 +5,7 @@ import contextlib
 import socket
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from alembic import command
 import db
 from main import migrate
 from tests.conftest import SECRET
-from tests.postgres import Process, Server, free_port, running_process
+from tests.postgres import Process, free_port, running_process
 from tests.service import PROJECT, Service, run, running_service
 from tests.test_migrations import _alembic
 
@@ -78,13 +78,6 @@ async def logged(service: Service, sentence: str) -> None:
         return sentence in service.logged
 
     await eventually(is_logged)
-
-
-@pytest.fixture
-async def postgres_url(postgres: Server) -> AsyncIterator[str]:
-    name = await postgres.create_database()
-    yield postgres.url_of(name)
-    await postgres.drop_database(name)
 
 
 @pytest.fixture
