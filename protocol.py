@@ -98,6 +98,7 @@ class Protocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self._watch_writing()  # much was read, even if the next answer fills the buffer before the next look
         self._connections.remove_unread(self.transport)
         if self.pipeline and (self._answered is None or self._answered.response_complete):
             self._start_asgi_task(*self.pipeline.pop())

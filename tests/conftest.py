@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import secrets
 from collections.abc import AsyncIterator, Iterator, MutableMapping
 from contextlib import asynccontextmanager
@@ -80,13 +79,6 @@ def reset_log() -> None:
 
 
 reset_log()
-
-
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run everything in several processes, as much of it waits, and what is named in this one."""
-    if config.args_source != pytest.Config.ArgsSource.TESTPATHS:
-        return 0
-    return min(8, 3 * (os.cpu_count() or 1) // 2)
 
 
 @pytest.fixture(scope="session")
