@@ -68,7 +68,7 @@ def _any_of_sqlite(element: AnyOf, compiler: SQLCompiler, **options: Any) -> str
 
 
 class HasAll(FunctionElement[bool]):
-    """Whether a list holds everything that another does: `HasAll(list, wanted)`."""
+    """Whether a list holds everything that another does: `HasAll(list, required)`."""
 
     type = Boolean()
     inherit_cache = True
@@ -76,15 +76,15 @@ class HasAll(FunctionElement[bool]):
 
 @compiles(HasAll)
 def _has_all(element: HasAll, compiler: SQLCompiler, **options: Any) -> str:
-    column, wanted = (compiler.process(part, **options) for part in element.clauses)
-    return f"{column} @> {wanted}"
+    column, required = (compiler.process(part, **options) for part in element.clauses)
+    return f"{column} @> {required}"
 
 
 @compiles(HasAll, "sqlite")
 def _has_all_sqlite(element: HasAll, compiler: SQLCompiler, **options: Any) -> str:
-    column, wanted = (compiler.process(part, **options) for part in element.clauses)
-    missing = f"wanted.value NOT IN (SELECT value FROM json_each({column}))"  # noqa: S608 - SQL already
-    return f"NOT EXISTS (SELECT 1 FROM json_each({wanted}) AS wanted WHERE {missing})"  # noqa: S608 - SQL already
+    column, required = (compiler.process(part, **options) for part in element.clauses)
+    missing = f"required.value NOT IN (SELECT value FROM json_each({column}))"  # noqa: S608 - SQL already
+    return f"NOT EXISTS (SELECT 1 FROM json_each({required}) AS required WHERE {missing})"  # noqa: S608 - SQL already
 
 
 class Elements(FunctionElement[Any]):

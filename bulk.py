@@ -1,12 +1,24 @@
 """Many tasks at once: operations are applied in memory to locked rows, then written by a few statements."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from sys import maxsize
 from typing import Any, Literal, NamedTuple
 
 import orjson
-from sqlalchemy import BigInteger, ColumnElement, bindparam, delete, func, insert, not_, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    bindparam,
+    delete,
+    false,
+    func,
+    insert,
+    not_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -18,141 +30,133 @@ from arrays import AnyOf, Member, list_of, records
 from db import Deferred, Row, named
 from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, PRIORITY
-from queries import NEXT_IS_OPEN, NOW, WRITABLE, Owner, new_task, successor
+from queries import NEXT_IS_OPEN, STORED, Owner, new_task, successor, touched, touched_row
+from refusals import OperationRefused, Refusal, TaskNotFound, TooManyTasks, VersionConflict
 from schemas import Complete, Create, Delete, Filter, Operation, Update
-from task_limit import TooManyTasks
-
-Kind = Literal["created", "changed", "deleted", "missing", "stale", "full"]
-DONE = ("created", "changed", "deleted")
 
 
-class Outcome(NamedTuple):
-    """What became of an operation. `task` is what it left, or what stood in its way."""
+class Done(NamedTuple):
+    """An operation that was carried out, and the task that it left."""
 
-    kind: Kind
+    kind: Literal["created", "changed", "deleted"]
     task: Row | None = None
     new: int | None = None  # which of the new rows, until they are written
 
 
-class Failed(Exception):
-    """The operation *index* cannot be done, so none has been."""
-
-    def __init__(self, index: int, outcome: Outcome) -> None:
-        super().__init__(index, outcome)
-        self.index, self.outcome = index, outcome
-
-
-async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) -> list[Outcome]:
-    """Do *operations* in their order and return the outcome of each.
+async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) -> list[Done | Refusal]:
+    """Carry out *operations* in their order and return what became of each.
 
     Raises:
-        Failed: *atomic*, and one of them cannot be done.
+        OperationRefused: *atomic*, and one of them was refused.
     """
-    async with owner.transaction() as within:
+    async with owner.transaction() as tx:
         ids = sorted({operation.id for operation in operations if not isinstance(operation, Create)})
-        rows = await within.all(_SELECT_FOR_UPDATE, ids=ids) if ids else []
+        rows = await tx.all(_SELECT_FOR_UPDATE, ids=ids) if ids else []
         may_add = _may_add(operations, rows)
-        workbench = _Workbench(rows, await _room(within) if may_add else 0)
-        outcomes = []
+        workbench = _Workbench(rows, await _room(tx) if may_add else 0, owner.limit.tasks_max)
+        outcomes: list[Done | Refusal] = []
         for index, operation in enumerate(operations):
-            outcome = workbench.apply(operation)
-            if atomic and outcome.kind not in DONE:
-                raise Failed(index, outcome)
-            outcomes.append(outcome)
-        created = await _write(within, workbench)
-    if may_add and owner.limit.most:
-        owner.limit.counted(owner.user_id, owner.limit.most - workbench.room)
+            try:
+                outcomes.append(workbench.apply(operation))
+            except Refusal as refusal:
+                if atomic:
+                    raise OperationRefused(index, refusal) from refusal
+                outcomes.append(refusal)
+        created = await _write(tx, workbench)
+    if may_add and owner.limit.tasks_max:
+        owner.limit.counted(owner.user_id, owner.limit.tasks_max - workbench.room)
     return [
-        outcome if outcome.new is None else Outcome("created", created[outcome.new]) for outcome in outcomes
+        Done("created", created[outcome.new])
+        if isinstance(outcome, Done) and outcome.new is not None
+        else outcome
+        for outcome in outcomes
     ]
 
 
-async def delete_tasks(owner: Owner, wanted: Filter) -> int:
-    """Delete the tasks that *wanted* names and return how many there were."""
-    statement = Deferred(_delete_all, (listing.shape_of(wanted),))
-    return len(await owner.all(statement, **listing.values_of(wanted)))
+async def delete_tasks(owner: Owner, filters: Filter) -> int:
+    """Delete the tasks that match *filters* and return how many there were."""
+    statement = Deferred(_delete_all, (listing.shape_of(filters),))
+    return len(await owner.all(statement, **listing.values_of(filters)))
 
 
-async def complete_tasks(owner: Owner, wanted: Filter, *, completed: bool) -> int:
-    """Complete or reopen the tasks that *wanted* names and return how many that changed.
+async def complete_tasks(owner: Owner, filters: Filter, *, completed: bool) -> int:
+    """Complete or reopen the tasks that match *filters* and return how many that changed.
 
     Raises:
         TooManyTasks: the next tasks of their series would be too many.
     """
-    shape, values = listing.shape_of(wanted), listing.values_of(wanted)
+    shape, values = listing.shape_of(filters), listing.values_of(filters)
     now = datetime.now(UTC)
     if not completed:
         return len(await owner.all(Deferred(_reopen_all, (shape,)), now=now, **values))
-    async with owner.transaction() as within:
-        series = await within.all(Deferred(_complete_all, (shape, True)), now=now, **values)
-        others = await within.all(Deferred(_complete_all, (shape, False)), now=now, **values)
+    async with owner.transaction() as tx:
+        series = await tx.all(Deferred(_complete_all, (shape, True)), now=now, **values)
+        others = await tx.all(Deferred(_complete_all, (shape, False)), now=now, **values)
         if next_tasks := list(filter(None, (successor(task, now) for task in series))):
-            if len(next_tasks) > await _room(within):
-                raise TooManyTasks(owner.limit.most)
-            await within.all(_INSERT_ALL, records=_json(map(_record, next_tasks)))
+            if len(next_tasks) > await _room(tx):
+                raise TooManyTasks(owner.limit.tasks_max)
+            await tx.all(_INSERT_ALL, records=_json(next_tasks))
     return len(series) + len(others)
 
 
 class _Workbench:
     """Rows as the operations leave them, by the same rules as the statements of `queries.py`."""
 
-    def __init__(self, rows: Sequence[Row], room: int) -> None:
+    def __init__(self, rows: Sequence[Row], room: int, tasks_max: int) -> None:
         self.rows = {row["id"]: row for row in rows}
         self.changed: set[int] = set()
         self.deleted: list[int] = []
-        self.new: list[dict[str, Any]] = []
+        self.new: list[Row] = []
         self.room = room  # for so many new tasks
+        self._tasks_max = tasks_max
         self._now = datetime.now(UTC)
 
-    def apply(self, operation: Operation) -> Outcome:
+    def apply(self, operation: Operation) -> Done:
+        """Carry out *operation*.
+
+        Raises:
+            Refusal: it cannot be carried out; no row has been changed.
+        """
         if isinstance(operation, Create):
-            return self._create(dict(operation.task))
+            self._add(new_task(dict(operation.task), self._now))
+            return Done("created", new=len(self.new) - 1)
         task = self.rows.get(operation.id)
         if task is None:
-            return Outcome("missing")
+            raise TaskNotFound
         if operation.version not in (None, task["version"]):
-            return Outcome("stale", task)
+            raise VersionConflict(task)
         match operation:
             case Delete():
                 del self.rows[operation.id]
                 self.room += 1
                 self.deleted.append(operation.id)
-                return Outcome("deleted")
+                return Done("deleted")
             case Complete():
                 return self._update(task, {"completed": operation.completed})
             case Update():
                 return self._update(task, operation.changes.changes())
 
-    def _create(self, fields: Mapping[str, Any]) -> Outcome:
-        if not self._add(new_task(fields, self._now)):
-            return Outcome("full")
-        return Outcome("created", new=len(self.new) - 1)
-
-    def _add(self, values: dict[str, Any]) -> bool:
-        """Add a row, unless there is no room for it."""
+    def _add(self, row: Row) -> None:
         if self.room <= 0:
-            return False
+            raise TooManyTasks(self._tasks_max)
         self.room -= 1
-        self.new.append(values)
-        return True
+        self.new.append(row)
 
-    def _update(self, task: Row, changes: Mapping[str, Any]) -> Outcome:
+    def _update(self, task: Row, changes: dict[str, Any]) -> Done:
         changed = {name: value for name, value in changes.items() if value != task[name]}
         if not changed:
-            return Outcome("changed", _shown(task))
-        after = task | changed | {"version": task["version"] + 1, "updated_at": self._now}
+            return Done("changed", _shown(task))
+        after = touched_row(task, changed, self._now)
         if "due_date" in changed:
             after |= {"series_day": after["due_date"] and after["due_date"].day, "succeeded": False}
-        if "completed" in changed:
-            after["completed_at"] = self._now if after["completed"] else None
         completes = "completed" in changed and after["completed"]
         if completes and not after["succeeded"] and after["recurring"] and after["due_date"]:
             after["succeeded"] = True
-            if (next_task := successor(after, self._now)) and not self._add(next_task):
-                return Outcome("full")
+            if next_task := successor(after, self._now):
+                self._add(next_task)
         self.rows[task["id"]] = after
         self.changed.add(task["id"])
-        return Outcome("changed", _shown(after))
+        return Done("changed", _shown(after))
 
 
 def _shown(task: Row) -> Row:
@@ -169,12 +173,12 @@ def _may_add(operations: Sequence[Operation], rows: Sequence[Row]) -> bool:
 
 async def _room(owner: Owner) -> int:
     """Return how many more tasks *owner* may have."""
-    if not owner.limit.most:
+    if not owner.limit.tasks_max:
         return maxsize
     await owner.one(_LOCK_OWNER)  # so that the count sees what they have added
     count = await owner.one(_COUNT)
     assert count is not None  # noqa: S101 - an aggregate has one row
-    return owner.limit.most - int(count["count"])
+    return owner.limit.tasks_max - int(count["count"])
 
 
 async def _write(owner: Owner, workbench: _Workbench) -> list[Row]:
@@ -182,18 +186,11 @@ async def _write(owner: Owner, workbench: _Workbench) -> list[Row]:
     if workbench.deleted:
         await owner.all(_DELETE_SOME, ids=workbench.deleted)
     if changed := [workbench.rows[task_id] for task_id in workbench.changed if task_id in workbench.rows]:
-        records_ = _json({**row, **_stored(row)} for row in changed)
-        await owner.all(_UPDATE_SOME, ids=[row["id"] for row in changed], records=records_)
+        await owner.all(_UPDATE_SOME, ids=[row["id"] for row in changed], records=_json(changed))
     if not workbench.new:
         return []
-    created = await owner.all(_INSERT_ALL, records=_json(map(_record, workbench.new)))
+    created = await owner.all(_INSERT_ALL, records=_json(workbench.new))
     return sorted(created, key=lambda row: int(row["id"]))
-
-
-def _record(values: Mapping[str, Any]) -> dict[str, Any]:
-    row = {name.removeprefix("new_"): value for name, value in values.items()}
-    row |= {"created_at": row["now"], "updated_at": row["now"], "version": 1}
-    return {**row, **_stored(row)}
 
 
 def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,23 +203,13 @@ def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
     return times | {"priority": PRIORITY.rank(row["priority"]) if row["priority"] else None}
 
 
-def _json(rows: Any) -> str:
-    return orjson.dumps(list(rows)).decode()
+def _json(rows: Iterable[Row]) -> str:
+    return orjson.dumps([{**row, **_stored(row)} for row in rows]).decode()
 
 
 _IDS = AnyOf(TASKS.c.id, bindparam("ids", type_=list_of(BigInteger())))
-_WRITTEN = (*WRITABLE, "completed_at", "version", "created_at", "updated_at", "series_day", "succeeded")
 _RECORDS = records("records")
-_MEMBERS = {name: Member(_RECORDS.c.value, name, TASKS.c[name].type) for name in _WRITTEN}
-
-
-def _completion(completed: bool) -> dict[str, Any]:
-    return {
-        "completed": completed,
-        "completed_at": NOW if completed else None,
-        "version": TASKS.c.version + 1,
-        "updated_at": NOW,
-    }
+_MEMBERS = {name: Member(_RECORDS.c.value, name, TASKS.c[name].type) for name in STORED}
 
 
 def _locked(shape: listing.Shape) -> list[ColumnElement[bool]]:
@@ -241,15 +228,15 @@ def _delete_all(shape: listing.Shape) -> Executable:
 
 def _reopen_all(shape: listing.Shape) -> Executable:
     statement = update(TASKS).where(*_locked(shape), TASKS.c.completed)
-    return named("reopen_tasks", statement.values(_completion(False)).returning(TASKS.c.id))
+    return named("reopen_tasks", statement.values(touched(false())).returning(TASKS.c.id))
 
 
 def _complete_all(shape: listing.Shape, in_series: bool) -> Executable:
     condition = NEXT_IS_OPEN if in_series else not_(NEXT_IS_OPEN)
     statement = update(TASKS).where(*_locked(shape), not_(TASKS.c.completed), condition)
     if not in_series:
-        return named("complete_tasks", statement.values(_completion(True)).returning(TASKS.c.id))
-    values = _completion(True) | {"succeeded": True}
+        return named("complete_tasks", statement.values(touched(true())).returning(TASKS.c.id))
+    values = touched(true()) | {"succeeded": true()}
     return named("complete_all_in_series", statement.values(values).returning(*COLUMNS, TASKS.c.series_day))
 
 

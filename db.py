@@ -142,14 +142,6 @@ class TimeLimits:
     wait_s: float = 6.0
 
 
-class ConstraintViolated(Exception):
-    """A row would break the rule *name*; for a unique key SQLite names the columns instead."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
-
 class Runner(ABC):
     """Runs statements. Values are named as its `bindparam`s are."""
 
@@ -160,7 +152,6 @@ class Runner(ABC):
         """Return every row of *statement*.
 
         Raises:
-            ConstraintViolated: a row would break a rule of its table.
             Unavailable: the database cannot be used right now.
         """
 
@@ -574,10 +565,6 @@ class _Translated:
         pass
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, asyncpg.IntegrityConstraintViolationError):
-            raise ConstraintViolated(error.constraint_name or "") from error
-        if isinstance(error, sqlite3.IntegrityError):
-            raise ConstraintViolated(str(error).rpartition(": ")[2]) from error
         if isinstance(error, Exception) and _is_transient(error):
             raise _unavailable(error) from error
         if isinstance(error, asyncpg.InsufficientPrivilegeError):  # somebody has yet to GRANT it

@@ -1,20 +1,10 @@
-"""Every problem that the API can answer with, as RFC 9457, and the handlers that render them."""
+"""The problems that a request can be answered with (RFC 9457); `problems.py` renders them."""
 
-import random
-import re
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any, TypedDict
 
-import orjson
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import Scope
 
 MEDIA_TYPE = "application/problem+json"
 # The names of RFC 9110, which Python's table knows only from 3.13 on.
@@ -22,8 +12,6 @@ _TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 NOTHING_HERE = "There is nothing at this address"
 SENTENCES_MAX = 10
 ERRORS_MAX = 100  # 100 operations with ten mistakes each would be an answer larger than its request
-_ids = random.Random()  # noqa: S311 - no secret, and a third of the time
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._~+/=:-]{1,128}")
 
 
 class FieldError(TypedDict, total=False):
@@ -170,52 +158,6 @@ class NotMigrated(Unavailable):
     """The database lacks tables or columns of ours, until somebody migrates it."""
 
 
-def request_id(scope: Scope) -> str:
-    """Return the id of this request: the client's `X-Request-ID` if it is a plain one, else a new one."""
-    state = scope.setdefault("state", {})
-    if "request_id" not in state:
-        sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        is_plain = _REQUEST_ID.fullmatch(sent)
-        state["request_id"] = sent.decode() if is_plain else f"{_ids.getrandbits(128):032x}"
-    return str(state["request_id"])
-
-
-def render(scope: Scope, error: HTTPException) -> Response:
-    """Return *error* as `application/problem+json`."""
-    problem: dict[str, Any] = {
-        "type": "about:blank",
-        "title": title(error.status_code),
-        "status": error.status_code,
-        "detail": _sentence(error),
-        "instance": request_id(scope),
-    }
-    if errors := getattr(error, "errors", None):
-        problem["errors"] = errors
-    problem |= getattr(error, "extensions", {})
-    if isinstance(error, Overloaded):
-        scope["state"]["overloaded"] = True  # protocol.py lets such a connection rest
-    return Response(orjson.dumps(problem), error.status_code, dict(error.headers or {}), MEDIA_TYPE)
-
-
-def install(app: FastAPI) -> None:
-    """Let *app* answer every error, its own and the framework's, through `render`."""
-
-    @app.exception_handler(HTTPException)
-    async def _http(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 405:
-            error.headers = {"Allow": ", ".join(_allowed(app, request.scope["path"]))}
-        return render(request.scope, error)
-
-    @app.exception_handler(RequestValidationError)
-    async def _validation(request: Request, error: RequestValidationError) -> Response:
-        return render(request.scope, unprocessable(error))
-
-
-def unprocessable(error: RequestValidationError) -> Unprocessable:
-    """Return the problem that names each of the framework's mistakes."""
-    return Unprocessable([_field_error(mistake) for mistake in error.errors()])
-
-
 def invalid_parameter(name: str, detail: str) -> Unprocessable:
     """Return the refusal of one header or parameter of the query."""
     return Unprocessable([{"parameter": name, "detail": detail}])
@@ -232,6 +174,11 @@ def responses(*problems: type[Problem]) -> dict[int | str, dict[str, Any]]:
         }
         for problem in problems
     }
+
+
+def title(status: int) -> str:
+    """Return the name of *status*, the same with every Python."""
+    return _TITLES.get(status) or HTTPStatus(status).phrase
 
 
 def _example(problem: type[Problem]) -> dict[str, Any]:
@@ -251,108 +198,7 @@ def _example(problem: type[Problem]) -> dict[str, Any]:
     return example
 
 
-PROBLEM_SCHEMA: dict[str, Any] = {
-    "title": "Problem",
-    "description": "An error, as RFC 9457. `detail` is one sentence that can be shown to a person.",
-    "type": "object",
-    "required": ["type", "title", "status", "detail", "instance"],
-    "properties": {
-        "type": {"type": "string", "format": "uri-reference"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "instance": {"type": "string", "description": "The request's id, as in `X-Request-ID`."},
-        "errors": {
-            "type": "array",
-            "description": "Each mistake: `pointer` into the body, or the name of a `parameter`.",
-            "items": {
-                "type": "object",
-                "required": ["detail"],
-                "oneOf": [{"required": ["pointer"]}, {"required": ["parameter"]}],
-                "properties": {
-                    "pointer": {"type": "string"},
-                    "parameter": {"type": "string"},
-                    "detail": {"type": "string"},
-                },
-            },
-        },
-        "etag": {"type": "string", "description": "With 412: the task's `ETag` now."},
-        "index": {
-            "type": "integer",
-            "minimum": 0,
-            "description": "Which of several operations could not be done, so that none was.",
-        },
-    },
-}
-
-
-def _allowed(app: FastAPI, path: str) -> list[str]:
-    """Return the methods that *path* has; the framework names those of the first route only."""
-    routes = [route for route in iter_route_contexts(app.routes) if isinstance(route.original_route, Route)]
-    methods = {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
-    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
-
-
-def title(status: int) -> str:
-    """Return the name of *status*, the same with every Python."""
-    return _TITLES.get(status) or HTTPStatus(status).phrase
-
-
-def _sentence(error: HTTPException) -> str:
-    if isinstance(error, Problem) or error.detail != HTTPStatus(error.status_code).phrase:
-        return error.detail
-    return {
-        404: NOTHING_HERE,
-        405: "This method is not allowed at this address",
-    }.get(error.status_code, error.detail)
-
-
-def _field_error(mistake: Mapping[str, Any]) -> FieldError:
-    place, *path = mistake["loc"]
-    detail = _clause(mistake)
-    if place != "body":
-        return {"parameter": str(path[0]) if path else str(place), "detail": detail}
-    # In angle brackets stands which of several models it is, which is no member of the body.
-    members = (str(part) for part in path if not str(part).startswith("<"))
-    escaped = (part.replace("~", "~0").replace("/", "~1") for part in members)
-    return {"pointer": "".join(f"/{part}" for part in escaped), "detail": detail}
-
-
 def _name(error: FieldError) -> str:
     if "parameter" in error:
         return error["parameter"] or "query"  # `?=x` has a parameter without a name
     return error["pointer"].lstrip("/") or "body"
-
-
-def _clause(mistake: Mapping[str, Any]) -> str:
-    """Return what is wrong with a value, in words that name nothing of ours and repeat no input."""
-    ctx = mistake.get("ctx", {})
-    if mistake["type"].endswith("_type") and mistake.get("input") is None:
-        return "must not be null"
-    match mistake["type"]:
-        case "missing":
-            return "is required"
-        case "extra_forbidden":
-            return "is not a parameter of this operation"
-        case "bool_type" | "bool_parsing":
-            return "must be true or false"
-        case "string_type" | "string_unicode":
-            return "must be text"
-        case "int_type" | "int_parsing" | "int_parsing_size" | "int_from_float":
-            return "must be a whole number"
-        case "greater_than_equal":
-            return f"must be at least {ctx['ge']}"
-        case "less_than_equal":
-            return f"must be at most {ctx['le']}"
-        case "literal_error":
-            return f"must be {ctx['expected']}"
-        case "list_type" | "tuple_type":
-            return "must be a list"
-        case "too_short":
-            return f"must have at least {ctx['min_length']} element"
-        case "too_long":
-            return f"must have at most {ctx['max_length']} elements"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return "must be a JSON object"
-        case _:
-            return str(mistake["msg"])

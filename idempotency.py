@@ -18,6 +18,7 @@ from db import Database, named
 from errors import Unavailable
 from models import TIMESTAMP, IdempotencyKey
 from queries import NOW, Owner
+from refusals import KeyInUse, KeyRefused, KeyReused, TooManyKeys
 
 KEPT = timedelta(hours=24)
 KEYS_MAX = 10_000  # of one user at once: as many as tasks by default
@@ -28,18 +29,6 @@ PAUSE_S = 0.1  # between two portions: 5,000 keys a second are more than request
 
 _KEYS: Table = IdempotencyKey.__table__  # type: ignore[attr-defined] # SQLModel adds it
 _log = structlog.get_logger("idempotency")
-
-
-class KeyInUse(Exception):
-    """The first request with this key has not been answered yet."""
-
-
-class KeyReused(Exception):
-    """The key belongs to another request."""
-
-
-class TooManyKeys(Exception):
-    """The user has `KEYS_MAX` keys that have not expired."""
 
 
 async def once(
@@ -67,7 +56,7 @@ async def once(
 def _may_be_answered(error: Exception) -> bool:
     """Whether an answer may be kept that the first attempt, which ended in *error*, did not see."""
     match error:
-        case KeyInUse() | KeyReused() | TooManyKeys():
+        case KeyRefused():
             return False
         case Unavailable():
             return error.lost  # the COMMIT may have been done
@@ -81,25 +70,23 @@ async def _do_or_repeat(
 ) -> tuple[Any, bool]:
     now = datetime.now(UTC)
     expiry = now - KEPT
-    async with owner.transaction() as within:
-        found = await within.one(_LOCK_AND_FIND, key=key, expiry=expiry)
+    async with owner.transaction() as tx:
+        found = await tx.one(_LOCK_AND_FIND, key=key, expiry=expiry)
         assert found is not None  # noqa: S101 - the lock's row is always there
         if not found["mine"]:
             raise KeyInUse
         if found["expired"]:
-            await within.one(_REMOVE, key=key, expiry=expiry)
+            await tx.one(_REMOVE, key=key, expiry=expiry)
         elif found["answer"] is not None:
             if found["fingerprint"] != fingerprint:
                 raise KeyReused
             return orjson.loads(found["answer"]), True
         if found["used"] >= KEYS_MAX:
             raise TooManyKeys
-        content = await work(within)
+        content = await work(tx)
         answer = orjson.dumps(content, option=orjson.OPT_UTC_Z)
         weight = 1 + len(answer) // WEIGHT_BYTES
-        await within.one(
-            _KEEP, key=key, fingerprint=fingerprint, answer=answer.decode(), weight=weight, now=now
-        )
+        await tx.one(_KEEP, key=key, fingerprint=fingerprint, answer=answer.decode(), weight=weight, now=now)
     return content, False
 
 

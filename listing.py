@@ -34,7 +34,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from arrays import AnyOf, HasAll, list_of
 from db import named
 from models import BIG_ID, DAY, PRIORITY, DayText, Task
-from schemas import Filter, Order, TaskOut
+from schemas import Filter, Order, Position, TaskOut
 
 TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
 COLUMNS = tuple(TASKS.c[name] for name in TaskOut.model_fields)
@@ -182,10 +182,10 @@ def _filters() -> Iterator[ColumnElement[bool]]:
     yield HasWords(task.title, task.description, words, longest, second, others)
 
 
-def start_of(after: tuple[Any, int] | None) -> Start:
+def start_of(after: Position | None) -> Start:
     if after is None:
         return "first"
-    return "after null" if after[0] is None else "after value"
+    return "after null" if after.key is None else "after value"
 
 
 def page(shape: Shape, order: Order, start: Start) -> Select[Any]:

@@ -24,31 +24,34 @@ from fastapi import FastAPI
 
 import counts
 import db
-import errors
 import idempotency
 import jwks
 import logs
 import metrics
 import openapi
+import problems
 import telemetry
 import tokens
 from attempts import Attempts
 from config import Settings, load_settings, refuse
 from connections import Connections
 from cursors import CursorSealer
+from local_accounts import LocalAccounts
 from middleware.access_log import AccessLogMiddleware
 from middleware.allowed_hosts import AllowedHostsMiddleware
 from middleware.cors import ProblemCORSMiddleware
 from middleware.deadline import DeadlineMiddleware
 from middleware.head import HeadMiddleware
-from middleware.rate_limit import RateLimitMiddleware, RateLimits
+from middleware.rate_limit import RateLimitMiddleware
 from middleware.security_headers import SecurityHeadersMiddleware
 from middleware.slashes import SlashesMiddleware
 from passwords import Passwords
 from protocol import Protocol
+from rate_limits import RateLimits
 from readiness import Readiness
 from routes import accounts, docs, health, tasks
 from routes import metrics as metrics_route
+from services import Services
 from task_limit import TaskLimit
 
 STARTUP_FAILURE = 3  # uvicorn's
@@ -81,7 +84,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
     keys = _keys(settings)
     storage = counts.connect(settings.rate_limit_storage_url)
     rate_limits = RateLimits(storage, user=settings.rate_limit, anonymous=settings.rate_limit_anonymous)
-    keeper = _account_keeper(settings, Attempts(storage))
+    local_accounts = _local_accounts(settings, Attempts(storage))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -109,8 +112,8 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
             await storage.close()
             if keys:
                 await keys.close()
-            if keeper:
-                keeper.passwords.close()
+            if local_accounts:
+                local_accounts.passwords.close()
 
     app = FastAPI(
         title="Task back end",
@@ -124,28 +127,23 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
         telemetry=telemetry.configuration(on=traces),
     )
-    app.state.database = database
-    app.state.readiness = readiness
-    app.state.metrics_token = settings.metrics_token
-    app.state.verifier = tokens.Verifier(
-        settings.secrets,
-        keys,
-        algorithms=settings.algorithms,
-        of_secrets=tokens.Expectations(settings.given_issuers, settings.given_audiences),
-        of_keys=tokens.Expectations(settings.issuers, settings.audiences),
-        leeway_s=settings.jwt_leeway_s,
+    app.state.services = Services(
+        database=database,
+        readiness=readiness,
+        verifier=_verifier(settings, keys),
+        task_limit=TaskLimit(settings.max_tasks_per_user),
+        cursors=CursorSealer(settings.cursor_secrets),
+        rate_limits=rate_limits,
+        local_accounts=local_accounts,
+        delete_status=int(settings.delete_status),
+        metrics_token=settings.metrics_token,
     )
-    app.state.task_limit = TaskLimit(settings.max_tasks_per_user)
-    app.state.cursors = CursorSealer(settings.cursor_secrets)
-    app.state.delete_status = int(settings.delete_status)
-    app.state.account_keeper = keeper
-    app.state.rate_limits = rate_limits
 
-    errors.install(app)
-    openapi.install(app, token_url=f"/api{accounts.TOKEN_PATH}" if keeper else None)
+    problems.install(app)
+    openapi.install(app, token_url=f"/api{accounts.TOKEN_PATH}" if local_accounts else None)
     app.include_router(tasks.router, prefix="/api")  # first: routes are tried in order
     app.include_router(tasks.router, prefix="/api/v1", include_in_schema=False)
-    if keeper:
+    if local_accounts:
         app.include_router(accounts.router, prefix="/api")
         app.include_router(accounts.token_router, prefix="/api")
     app.include_router(health.router)
@@ -174,16 +172,25 @@ def _keys(settings: Settings) -> jwks.StaticKeys | jwks.FetchedKeys | None:
     return jwks.FetchedKeys(settings.resolved_jwks_url) if settings.resolved_jwks_url else None
 
 
-def _account_keeper(settings: Settings, attempts: Attempts) -> accounts.AccountKeeper | None:
+def _verifier(settings: Settings, keys: tokens.KeySource | None) -> tokens.Verifier:
+    return tokens.Verifier(
+        settings.secrets,
+        keys,
+        algorithms=settings.algorithms,
+        of_secrets=tokens.Expectations(settings.given_issuers, settings.given_audiences),
+        of_keys=tokens.Expectations(settings.issuers, settings.audiences),
+        leeway_s=settings.jwt_leeway_s,
+    )
+
+
+def _local_accounts(settings: Settings, attempts: Attempts) -> LocalAccounts | None:
     if not settings.keeps_accounts:
         return None
 
     def issue(user_id: str, lifetime_s: float, **claims: str | float) -> str:
         return tokens.issue(user_id, settings.secrets[0], lifetime_s, **settings.own_claims, **claims)
 
-    return accounts.AccountKeeper(
-        Passwords(), attempts, issue, settings.jwt_expiration_s, settings.session_max_age_s
-    )
+    return LocalAccounts(Passwords(), attempts, issue, settings.jwt_expiration_s, settings.session_max_age_s)
 
 
 async def _log_not_ready(readiness: Readiness) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from errors import PROBLEM_SCHEMA
+from problems import PROBLEM_SCHEMA
 
 MERGE_PATCH = "application/merge-patch+json"
 _LARGEST = 2**63 - 1

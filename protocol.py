@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 import errors
 import heads
+import problems
 from connections import Connections, client_of
 from heads import (
     FIELDS_MAX,
@@ -21,6 +22,7 @@ from heads import (
     MalformedRequest,
 )
 from logs import BoundedLog
+from request_state import request_id, state_of
 
 HEAD_TIMEOUT_S = 10.0
 DRAIN_S = 1.0  # keep-alive clients may already have sent a request before they see `Connection: close`
@@ -171,7 +173,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self._answered.body.clear()  # a handler need not read it, and the connection may stay open
-        is_overloaded = self._answered.scope["state"].get("overloaded")
+        is_overloaded = state_of(self._answered.scope).get("overloaded")
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_writing()
@@ -296,7 +298,7 @@ class Protocol(HttpToolsProtocol):
             return
         # A broken body belongs to a request that has an id; a head that is wrong makes no request yet.
         scope: Any = self.cycle.scope if self._in_body else {"headers": []}
-        _log.warning("request refused", reason=type(problem).__name__, request_id=errors.request_id(scope))
+        _log.warning("request refused", reason=type(problem).__name__, request_id=request_id(scope))
         self._refusal = _render(scope, problem)
         # What has been read of a head may be large, and the client may be slow to read the refusal.
         self.parser = self.scope = self.headers = None  # type: ignore[assignment] # as uvicorn ends
@@ -328,7 +330,7 @@ class Protocol(HttpToolsProtocol):
 
 
 def _render(scope: Any, problem: errors.Problem) -> bytes:
-    answer = errors.render(scope, problem)
-    fields = [*answer.raw_headers, (b"x-request-id", errors.request_id(scope).encode())]
+    answer = problems.render(scope, problem)
+    fields = [*answer.raw_headers, (b"x-request-id", request_id(scope).encode())]
     head = b"".join(b"%s: %s\r\n" % field for field in (*fields, (b"connection", b"close")))
     return STATUS_LINE[problem.status] + head + b"\r\n" + bytes(answer.body)

@@ -35,26 +35,20 @@ from arrays import AnyOf, Elements, list_of
 from db import Database, Deferred, Row, Runner, Statement, named
 from errors import Unavailable
 from listing import COLUMNS, OWNED, TASKS
-from models import BIG_ID, DAY, TAG_MAX, TIMESTAMP, Priority, TaskFields
+from models import BIG_ID, DAY, TAG_MAX, TIMESTAMP, Priority, TaskFields, TaskKey
 from recurring import next_due_date
-from schemas import STATS_TAGS_MAX, Filter, Order
-from task_limit import NO_LIMIT, TaskLimit, TooManyTasks
+from refusals import TaskNotFound, TooManyTasks, VersionConflict
+from schemas import STATS_TAGS_MAX, Filter, Order, Position
+from task_limit import NO_LIMIT, TaskLimit
 
 WRITABLE = tuple(TaskFields.model_fields)
+STORED = tuple(column.name for column in TASKS.c if column.name not in TaskKey.model_fields)
 SERIES_ATTEMPTS = 3  # others may change the task between two statements, but not for ever
 
 NOW = bindparam("now", type_=TIMESTAMP)
 _THIS = TASKS.c.id == bindparam("task_id", type_=BIG_ID)
 _VERSIONS = bindparam("versions", type_=list_of(Integer()))
 _EXPECTED = or_(_VERSIONS.is_(None), AnyOf(TASKS.c.version, _VERSIONS))
-
-
-class VersionConflict(Exception):
-    """The *task* has another version than those that were asked for."""
-
-    def __init__(self, task: Row) -> None:
-        super().__init__(task["version"])
-        self.task = task
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,40 +95,51 @@ async def create_task(owner: Owner, fields: Mapping[str, Any]) -> Row:
     return await _insert(owner, new_task(fields, datetime.now(UTC)))
 
 
-async def get_task(owner: Owner, task_id: int) -> Row | None:
-    return await owner.one(_SELECT_ONE, task_id=task_id)
+async def get_task(owner: Owner, task_id: int) -> Row:
+    """Return the task.
+
+    Raises:
+        TaskNotFound: the owner has none with this id.
+    """
+    task = await _find(owner, task_id)
+    if task is None:
+        raise TaskNotFound
+    return task
 
 
 async def update_task(
     owner: Owner, task_id: int, changes: Mapping[str, Any], versions: Collection[int] | None = None
-) -> Row | None:
+) -> Row:
     """Set the fields in *changes* and return the task.
 
     What is set to the value it has is no change: version and times stay, so a retry is harmless.
 
     Raises:
+        TaskNotFound: the owner has none with this id.
         VersionConflict: the task's version is not one of *versions*.
         TooManyTasks: the next task of its series would be one too many.
     """
     if not changes:
-        return await _current(owner, task_id, versions)
+        return await _expected_task(owner, task_id, versions)
     return await _change(owner, _UPDATE, task_id, changes, versions)
 
 
-async def toggle_task(owner: Owner, task_id: int, versions: Collection[int] | None = None) -> Row | None:
+async def toggle_task(owner: Owner, task_id: int, versions: Collection[int] | None = None) -> Row:
     """Complete the task, or reopen it, and return it.
 
     Raises:
+        TaskNotFound: the owner has none with this id.
         VersionConflict: the task's version is not one of *versions*.
         TooManyTasks: the next task of its series would be one too many.
     """
     return await _change(owner, _TOGGLE, task_id, {"completed": True}, versions)
 
 
-async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | None = None) -> bool:
-    """Delete the task and return whether there was one.
+async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | None = None) -> None:
+    """Delete the task.
 
     Raises:
+        TaskNotFound: the owner has none with this id.
         VersionConflict: the task's version is not one of *versions*.
     """
     values = {"task_id": task_id, "versions": _list(versions)}
@@ -144,27 +149,28 @@ async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | No
         task = await _after_loss(owner, task_id, versions, error)
         if task is not None and _is_expected(task, versions):
             await owner.one(_DELETE, **values)
-            task = await get_task(owner, task_id)
+            task = await _find(owner, task_id)
         if task is not None:
             raise
-        return True  # it is gone, as was asked; the client had read it, so it was there
-    if not deleted and versions is not None:
-        await _current(owner, task_id, versions)
-    return deleted is not None
+        return  # it is gone, as was asked; the client had read it, so it was there
+    if not deleted:
+        if versions is not None:
+            await _expected_task(owner, task_id, versions)
+        raise TaskNotFound
 
 
 async def list_tasks(
-    owner: Owner, wanted: Filter, order: Order, limit: int, after: tuple[Any, int] | None = None
+    owner: Owner, filters: Filter, order: Order, limit: int, after: Position | None = None
 ) -> list[Row]:
     """Return up to *limit* tasks of *owner* that come after the position *after*."""
-    return await _page(owner, listing.page, wanted, order, limit, after)
+    return await _page(owner, listing.page, filters, order, limit, after)
 
 
 async def list_and_count_tasks(
-    owner: Owner, wanted: Filter, order: Order, limit: int, after: tuple[Any, int] | None = None
+    owner: Owner, filters: Filter, order: Order, limit: int, after: Position | None = None
 ) -> tuple[list[Row], int]:
     """Return the page as `list_tasks` does, and how many tasks all pages hold together."""
-    rows = await _page(owner, listing.counted_page, wanted, order, limit, after)
+    rows = await _page(owner, listing.counted_page, filters, order, limit, after)
     total = rows[0]["total"]
     # The count stands beside every task, and alone when the page is empty.
     tasks = [{name: row[name] for name in row if name != "total"} for row in rows if row["id"] is not None]
@@ -177,8 +183,8 @@ async def count_tasks(owner: Owner, today: date | None) -> dict[str, Any]:
     tags = {row["tag"]: row["count"] for row in rows if row["tag"] is not None}
     kinds = [row | {"priority": row["priority"] or "none"} for row in rows if row["tag"] is None]
 
-    def total(**wanted: Any) -> int:
-        return sum(row["count"] for row in kinds if all(row[name] == value for name, value in wanted.items()))
+    def total(**values: Any) -> int:
+        return sum(row["count"] for row in kinds if all(row[name] == value for name, value in values.items()))
 
     return {
         "total": total(),
@@ -190,25 +196,47 @@ async def count_tasks(owner: Owner, today: date | None) -> dict[str, Any]:
     }
 
 
-def position(row: Row, order: Order) -> tuple[Any, int]:
-    """Return the place of *row* in the list, for the `after` of the next page."""
-    return row[order.field], row["id"]
-
-
-def new_task(fields: Mapping[str, Any], now: datetime, series_day: int | None = None) -> dict[str, Any]:
-    """Return the values for a row with *fields*."""
+def new_task(fields: Mapping[str, Any], now: datetime, series_day: int | None = None) -> Row:
+    """Return a new row with *fields*, without its id and its owner."""
     due_date: date | None = fields["due_date"]
     return {
-        **{f"new_{name}": fields[name] for name in WRITABLE},
-        "now": now,
+        **{name: fields[name] for name in WRITABLE},
         "completed_at": now if fields["completed"] else None,
+        "version": 1,
+        "created_at": now,
+        "updated_at": now,
         "series_day": series_day or (due_date and due_date.day),
         "succeeded": False,
     }
 
 
-def successor(task: Row, now: datetime) -> dict[str, Any] | None:
-    """Return the values for the next task of a series after *task*, if the calendar goes on."""
+def touched_row(task: Row, changes: dict[str, Any], now: datetime) -> Row:
+    """Return *task* with *changes*, each of which is one, and with what every change sets (see `touched`)."""
+    after = task | changes | {"version": task["version"] + 1, "updated_at": now}
+    if "completed" in changes:
+        after["completed_at"] = now if after["completed"] else None
+    return after
+
+
+def touched(
+    completed: ColumnElement[bool], changed: ColumnElement[bool] | None = None
+) -> dict[str, ColumnElement[Any]]:
+    """Return what every change of a task sets, as columns of an UPDATE.
+
+    *completed* is the state that it leaves; *changed* tells whether it changes the task at all (by default
+    it does).
+    """
+    task = TASKS.c
+    return {
+        "completed": completed,
+        "completed_at": case((task.completed == completed, task.completed_at), (completed, NOW)),
+        "version": task.version + (literal(1) if changed is None else case((changed, 1), else_=0)),
+        "updated_at": NOW if changed is None else case((changed, NOW), else_=task.updated_at),
+    }
+
+
+def successor(task: Row, now: datetime) -> Row | None:
+    """Return the next task of a series after *task*, if the calendar goes on, as `new_task` does."""
     series_day = task["series_day"] or task["due_date"].day
     due_date = next_due_date(task["due_date"], task["recurring"], series_day)
     if due_date is None:
@@ -223,7 +251,7 @@ async def _change(
     task_id: int,
     changes: Mapping[str, Any],
     versions: Collection[int] | None,
-) -> Row | None:
+) -> Row:
     """Run *statement*, which leaves a task alone whose completion has to create the next one.
 
     After a loss the change may still be under way: the server goes on with what waits for a lock. To repeat
@@ -238,9 +266,8 @@ async def _change(
             if row := await owner.one(statement, **values):
                 return row
             if versions is None and not changes.get("completed"):
-                return None
-            if await _current(owner, task_id, versions) is None:
-                return None
+                raise TaskNotFound
+            await _expected_task(owner, task_id, versions)
             if row := await _complete_in_series(owner, values):
                 return row
         except VersionConflict as conflict:
@@ -252,16 +279,22 @@ async def _change(
         except Unavailable as error:
             lost = error
             task = await _after_loss(owner, task_id, versions, error)
-            if task is None or task["updated_at"] in sent:
+            if task is None:
+                raise TaskNotFound from error
+            if task["updated_at"] in sent:
                 return task
             if not _is_expected(task, versions) or len(versions or ()) > 1:
                 raise
     raise lost or Unavailable
 
 
-async def _current(owner: Owner, task_id: int, versions: Collection[int] | None) -> Row | None:
+async def _find(owner: Owner, task_id: int) -> Row | None:
+    return await owner.one(_SELECT_ONE, task_id=task_id)
+
+
+async def _expected_task(owner: Owner, task_id: int, versions: Collection[int] | None) -> Row:
     task = await get_task(owner, task_id)
-    if task is not None and not _is_expected(task, versions):
+    if not _is_expected(task, versions):
         raise VersionConflict(task)
     return task
 
@@ -282,29 +315,30 @@ async def _after_loss(
     """
     if not error.lost or versions is None:
         raise error
-    return await get_task(owner, task_id)
+    return await _find(owner, task_id)
 
 
 async def _complete_in_series(owner: Owner, values: dict[str, Any]) -> Row | None:
-    async with owner.transaction() as within:
-        task = await within.one(_COMPLETE_IN_SERIES, **values)
+    async with owner.transaction() as tx:
+        task = await tx.one(_COMPLETE_IN_SERIES, **values)
         if task is None:
             return None
         if next_task := successor(task, values["now"]):
-            await _insert(within, next_task)
+            await _insert(tx, next_task)
     del task["series_day"]
     return task
 
 
 async def _insert(owner: Owner, values: Mapping[str, Any]) -> Row:
     limit = owner.limit
+    values = {f"new_{name}": value for name, value in values.items()}
     if limit.take(owner.user_id):
         row = await owner.one(_INSERT, **values)
         assert row is not None  # noqa: S101 - for the type checker
         return row
-    row = await owner.one(_INSERT_WITHIN_LIMIT, most=limit.most, **values)
+    row = await owner.one(_INSERT_WITHIN_LIMIT, tasks_max=limit.tasks_max, **values)
     if row is None:
-        raise TooManyTasks(limit.most)
+        raise TooManyTasks(limit.tasks_max)
     limit.counted(owner.user_id, row.pop("count"))
     return row
 
@@ -312,15 +346,15 @@ async def _insert(owner: Owner, values: Mapping[str, Any]) -> Row:
 async def _page(
     owner: Owner,
     build: Callable[..., Executable],
-    wanted: Filter,
+    filters: Filter,
     order: Order,
     limit: int,
-    after: tuple[Any, int] | None,
+    after: Position | None,
 ) -> list[Row]:
-    statement = Deferred(build, (listing.shape_of(wanted), order, listing.start_of(after)))
+    statement = Deferred(build, (listing.shape_of(filters), order, listing.start_of(after)))
     key, task_id = after or (None, None)
     return await owner.all(
-        statement, limit=limit, after_key=key, after_id=task_id, **listing.values_of(wanted)
+        statement, limit=limit, after_key=key, after_id=task_id, **listing.values_of(filters)
     )
 
 
@@ -329,7 +363,7 @@ def _changing(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{f"sets_{name}": name in changes for name in WRITABLE},
         **{f"new_{name}": changes.get(name) for name in WRITABLE},
-        "series_day": due_date and due_date.day,
+        "new_series_day": due_date and due_date.day,
         "now": datetime.now(UTC),
     }
 
@@ -342,25 +376,12 @@ def _new(name: str) -> ColumnElement[Any]:
     return bindparam(f"new_{name}", type_=TASKS.c[name].type)
 
 
-def _values(name: str) -> ColumnElement[Any]:
-    return bindparam(name, type_=TASKS.c[name].type)
-
-
-_NEW_ROW = {
-    "user_id": OWNED.right,
-    **{name: _new(name) for name in WRITABLE},
-    "completed_at": _values("completed_at"),
-    "version": literal(1),
-    "created_at": NOW,
-    "updated_at": NOW,
-    "series_day": _values("series_day"),
-    "succeeded": _values("succeeded"),
-}
+_NEW_ROW = {"user_id": OWNED.right, **{name: _new(name) for name in STORED}}
 
 
 def _insert_within_limit() -> Executable:
     count = select(func.count()).select_from(TASKS).where(OWNED).scalar_subquery()
-    row = select(*_NEW_ROW.values()).where(count < bindparam("most", type_=Integer()))
+    row = select(*_NEW_ROW.values()).where(count < bindparam("tasks_max", type_=Integer()))
     return insert(TASKS).from_select(list(_NEW_ROW), row).returning(*COLUMNS, count.label("count"))
 
 
@@ -394,13 +415,14 @@ def _update_statement(*, in_series: bool) -> Executable:
     )
     changed = or_(*(_changes(name) for name in WRITABLE))
     statement = update(TASKS).where(OWNED, _THIS, _EXPECTED, next_is_due if in_series else not_(next_is_due))
+    fields = {name: _after(name) for name in WRITABLE}
     return statement.values(
-        **{name: _after(name) for name in WRITABLE},
-        completed_at=case((not_(_changes("completed")), TASKS.c.completed_at), (_new("completed"), NOW)),
-        version=TASKS.c.version + case((changed, 1), else_=0),
-        updated_at=case((changed, NOW), else_=TASKS.c.updated_at),
-        series_day=case((_changes("due_date"), _values("series_day")), else_=TASKS.c.series_day),
-        succeeded=true() if in_series else succeeded,
+        fields
+        | touched(fields["completed"], changed)
+        | {
+            "series_day": case((_changes("due_date"), _new("series_day")), else_=TASKS.c.series_day),
+            "succeeded": true() if in_series else succeeded,
+        }
     ).returning(*COLUMNS, *([TASKS.c.series_day] if in_series else []))
 
 
@@ -409,12 +431,7 @@ def _toggle_statement() -> Executable:
     return (
         update(TASKS)
         .where(OWNED, _THIS, _EXPECTED, not_(next_is_due))
-        .values(
-            completed=not_(TASKS.c.completed),
-            completed_at=case((TASKS.c.completed, None), else_=NOW),
-            version=TASKS.c.version + 1,
-            updated_at=NOW,
-        )
+        .values(touched(not_(TASKS.c.completed)))
         .returning(*COLUMNS)
     )
 

@@ -324,6 +324,13 @@ class Order(NamedTuple):
     descending: bool = True
 
 
+class Position(NamedTuple):
+    """A place in a list: the sort key and the id of a task."""
+
+    key: Any
+    task_id: int
+
+
 def _distinct(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 

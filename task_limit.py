@@ -4,14 +4,6 @@ RECOUNT_SHARE = 10
 USERS_REMEMBERED = 10_000
 
 
-class TooManyTasks(Exception):
-    """There would be more tasks than the *most* that a user may have."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__(most)
-        self.most = most
-
-
 class TaskLimit:
     """Counts a user's tasks seldom: each count admits a tenth of what is left before the next one.
 
@@ -19,13 +11,13 @@ class TaskLimit:
     several tasks takes a lock.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most  # 0 for no limit
+    def __init__(self, tasks_max: int) -> None:
+        self.tasks_max = tasks_max  # 0 for no limit
         self._unchecked: dict[str, int] = {}
 
     def take(self, user_id: str) -> bool:
         """Return whether *user_id* may add a task without a count, and use that up."""
-        if not self.most:
+        if not self.tasks_max:
             return True
         left = self._unchecked.get(user_id, 0)
         if left:
@@ -36,7 +28,7 @@ class TaskLimit:
         """Remember that *user_id* has *count* tasks."""
         if user_id not in self._unchecked and len(self._unchecked) >= USERS_REMEMBERED:
             del self._unchecked[next(iter(self._unchecked))]
-        self._unchecked[user_id] = max(0, (self.most - count) // RECOUNT_SHARE)
+        self._unchecked[user_id] = max(0, (self.tasks_max - count) // RECOUNT_SHARE)
 
 
 NO_LIMIT = TaskLimit(0)

@@ -12,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import errors
 import logs
 import metrics
+import problems
+from request_state import request_id, state_of
 
 PATH_LOGGED_MAX = 500
 UNMATCHED = "unmatched"
@@ -32,8 +34,8 @@ class AccessLogMiddleware:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        request_id = errors.request_id(scope)
-        logs.request_id.set(request_id)
+        identifier = request_id(scope)
+        logs.request_id.set(identifier)
         method, path = scope["method"], scope["path"]
         if self._measures:
             metrics.requests_in_flight.inc()
@@ -46,8 +48,8 @@ class AccessLogMiddleware:
                 status = message["status"]
                 message["headers"] = [
                     *message.get("headers", ()),
-                    (b"x-request-id", request_id.encode()),
-                    *scope["state"].get("rate_limit", ()),  # here, so that crashes carry them too
+                    (b"x-request-id", identifier.encode()),
+                    *state_of(scope).get("rate_limit", ()),  # here, so that crashes carry them too
                 ]
             else:
                 size_bytes += len(message.get("body", b""))
@@ -61,7 +63,7 @@ class AccessLogMiddleware:
             self._log.exception("crash", method=method, path=_plain(path), **_identity(scope))
             if status is not None:
                 raise  # half an answer has left: the server must cut it off
-            await errors.render(scope, errors.InternalError())(scope, receive, send_and_watch)
+            await problems.render(scope, errors.InternalError())(scope, receive, send_and_watch)
         finally:
             duration_s, route = time.perf_counter() - started, _route(scope)
             status = status or 499  # cancelled: the client has gone, as above
@@ -89,7 +91,10 @@ def _route(scope: Scope) -> str | None:
 
 def _identity(scope: Scope) -> dict[str, Any]:
     """Return the request's id, whose it is by a verified token, and the trace that it belongs to."""
-    identity = {name: scope["state"][name] for name in ("request_id", "user_id") if name in scope["state"]}
+    state = state_of(scope)
+    identity: dict[str, Any] = {"request_id": state["request_id"]}
+    if "user_id" in state:
+        identity["user_id"] = state["user_id"]
     if trace_id := _trace_id(scope):
         identity["trace_id"] = trace_id
     return identity

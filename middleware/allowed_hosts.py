@@ -6,6 +6,7 @@ import re
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import errors
+import problems
 from readiness import is_probe
 
 # RFC 9110, section 7.2: a name or address, an IPv6 one in brackets, and perhaps a port.
@@ -36,7 +37,7 @@ class AllowedHostsMiddleware:
         if scope["type"] != "http" or is_probe(scope["raw_path"]) or self._is_ours(scope):
             await self.app(scope, receive, send)
             return
-        await errors.render(scope, WrongHost())(scope, receive, send)
+        await problems.render(scope, WrongHost())(scope, receive, send)
 
     def _is_ours(self, scope: Scope) -> bool:
         sent = [value for name, value in scope["headers"] if name == b"host"]

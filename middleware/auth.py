@@ -7,10 +7,12 @@ from fastapi.security import HTTPBearer
 
 import jwks
 import metrics
-from errors import Forbidden, InvalidToken, Unauthorized, Unavailable, request_id
+from errors import Forbidden, InvalidToken, Unauthorized, Unavailable
 from logs import BoundedLog
 from queries import Owner
-from tokens import Claims, TokenInvalid, Verifier
+from request_state import request_id, state_of
+from services import services_of
+from tokens import Claims, TokenInvalid
 
 _log = BoundedLog("security")
 
@@ -43,8 +45,8 @@ class UserAccess(HTTPBearer):
                 request_id=request_id(request.scope),
             )
             raise Forbidden
-        state = request.app.state
-        return Owner(user_id, state.database, state.task_limit)
+        services = services_of(request)
+        return Owner(user_id, services.database, services.task_limit)
 
 
 async def verify(request: Request, token: str) -> Claims:
@@ -55,15 +57,15 @@ async def verify(request: Request, token: str) -> Claims:
         Unavailable: the issuer's keys cannot be fetched.
         QuotaExceeded: its user has sent too many requests.
     """
-    verifier: Verifier = request.app.state.verifier
+    services = services_of(request)
     try:
-        claims = await verifier.verify(token)
+        claims = await services.verifier.verify(token)
     except TokenInvalid as error:
         raise refusal(request, str(error)) from error
     except jwks.KeysUnavailable as error:
         raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
-    request.scope.setdefault("state", {})["user_id"] = claims.sub  # for the line in the log
-    await request.app.state.rate_limits.count_user(request.scope, claims.sub)
+    state_of(request.scope)["user_id"] = claims.sub  # for the line in the log
+    await services.rate_limits.count_user(request.scope, claims.sub)
     return claims
 
 

@@ -6,6 +6,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import errors
+import problems
+from request_state import request_id
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 REQUEST_HEADERS = (
@@ -65,7 +67,7 @@ class ProblemCORSMiddleware(CORSMiddleware):
         headers = Headers(scope=scope)
         if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             answer = self._preflight(scope, headers)
-            answer.headers["X-Request-ID"] = errors.request_id(scope)
+            answer.headers["X-Request-ID"] = request_id(scope)
             await answer(scope, receive, send)
             return
         await self.simple_response(scope, receive, send, headers)
@@ -81,7 +83,7 @@ class ProblemCORSMiddleware(CORSMiddleware):
             if answer.headers["access-control-allow-origin"] != "*":
                 answer.headers.update(_CREDENTIALS)
             return answer
-        refusal = errors.render(scope, PreflightRefused(bytes(answer.body).decode()))
+        refusal = problems.render(scope, PreflightRefused(bytes(answer.body).decode()))
         for name in ("vary", "access-control-allow-origin"):
             if name in answer.headers:
                 refusal.headers[name] = answer.headers[name]

@@ -5,6 +5,7 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import errors
+import problems
 
 
 class DeadlineMiddleware:
@@ -31,7 +32,7 @@ class DeadlineMiddleware:
             nonlocal answering
             if started:
                 return  # an answer that has begun is left to the server's own limits
-            problem = errors.render(scope, errors.Unavailable())
+            problem = problems.render(scope, errors.Unavailable())
             answering = asyncio.ensure_future(problem(scope, receive, send))
             handler.cancel()
 

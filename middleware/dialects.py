@@ -6,7 +6,8 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 
-from errors import Problem, Unauthorized, Unprocessable, UnsupportedMediaType, title, unprocessable
+from errors import Problem, Unauthorized, Unprocessable, UnsupportedMediaType, title
+from problems import unprocessable
 
 FORM = "application/x-www-form-urlencoded"
 

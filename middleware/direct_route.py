@@ -165,10 +165,10 @@ def _refuse_repeated(names: list[str]) -> None:
 
 
 def _header_reader(name: str) -> Reader:
-    wanted = name.replace("_", "-").encode()
+    field = name.replace("_", "-").encode()
 
     async def read(request: Request) -> str | None:
-        found = [value for header, value in request.scope["headers"] if header == wanted]
+        found = [value for header, value in request.scope["headers"] if header == field]
         return b", ".join(found).decode("latin-1") if found else None
 
     return read

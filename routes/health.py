@@ -1,10 +1,10 @@
 """/health: whether the process is alive; /health/ready: whether it can serve."""
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from errors import Unavailable, responses
-from readiness import Readiness
 from schemas import Health
+from services import ServicesDep
 
 router = APIRouter(tags=["health"])
 
@@ -16,9 +16,8 @@ async def health() -> Health:
 
 
 @router.get("/health/ready", responses=responses(Unavailable))
-async def ready(request: Request) -> Health:
+async def ready(services: ServicesDep) -> Health:
     """Say that the database answers and has our schema: that requests may come. No token is needed."""
-    readiness: Readiness = request.app.state.readiness
-    if sentence := await readiness.not_ready_reason():
+    if sentence := await services.readiness.not_ready_reason():
         raise Unavailable(sentence)
     return Health()

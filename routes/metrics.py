@@ -9,13 +9,14 @@ from starlette.exceptions import HTTPException
 import metrics
 from errors import InvalidToken
 from middleware.auth import bearer_token
+from services import services_of
 
 router = APIRouter(include_in_schema=False)
 
 
 @router.get("/metrics")
 async def get_metrics(request: Request) -> Response:
-    token: str | None = request.app.state.metrics_token
+    token = services_of(request).metrics_token
     if token is None and not _is_loopback(request):
         raise HTTPException(404)
     if token is not None and not secrets.compare_digest(bearer_token(request).encode(), token.encode()):

@@ -1,10 +1,7 @@
 """/api/{user_id}/tasks: the operations on a user's tasks."""
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from datetime import date, datetime
-from typing import Annotated, Any, get_args
-from urllib.parse import quote
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
@@ -15,7 +12,7 @@ import bulk
 import etags
 import idempotency
 import queries
-from cursors import CursorInvalid, CursorSealer
+from cursors import CursorInvalid, CursorSealer, TaskList
 from db import Row
 from errors import (
     Conflict,
@@ -23,10 +20,8 @@ from errors import (
     Forbidden,
     NotFound,
     PreconditionFailed,
-    Problem,
     QuotaExceeded,
     RequestTimeout,
-    TooManyRequests,
     Unauthorized,
     Unavailable,
     Unprocessable,
@@ -36,10 +31,12 @@ from errors import (
 )
 from middleware.auth import OwnerDep
 from middleware.direct_route import DirectRoute
-from middleware.slashes import PartConvertor, quoted_path
-from models import IDEMPOTENCY_KEY_MAX, Priority
+from models import IDEMPOTENCY_KEY_MAX
 from openapi import MERGE_PATCH, header
+from paths import PartConvertor, quoted_path
+from problems import problem_of
 from queries import Owner
+from refusals import Refusal, VersionConflict
 from schemas import (
     ID_MAX,
     AllCompleted,
@@ -50,7 +47,7 @@ from schemas import (
     Counted,
     Deleted,
     Filter,
-    Order,
+    Position,
     Stats,
     StatsQuery,
     TaskCreate,
@@ -60,7 +57,7 @@ from schemas import (
     TaskUpdate,
     digits,
 )
-from task_limit import TaskLimit, TooManyTasks
+from services import ServicesDep
 
 # What `_idempotency_key` takes: bare or quoted, of characters that are printable in Latin-1.
 _ANY = r"[ -~\u00a1-\u00ac\u00ae-\u00ff]"
@@ -105,11 +102,6 @@ BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
 JSON = "application/json"
 PAGE_MAX_BYTES = 1024 * 1024  # an answer is held whole until its client has read it
-KEYS_RETRY_S = 3600  # each of the keys expires a day after its request
-TOO_MANY_KEYS = (
-    "You have sent as many Idempotency-Keys as are kept for a day. Please try again later or without one."
-)
-KEY_IN_USE = "A request with this Idempotency-Key is still running"
 
 
 class _TaskConvertor(Convertor[str]):
@@ -140,21 +132,23 @@ router = APIRouter(
     response_model=list[TaskOut],
     responses={200: {"headers": header("Link") | header("X-Total-Count")}},
 )
-async def list_tasks(owner: OwnerDep, request: Request, query: Annotated[TaskListQuery, Query()]) -> Response:
+async def list_tasks(
+    owner: OwnerDep, services: ServicesDep, request: Request, query: Annotated[TaskListQuery, Query()]
+) -> Response:
     """List your tasks, newest first. The `Link` header leads to the next page, if there is one."""
-    wanted, order = query.filter, query.ordering
-    binding = _binding(owner, wanted, order)
-    after = _position(request, query.cursor, binding, order)
+    filters, order = query.filter, query.ordering
+    tasks = TaskList(owner.user_id, filters, order)
+    after = _position(services.cursors, query.cursor, tasks)
     headers = {}
     # One more than asked for tells whether there is a next page.
     if query.count:
-        rows, total = await queries.list_and_count_tasks(owner, wanted, order, query.limit + 1, after)
+        rows, total = await queries.list_and_count_tasks(owner, filters, order, query.limit + 1, after)
         headers["X-Total-Count"] = str(total)
     else:
-        rows = await queries.list_tasks(owner, wanted, order, query.limit + 1, after)
+        rows = await queries.list_tasks(owner, filters, order, query.limit + 1, after)
     body, length = _page(rows[: query.limit])
     if len(rows) > length:
-        headers["Link"] = _link_to_next(request, queries.position(rows[length - 1], order), binding)
+        headers["Link"] = services.cursors.link_to_next(request.scope, rows[length - 1], tasks)
     return Response(body, 200, headers, JSON)
 
 
@@ -173,8 +167,7 @@ async def create_task(
     async def create(owner: Owner) -> Row:
         return await queries.create_task(owner, dict(body))
 
-    with _refusals():
-        row, headers = await _once(owner, request, idempotency_key, body, create)
+    row, headers = await _once(owner, request, idempotency_key, body, create)
     return _task(row, 201, headers | {"Location": f"{quoted_path(request.scope)}/{row['id']}"})
 
 
@@ -189,11 +182,10 @@ async def get_task(
     """Return one task."""
     versions = etags.expected_versions(if_match)
     row = await queries.get_task(owner, task_id)
-    if row is not None:
-        if versions is not None and row["version"] not in versions:
-            raise _stale(row["version"])
-        if etags.is_known(row["version"], if_none_match):
-            return Response(status_code=304, headers={"ETag": etags.write(row["version"])})
+    if versions is not None and row["version"] not in versions:
+        raise VersionConflict(row)
+    if etags.is_known(row["version"], if_none_match):
+        return Response(status_code=304, headers={"ETag": etags.write(row["version"])})
     return _task(row)
 
 
@@ -207,10 +199,9 @@ async def complete_task(
 ) -> Response:
     """Set `completed`, which is safe to retry, or toggle it when no body names it."""
     versions = await _versions(owner, task_id, if_match, if_none_match)
-    with _refusals():
-        if body and (changes := body.changes()):
-            return _task(await queries.update_task(owner, task_id, changes, versions))
-        return _task(await queries.toggle_task(owner, task_id, versions))
+    if body and (changes := body.changes()):
+        return _task(await queries.update_task(owner, task_id, changes, versions))
+    return _task(await queries.toggle_task(owner, task_id, versions))
 
 
 @router.put("/{task_id:task}", response_model=TaskOut, responses=CHANGE_PROBLEMS)
@@ -223,8 +214,7 @@ async def update_task(
 ) -> Response:
     """Set the fields that are sent; the others keep their value."""
     versions = await _versions(owner, task_id, if_match, if_none_match)
-    with _refusals():
-        return _task(await queries.update_task(owner, task_id, body.changes(), versions))
+    return _task(await queries.update_task(owner, task_id, body.changes(), versions))
 
 
 @router.patch(
@@ -256,19 +246,15 @@ async def patch_task(
 )
 async def delete_task(
     owner: OwnerDep,
-    request: Request,
+    services: ServicesDep,
     task_id: TaskId,
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """Delete a task for good."""
     versions = await _versions(owner, task_id, if_match, if_none_match)
-    with _refusals():
-        if not await queries.delete_task(owner, task_id, versions):
-            raise NotFound
-    if request.app.state.delete_status == 200:
-        return _json({"ok": True})
-    return Response(status_code=204)
+    await queries.delete_task(owner, task_id, versions)
+    return _json({"ok": True}) if services.delete_status == 200 else Response(status_code=204)
 
 
 @router.get("/stats", response_model=Stats)
@@ -283,8 +269,7 @@ async def complete_tasks(
 ) -> Response:
     """Set `completed` for all tasks that a filter names."""
     _refuse_conditions(request)
-    with _refusals():
-        return _json({"count": await bulk.complete_tasks(owner, _some(query), completed=body.completed)})
+    return _json({"count": await bulk.complete_tasks(owner, _some(query), completed=body.completed)})
 
 
 @router.delete("", response_model=Counted)
@@ -321,14 +306,9 @@ async def change_tasks(
 
     async def change(owner: Owner) -> dict[str, Any]:
         outcomes = await bulk.run(owner, body.operations, atomic=query.atomic)
-        results = [_result(outcome, owner.limit, index) for index, outcome in enumerate(outcomes)]
-        return {"results": results}
+        return {"results": [_result(outcome) for outcome in outcomes]}
 
-    try:
-        with _refusals():
-            content, headers = await _once(owner, request, idempotency_key, body, change, atomic=query.atomic)
-    except bulk.Failed as error:
-        raise _problem(error.outcome, owner.limit, error.index) from error
+    content, headers = await _once(owner, request, idempotency_key, body, change, atomic=query.atomic)
     return _json(content, 200 if query.atomic else 207, headers)
 
 
@@ -357,18 +337,16 @@ async def _versions(
     If-None-Match was compared with, so it is a 412 as well.
 
     Raises:
-        NotFound: If-None-Match needs the task's version, and there is no task.
-        PreconditionFailed: it is one that a condition excludes (RFC 9110, section 13.2.2).
+        TaskNotFound: If-None-Match needs the task's version, and there is no task.
+        VersionConflict: a condition excludes its version (RFC 9110, section 13.2.2).
     """
     versions = etags.expected_versions(if_match)
     if if_none_match is None:
         return versions
     row = await queries.get_task(owner, task_id)
-    if row is None:
-        raise NotFound
     version: int = row["version"]
     if (versions is not None and version not in versions) or etags.is_known(version, if_none_match):
-        raise _stale(version)
+        raise VersionConflict(row)
     return [version]
 
 
@@ -379,9 +357,7 @@ def _refuse_conditions(request: Request) -> None:
             raise invalid_parameter(name, "is for single tasks only")
 
 
-def _task(row: Row | None, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    if row is None:
-        raise NotFound
+def _task(row: Row, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return _json(row, status, {"ETag": etags.write(row["version"]), **(headers or {})})
 
 
@@ -409,54 +385,18 @@ def _page(rows: list[Row]) -> tuple[bytes, int]:
     return b"[" + b",".join(parts) + b"]", len(parts)
 
 
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Answer with what the statements refuse."""
-    try:
-        yield
-    except queries.VersionConflict as error:
-        raise _stale(error.task["version"]) from error
-    except TooManyTasks as error:
-        raise _too_many(error.most) from error
-    except idempotency.KeyInUse as error:
-        raise Conflict(KEY_IN_USE, headers={"Retry-After": "1"}) from error
-    except idempotency.TooManyKeys as error:
-        raise TooManyRequests(TOO_MANY_KEYS, retry_after_s=KEYS_RETRY_S) from error
-    except idempotency.KeyReused as error:
-        mistake = "was used for another request"
-        raise invalid_parameter("Idempotency-Key", mistake) from error
-
-
-def _stale(version: int) -> Problem:
-    tag = etags.write(version)
-    return PreconditionFailed(headers={"ETag": tag}, etag=tag)
-
-
-def _too_many(most: int, **members: Any) -> Problem:
-    return Conflict(f"There would be more tasks than the {most} that you may have", **members)
-
-
-def _problem(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> Problem:
-    """Return why the operation *index* could not be done."""
-    match outcome.kind:
-        case "missing":
-            return NotFound(index=index)
-        case "stale" if outcome.task:
-            return PreconditionFailed(index=index, etag=etags.write(outcome.task["version"]))
-    return _too_many(limit.most, index=index)
-
-
-def _result(outcome: bulk.Outcome, limit: TaskLimit, index: int) -> dict[str, Any]:
+def _result(outcome: bulk.Done | Refusal) -> dict[str, Any]:
+    """Return what `schemas.Done` shows of *outcome*."""
+    if isinstance(outcome, Refusal):
+        problem = problem_of(outcome)
+        etag = {name: value for name, value in problem.extensions.items() if name == "etag"}
+        return {"status": problem.status, "detail": problem.detail, **etag}
     match outcome.kind:
         case "created":
             return {"status": 201, "task": outcome.task}
         case "changed":
             return {"status": 200, "task": outcome.task}
-        case "deleted":
-            return {"status": 204}
-    problem = _problem(outcome, limit, index)
-    etag = {name: value for name, value in problem.extensions.items() if name == "etag"}
-    return {"status": problem.status, "detail": problem.detail, **etag}
+    return {"status": 204}
 
 
 def _some(query: TaskSelection) -> Filter:
@@ -479,41 +419,10 @@ def _idempotency_key(request: Request) -> str:
     return key
 
 
-def _binding(owner: Owner, wanted: Filter, order: Order) -> str:
-    """What a cursor is good for: one user's tasks, by these filters and in this order."""
-    return f"{owner.user_id}\n{sorted(wanted.states)}\n{wanted[1:]}\n{order}"
-
-
-def _position(request: Request, cursor: str | None, binding: str, order: Order) -> tuple[Any, int] | None:
+def _position(cursors: CursorSealer, cursor: str | None, tasks: TaskList) -> Position | None:
     if cursor is None:
         return None
-    sealer: CursorSealer = request.app.state.cursors
     try:
-        key, task_id = sealer.read(cursor, binding)
-        # Sealed or not: what goes into a statement is checked.
-        if not _is_key(key, order) or type(task_id) is not int or not 1 <= task_id <= ID_MAX:
-            raise CursorInvalid
-    except (ValueError, KeyError) as error:
-        mistake = "was not given for this list, its filters and its order"
-        raise invalid_parameter("cursor", mistake) from error
-    return key, task_id
-
-
-def _is_key(key: object, order: Order) -> bool:
-    match order.field:
-        case "title":
-            return isinstance(key, str)
-        case "priority":
-            return key is None or key in get_args(Priority)
-        case "due_date":
-            return key is None or type(key) is date
-    return isinstance(key, datetime)
-
-
-def _link_to_next(request: Request, position: tuple[Any, int], binding: str) -> str:
-    """Return a `Link` (RFC 8288) to the page after *position*, every other parameter as it was sent."""
-    sealer: CursorSealer = request.app.state.cursors
-    sent = request.scope["query_string"].decode("latin-1").split("&")
-    kept = [parameter for parameter in sent if parameter and not parameter.startswith("cursor=")]
-    query = quote("&".join([*kept, f"cursor={sealer.write(position, binding)}"]), safe="%&=+,:/?-._~!$'()*;@")
-    return f'<{quoted_path(request.scope)}?{query}>; rel="next"'
+        return cursors.position(cursor, tasks)
+    except CursorInvalid as error:
+        raise invalid_parameter("cursor", "was not given for this list, its filters and its order") from error

@@ -12,7 +12,7 @@ import asyncpg
 import db
 import listing
 from main import migrate
-from schemas import Filter, Order
+from schemas import Filter, Order, Position
 from tests.postgres import Server
 
 OWNER, TASKS = "user1", 10_000
@@ -40,7 +40,7 @@ class List:
     name: str
     wanted: Filter = EVERYTHING
     order: Order = NEWEST_FIRST
-    after: tuple[Any, int] | None = None
+    after: Position | None = None
 
     @property
     def shape(self) -> listing.Shape:
@@ -58,8 +58,8 @@ class List:
 PENDING = Filter(states=frozenset((False,)))
 DUE, DUE_LAST = Order("due_date", descending=False), Order("due_date", descending=True)
 NEWEST_ID = 2**62
-MIDDLE = (datetime.now(UTC) - timedelta(seconds=5_000_000), NEWEST_ID)
-SOME_DAY = (date(2027, 6, 1), 1)
+MIDDLE = Position(datetime.now(UTC) - timedelta(seconds=5_000_000), NEWEST_ID)
+SOME_DAY = Position(date(2027, 6, 1), 1)
 LISTS = (
     List("the default list"),
     List("the default list, later", after=MIDDLE),
@@ -68,10 +68,10 @@ LISTS = (
     List("status=pending, later", PENDING, after=MIDDLE),
     List("sort=due_date", order=DUE),
     List("sort=due_date, later", order=DUE, after=SOME_DAY),
-    List("sort=due_date, among those without", order=DUE, after=(None, 1)),
+    List("sort=due_date, among those without", order=DUE, after=Position(None, 1)),
     List("sort=-due_date", order=DUE_LAST),
     List("sort=-due_date, later", order=DUE_LAST, after=SOME_DAY),
-    List("sort=-due_date, among those without", order=DUE_LAST, after=(None, NEWEST_ID)),
+    List("sort=-due_date, among those without", order=DUE_LAST, after=Position(None, NEWEST_ID)),
     List("search", Filter(words=(RARE,))),
 )
 

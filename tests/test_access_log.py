@@ -166,7 +166,7 @@ async def test_a_crash_is_logged_with_its_cause_and_id(
         raise RuntimeError("the cause")
 
     app = create_app(settings_for(database_url))
-    monkeypatch.setattr(app.state.database, "all", fail)
+    monkeypatch.setattr(app.state.services.database, "all", fail)
     async with running(app) as client:
         alice = person("alice", client)
         answer = await alice.get("/1", headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})

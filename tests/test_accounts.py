@@ -21,6 +21,7 @@ from attempts import FAILURES_MAX, WINDOW_MIN
 from logs import BoundedLog
 from main import create_app
 from passwords import Passwords
+from services import Services
 from tests.conftest import SECRET, Person, running, settings_for
 from tests.issuer import ORIGIN, document, new_key
 from tests.test_access_log import Log, log, log_format  # noqa: F401 - fixtures
@@ -39,8 +40,15 @@ ENDED = "Session has ended: sign in again"
 def _keeping(database_url: str, **changes: Any) -> FastAPI:
     """Return a service that keeps accounts; twelve rounds for every password would take minutes."""
     app = create_app(settings_for(database_url, local_accounts=True, **changes))
-    app.state.account_keeper = replace(app.state.account_keeper, passwords=Passwords(WatchedHasher()))
+    replace_passwords(app, Passwords(WatchedHasher()))
     return app
+
+
+def replace_passwords(app: FastAPI, passwords: Passwords) -> None:
+    services: Services = app.state.services
+    assert services.local_accounts
+    local_accounts = replace(services.local_accounts, passwords=passwords)
+    app.state.services = replace(services, local_accounts=local_accounts)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +77,7 @@ def security_log(log: Log, monkeypatch: pytest.MonkeyPatch) -> Log:  # noqa: F81
 @pytest.fixture
 def checked(app: FastAPI) -> list[str]:
     """The hashes that passwords are checked against from now on."""
-    hasher: WatchedHasher = app.state.account_keeper.passwords._hasher
+    hasher: WatchedHasher = app.state.services.local_accounts.passwords._hasher
     hasher.checked.clear()
     return hasher.checked
 
@@ -372,7 +380,7 @@ async def test_a_good_token_is_exchanged_for_a_fresh_one(client: httpx.AsyncClie
 async def _delete_account(app: FastAPI, account_id: str) -> None:
     table = accounts.ACCOUNTS
     statement = delete(table).where(table.c.id == account_id).returning(table.c.id)
-    assert await app.state.database.one(statement)
+    assert await app.state.services.database.one(statement)
 
 
 async def test_without_an_account_there_is_neither_token_nor_session(
@@ -560,7 +568,8 @@ async def test_sessions_end_where_clocks_differ(app: FastAPI, client: httpx.Asyn
     ahead = _signed_in(alice, -5 / DAY_S)  # by a process whose clock is 5 s ahead
 
     await _revoke(ahead)
-    await accounts.end_sessions(app.state.database, alice.user_id, datetime.now(UTC))  # earlier: no change
+    earlier = datetime.now(UTC)
+    await accounts.end_sessions(app.state.services.database, alice.user_id, earlier)  # changes nothing
 
     await _assert_ended(ahead)
     await _renewed(replace(alice, token=(await _sign_in(client, email)).json()["token"]))
@@ -667,13 +676,13 @@ async def test_when_too_many_wait_one_is_told_to_come_back(
     app: FastAPI, client: httpx.AsyncClient, email: str
 ) -> None:
     await _alice(client, email)
-    keeper = app.state.account_keeper
-    app.state.account_keeper = replace(keeper, passwords=Passwords(WatchedHasher(), waiting_max=-2))
+    services = app.state.services
+    replace_passwords(app, Passwords(WatchedHasher(), waiting_max=-2))
     try:
         answers = [await _sign_up(client, f"bob.{email}")]
         answers += [await _sign_in(client, email) for _ in range(FAILURES_MAX + 1)]
     finally:
-        app.state.account_keeper = keeper
+        app.state.services = services
 
     for answer in answers:
         _assert_refused(answer, 503, "SERVICE_UNAVAILABLE", answer.json()["detail"])
@@ -779,9 +788,9 @@ async def test_only_a_hash_of_the_password_is_kept(
 ) -> None:
     alice = await _alice(client, email)
 
-    row = await accounts.account_of_id(app.state.database, alice.user_id)
+    row = await accounts.account_of_id(app.state.services.database, alice.user_id)
 
-    assert row == await accounts.account_of_email(app.state.database, email.upper())
+    assert row == await accounts.account_of_email(app.state.services.database, email.upper())
     assert row is not None
     assert row["password_hash"].startswith("$2b$")
     assert PASSWORD not in str(row)

@@ -6,16 +6,31 @@ PROJECT = Path(__file__).parent.parent
 
 # As in CLAUDE.md: each floor imports only from floors below; `routes` may use `middleware`.
 FLOORS = [
-    {"errors", "metrics", "strict_json", "tls"},
-    {"config", "fair_share", "models", "jwks", "cursors", "logs", "database_url", "pool"}
-    | {"passwords", "attempts", "counts", "arrays", "recurring", "task_limit"},
-    {"tokens", "schemas", "db", "openapi", "etags", "connections", "heads"},
-    {"listing", "protocol"},
-    {"queries", "accounts", "readiness"},
-    {"bulk", "idempotency", "telemetry"},
-    {"middleware"},
+    {
+        "arrays",
+        "attempts",
+        "config",
+        "errors",
+        "logs",
+        "metrics",
+        "models",
+        "passwords",
+        "paths",
+        "pool",
+        "recurring",
+        "refusals",
+        "request_state",
+        "strict_json",
+        "task_limit",
+        "tls",
+    },
+    {"connections", "counts", "database_url", "etags", "fair_share", "heads", "jwks", "schemas"},
+    {"cursors", "db", "problems", "rate_limits", "tokens"},
+    {"accounts", "listing", "local_accounts", "migrations", "openapi", "protocol", "readiness"},
+    {"queries", "services", "telemetry"},
+    {"bulk", "idempotency", "middleware"},
     {"routes"},
-    {"main", "migrations"},
+    {"main"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 READERS_OF_CONFIG = {"main.py", "migrations/env.py"}

@@ -15,9 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import tokens
-from cursors import CursorInvalid, CursorSealer
-from queries import Owner
-from routes import tasks
+from cursors import CursorInvalid, CursorSealer, TaskList
 from schemas import ID_MAX, TaskListQuery
 from tests.conftest import SECRET, raw_status
 from tests.strategies import BOUNDED, JSON, near_misses
@@ -270,9 +268,9 @@ async def test_a_position_that_no_list_has_is_422_though_it_is_sealed(
 def sealed(app: FastAPI, position: list[Any]) -> bytes:
     """Return *position* as a cursor of alice's tasks sorted by title, as the app itself would."""
     query = TaskListQuery(sort="title")
-    binding = tasks._binding(Owner("alice", app.state.database), query.filter, query.ordering)
-    sealer: CursorSealer = app.state.cursors
-    return sealer.write(position, binding).encode()
+    tasks = TaskList("alice", query.filter, query.ordering)
+    cursor: str = app.state.services.cursors.write(position, tasks.binding)
+    return cursor.encode()
 
 
 @pytest.mark.parametrize(

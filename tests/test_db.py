@@ -20,6 +20,7 @@ from errors import NotFound, Overloaded, Unavailable
 from fair_share import UNLIMITED
 from main import create_app, migrate
 from queries import Owner
+from refusals import TaskNotFound
 from schemas import Filter, Order, TaskCreate
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
@@ -421,7 +422,7 @@ async def test_a_transactions_statements_are_seen_together(owner: Owner) -> None
 
 
 @pytest.mark.parametrize(
-    "error", [NotFound(), Unavailable(), ValueError(), OSError(), TimeoutError(), db.ConstraintViolated("x")]
+    "error", [NotFound(), Unavailable(), ValueError(), OSError(), TimeoutError(), TaskNotFound()]
 )
 async def test_a_block_that_raises_leaves_nothing_and_raises_the_same(owner: Owner, error: Exception) -> None:
     async def write() -> None:
@@ -443,7 +444,7 @@ async def test_a_refused_statement_takes_the_transaction_with_it(owner: Owner) -
             await _add(within)
             await _add(within, completed=None)
 
-    with pytest.raises(db.ConstraintViolated):
+    with pytest.raises((asyncpg.NotNullViolationError, sqlite3.IntegrityError)):
         await write()
 
     assert await _titles(owner) == []
@@ -591,7 +592,7 @@ FOR EACH ROW WHEN (NEW.title = 'refuse') EXECUTE FUNCTION on_commit();
     [
         ("RAISE SQLSTATE '40001'", Unavailable),
         ("PERFORM pg_sleep(60)", Unavailable),
-        ("RAISE check_violation USING CONSTRAINT = 'rule'", db.ConstraintViolated),
+        ("RAISE check_violation USING CONSTRAINT = 'rule'", asyncpg.CheckViolationError),
         ("PERFORM pg_terminate_backend(pg_backend_pid())", Unavailable),
     ],
 )

@@ -5,7 +5,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+import refusals
 from main import create_app
+from problems import problem_of
+from refusals import Refusal
 from tests.conftest import Person, person, running, settings_for
 
 MEMBERS = ["type", "title", "status", "detail", "instance"]
@@ -81,7 +84,7 @@ def app_that_crashes(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Fast
         raise RuntimeError("SELECT secret FROM /home/somebody")
 
     app = create_app(settings_for(database_url))
-    monkeypatch.setattr(app.state.database, "all", all_)
+    monkeypatch.setattr(app.state.services.database, "all", all_)
     return app
 
 
@@ -97,3 +100,38 @@ async def test_the_detail_is_one_string(alice: Person, name: str) -> None:
 
     assert isinstance(json.loads(answer.content)["detail"], str)
     assert answer.json()["detail"]
+
+
+def _leaves(kind: type[Refusal]) -> set[type[Refusal]]:
+    below = kind.__subclasses__()
+    return {each for kind in below for each in _leaves(kind)} if below else {kind}
+
+
+ONE_OF_EACH = [
+    refusals.TaskNotFound(),
+    refusals.VersionConflict({"version": 3}),
+    refusals.TooManyTasks(10),
+    refusals.OperationRefused(2, refusals.TaskNotFound()),
+    refusals.KeyInUse(),
+    refusals.KeyReused(),
+    refusals.TooManyKeys(),
+]
+
+
+def test_every_refusal_has_a_problem_of_its_own() -> None:
+    assert {type(each) for each in ONE_OF_EACH} == _leaves(Refusal)
+
+    problems = [problem_of(each) for each in ONE_OF_EACH]
+
+    assert all(400 <= problem.status < 500 for problem in problems)
+    assert len({(problem.detail, str(problem.extensions)) for problem in problems}) == len(problems)
+
+
+def test_a_refused_operation_has_the_problem_of_its_cause_and_its_index() -> None:
+    alone = problem_of(refusals.VersionConflict({"version": 3}))
+    problem = problem_of(refusals.OperationRefused(2, refusals.VersionConflict({"version": 3})))
+
+    assert problem.detail == alone.detail
+    assert problem.extensions == {"index": 2, "etag": '"3"'}
+    assert alone.headers == {"ETag": '"3"'}
+    assert not problem.headers  # the answer to several operations has no entity tag

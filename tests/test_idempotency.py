@@ -181,7 +181,7 @@ async def test_a_key_is_good_for_a_day(app: FastAPI, alice: Person, monkeypatch:
     first = await post_once(alice, "a")
     monkeypatch.setattr(idempotency, "datetime", JustBefore)
 
-    await idempotency.remove_expired(app.state.database)
+    await idempotency.remove_expired(app.state.services.database)
 
     assert (await post_once(alice, "a")).content == first.content
 
@@ -204,7 +204,7 @@ async def test_after_a_day_a_key_is_free(
 async def test_expired_keys_are_removed_in_portions_also_of_users_who_stay_away(
     app: FastAPI, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    database: Database = app.state.database
+    database: Database = app.state.services.database
     for key in "abc":
         await post_once(alice, key)
         await post_once(bob, key)
@@ -235,9 +235,9 @@ async def test_a_portion_is_of_the_oldest_and_says_that_there_are_more(
                 await post_once(alice, key)
         monkeypatch.setattr(idempotency, "datetime", Tomorrow)
 
-        more = await idempotency.remove_expired(app.state.database)
+        more = await idempotency.remove_expired(app.state.services.database)
         left = await kept(app, alice)
-        others = [await idempotency.remove_expired(app.state.database) for _ in range(3)]
+        others = [await idempotency.remove_expired(app.state.services.database) for _ in range(3)]
 
         assert (more, left) == (True, ["c", "d", "e"])
         assert (others, await kept(app, alice)) == ([True, False, False], [])
@@ -310,7 +310,7 @@ async def test_a_sweep_rests_long_when_there_is_no_more_and_shortly_when_there_i
     with monkeypatch.context() as clock:
         clock.setattr(asyncio, "sleep", rest)
         with pytest.raises(asyncio.CancelledError):
-            await idempotency.sweep(app.state.database)
+            await idempotency.sweep(app.state.services.database)
 
     first, *others = rests
     assert 0 <= first <= idempotency.SWEEP_S
@@ -320,7 +320,7 @@ async def test_a_sweep_rests_long_when_there_is_no_more_and_shortly_when_there_i
 async def test_nothing_is_written_when_nothing_has_expired(
     app: FastAPI, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    database: Database = app.state.database
+    database: Database = app.state.services.database
     while await idempotency.remove_expired(database):
         pass
     monkeypatch.setattr(idempotency, "_REMOVE_PORTION", None)
@@ -330,7 +330,7 @@ async def test_nothing_is_written_when_nothing_has_expired(
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 async def test_expired_keys_are_found_by_their_index(app: FastAPI, client: httpx.AsyncClient) -> None:
-    database: Database = app.state.database
+    database: Database = app.state.services.database
     for statement in (idempotency._FIND_PORTION, idempotency._REMOVE_PORTION):
         compiled = compile_statement(statement, database.dialect)
         values = compiled.arguments({"expiry": datetime.now(UTC)})
@@ -344,7 +344,7 @@ async def test_expired_keys_are_found_by_their_index(app: FastAPI, client: httpx
 async def kept(app: FastAPI, person: Person) -> list[str]:
     keys = idempotency._KEYS
     statement = select(keys.c.key).where(idempotency._OWNED).order_by(keys.c.key)
-    return [row["key"] for row in await app.state.database.all(statement, owner=person.user_id)]
+    return [row["key"] for row in await app.state.services.database.all(statement, owner=person.user_id)]
 
 
 async def test_a_full_list_keeps_no_key(database_url: str) -> None:

@@ -10,6 +10,7 @@ import asyncpg
 import httpx
 import pytest
 
+import idempotency
 from main import create_app
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
@@ -37,7 +38,8 @@ class Line:
 
 
 @pytest.fixture
-async def line(postgres_url: str) -> AsyncIterator[Line]:
+async def line(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Line]:
+    monkeypatch.setattr(idempotency, "SWEEP_S", 3600)  # or the proxy may cut the sweep's statement
     async with running_proxy(postgres_url) as proxy:
         settings = settings_for(proxy.url, database_pool_size=1)
         async with running(create_app(settings)) as client:

@@ -80,7 +80,7 @@ async def test_a_crash_is_counted_and_no_longer_in_flight(
 
     app = create_app(settings_for(database_url))
     async with running(app) as client:
-        monkeypatch.setattr(app.state.database, "all", fail)
+        monkeypatch.setattr(app.state.services.database, "all", fail)
         await person("alice", client).get("/1")
 
     assert risen("http_requests_total", status="500") == 1

@@ -16,7 +16,7 @@ import db
 import idempotency
 import queries
 from main import create_app, migrate
-from schemas import Filter, Order, TaskCreate
+from schemas import Filter, Order, Position, TaskCreate
 from tests.conftest import person, running, settings_for
 from tests.plans import LIMIT, LISTS, OWNER, RARE, TASKS, List, filled, nodes, plan
 from tests.postgres import Server
@@ -95,7 +95,7 @@ async def test_pages_by_due_date_go_through_every_task_once(url: str, descending
     after = None
     while page := await queries.list_tasks(queries.Owner(OWNER, database), Filter(), order, 777, after):
         rows += page
-        after = queries.position(page[-1], order)
+        after = Position(page[-1]["due_date"], page[-1]["id"])
     await database.close()
 
     by_key = sorted(rows, key=lambda row: (row["due_date"] or date.min, row["id"]), reverse=descending)
@@ -188,8 +188,8 @@ def test_sqlite_does_little_for_each_task_that_a_bulk_request_leaves_alone(
     migrate(database)
     compiled = db.compile_statement(statement, database.dialect)
     ids = list(range(1, 101))
-    values = bulk._record(queries.new_task(TaskCreate(title="New").model_dump(), datetime.now(UTC)))
-    records = bulk._json({**values, "id": task_id} for task_id in ids)
+    row = queries.new_task(TaskCreate(title="New").model_dump(), datetime.now(UTC))
+    records = bulk._json({**row, "id": task_id} for task_id in ids)
     arguments = compiled.arguments({"owner": OWNER, "ids": ids, "records": records})
 
     with contextlib.closing(sqlite3.connect(tmp_path / "tasks.db", isolation_level=None)) as connection:

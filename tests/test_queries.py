@@ -24,8 +24,8 @@ async def observing(database_url: str, **settings: Any) -> AsyncIterator[tuple[P
             database_url, sent = proxy.url, proxy.statements
         app = create_app(settings_for(database_url, database_pool_size=1, **settings))
         anna = person("anna", await stack.enter_async_context(running(app)))
-        if isinstance(app.state.database, db.SQLite):
-            for connection in (app.state.database.writer, *app.state.database.readers):
+        if isinstance(app.state.services.database, db.SQLite):
+            for connection in (app.state.services.database.writer, *app.state.services.database.readers):
                 await connection.set_trace_callback(sent.append)
         sent.clear()
         yield anna, sent

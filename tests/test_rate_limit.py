@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
+import rate_limits
 from attempts import FAILURES_MAX
 from counts import TIMEOUT_S
 from main import create_app
-from middleware import rate_limit
-from middleware.rate_limit import client_address
+from rate_limits import client_address
 from tests.conftest import person, running, settings_for
 from tests.postgres import free_port
 from tests.redis_server import running_redis
@@ -28,7 +28,7 @@ ALICE = {"name": "Alice", "email": "alice@example.com", "password": "correct hor
 def _noon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no window end while a test counts; all keys' windows begin together."""
     started = time.time()
-    monkeypatch.setattr(rate_limit, "crc32", lambda _: 30 - int(started) % 60)
+    monkeypatch.setattr(rate_limits, "crc32", lambda _: 30 - int(started) % 60)
 
 
 @asynccontextmanager
@@ -88,7 +88,7 @@ async def test_a_limit_is_used_up_until_its_window_ends(
             answer = await alice.get()
         now = time.time()
 
-        monkeypatch.setattr(rate_limit, "crc32", lambda _: 30 - int(now) % 60 + 60)
+        monkeypatch.setattr(rate_limits, "crc32", lambda _: 30 - int(now) % 60 + 60)
 
         assert_refused(answer, "user")
         assert left(await alice.get()) == 2
@@ -164,7 +164,7 @@ async def test_crashes_carry_the_headers_too(database_url: str, monkeypatch: pyt
         raise RuntimeError("the cause")
 
     app = create_app(settings_for(database_url, rate_limit="3/minute"))
-    monkeypatch.setattr(app.state.database, "all", fail)
+    monkeypatch.setattr(app.state.services.database, "all", fail)
     async with running(app) as client:
         answer = await person("alice", client).get("/1")
 

@@ -141,14 +141,14 @@ async def test_many_who_ask_at_once_cost_one_statement(
 ) -> None:
     app = create_app(settings_for(database_url))
     statements: list[Any] = []
-    run_all = app.state.database.all
+    run_all = app.state.services.database.all
 
     async def counted(statement: Any, **values: Any) -> Any:
         statements.append(statement)
         return await run_all(statement, **values)
 
     async with running(app) as client:
-        monkeypatch.setattr(app.state.database, "all", counted)
+        monkeypatch.setattr(app.state.services.database, "all", counted)
         answers = await asyncio.gather(*(client.get("/health/ready") for _ in range(50)))
 
     assert {answer.status_code for answer in answers} == {200}

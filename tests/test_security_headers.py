@@ -68,7 +68,7 @@ async def test_crashes_carry_them_too(database_url: str, monkeypatch: pytest.Mon
         raise RuntimeError("the cause")
 
     app = create_app(settings_for(database_url))
-    monkeypatch.setattr(app.state.database, "all", fail)
+    monkeypatch.setattr(app.state.services.database, "all", fail)
     async with running(app) as client:
         answer = await person("alice", client).get("/1")
 

@@ -6,8 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
+import paths
 import tokens
-from middleware.slashes import SLASH
 from tests.conftest import SECRET
 from tests.postgres import free_port
 from tests.service import running_service
@@ -123,4 +123,4 @@ async def test_a_slash_is_a_slash_in_the_log(logged: httpx.AsyncClient, log: Log
 
     assert [denied.status_code, refused.status_code] == [403, 405]
     assert log.events("access denied")[0]["user_id"] == "al/ice"
-    assert SLASH not in log.getvalue()
+    assert paths._SLASH not in log.getvalue()

@@ -7,9 +7,9 @@ from urllib.parse import quote
 import pytest
 
 import tokens
-from cursors import CursorSealer
+from cursors import CursorSealer, TaskList
 from main import create_app
-from schemas import Order
+from schemas import Filter, Order
 from tests.conftest import SECRET, Person, person, running, settings_for
 
 FIELDS = [
@@ -752,17 +752,18 @@ async def test_a_number_is_written_in_digits(alice: Person, query: str) -> None:
     "position", [[{"x": 1}, 2], [1, 2, 3], [1, 2], [None, 2], ["x", 2**63], ["x", "y"], []]
 )
 async def test_a_cursor_that_is_signed_and_wrong_is_refused(alice: Person, position: list[object]) -> None:
-    wanted = ((), (), (), (), None, None)
-    binding = f"{alice.user_id}\n[False, True]\n{wanted}\n{Order('title', descending=False)}"
     sealer = CursorSealer([SECRET])
+    by_title, by_time = (
+        TaskList(alice.user_id, Filter(), Order(field, descending=False)).binding
+        for field in ("title", "created_at")
+    )
 
-    right = await alice.get(f"?sort=title&cursor={sealer.write(['x', 2], binding)}")
-    wrong = await alice.get(f"?sort=title&cursor={sealer.write(position, binding)}")
-
-    by_time = sealer.write(["x", 2], binding.replace("title", "created_at"))
+    right = await alice.get(f"?sort=title&cursor={sealer.write(['x', 2], by_title)}")
+    wrong = await alice.get(f"?sort=title&cursor={sealer.write(position, by_title)}")
+    untimely = await alice.get(f"?order=asc&cursor={sealer.write(['x', 2], by_time)}")
 
     assert (right.status_code, wrong.status_code) == (200, 422)
-    assert (await alice.get(f"?order=asc&cursor={by_time}")).status_code == 422
+    assert untimely.status_code == 422
 
 
 @pytest.mark.parametrize(

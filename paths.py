@@ -1,0 +1,32 @@
+"""Encoded slashes (`%2F`) in the parts of a path: kept when the path is split, and written back.
+
+`/api/a%2Fb/tasks` has the tasks of the user `a/b`. The server decodes a path as a whole, after which `%2F`
+looks like any other slash (RFC 3986, section 2.2).
+"""
+
+from urllib.parse import quote, unquote
+
+from starlette.convertors import StringConvertor
+from starlette.types import Scope
+
+# Stands for an encoded slash until the path has been split. No client can send it: bytes that are not UTF-8
+# are decoded as U+FFFD.
+_SLASH = "\udc2f"
+
+
+def decode(raw_path: bytes) -> str:
+    """Return the path that *raw_path* encodes, with its encoded slashes marked."""
+    parts = raw_path.decode("latin-1").split("/")
+    return "/".join(unquote(part).replace("/", _SLASH) for part in parts)
+
+
+class PartConvertor(StringConvertor):
+    """A part of the path, which may contain slashes."""
+
+    def convert(self, value: str) -> str:
+        return value.replace(_SLASH, "/")
+
+
+def quoted_path(scope: Scope) -> str:
+    """Return the path of *scope* as a client has to send it."""
+    return "%2F".join(quote(part) for part in scope["path"].split(_SLASH))

@@ -1,0 +1,38 @@
+"""What the layers of a request tell one another: the entries of its scope's `state`, each named once."""
+
+import random
+import re
+from typing import TypedDict, cast
+
+from starlette.types import Scope
+
+REQUEST_ID_PATTERN = "[A-Za-z0-9._~+/=:-]{1,128}"
+_PLAIN_ID = re.compile(REQUEST_ID_PATTERN.encode())
+_ids = random.Random()  # noqa: S311 - no secret, and a third of the time
+
+
+class RequestState(TypedDict, total=False):
+    """`rate_limit` holds header fields; it is present once the request was charged to a user or an address.
+
+    `user_id` is the subject of a verified token. `overloaded` marks an answer after which the connection
+    pauses.
+    """
+
+    request_id: str
+    user_id: str
+    rate_limit: tuple[tuple[bytes, bytes], ...]
+    overloaded: bool
+
+
+def state_of(scope: Scope) -> RequestState:
+    return cast("RequestState", scope.setdefault("state", {}))
+
+
+def request_id(scope: Scope) -> str:
+    """Return the id of this request: the client's `X-Request-ID` if it is a plain one, else a new one."""
+    state = state_of(scope)
+    if "request_id" not in state:
+        sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        is_plain = _PLAIN_ID.fullmatch(sent)
+        state["request_id"] = sent.decode() if is_plain else f"{_ids.getrandbits(128):032x}"
+    return state["request_id"]
