@@ -148,10 +148,10 @@ class _Workbench:
             return Done("changed", _shown(task))
         after = touched_row(task, changed, self._now)
         if "due_date" in changed:
-            after |= {"series_day": after["due_date"] and after["due_date"].day, "succeeded": False}
+            after |= {"anchor_day": after["due_date"] and after["due_date"].day, "has_successor": False}
         completes = "completed" in changed and after["completed"]
-        if completes and not after["succeeded"] and after["recurring"] and after["due_date"]:
-            after["succeeded"] = True
+        if completes and not after["has_successor"] and after["recurring"] and after["due_date"]:
+            after["has_successor"] = True
             if next_task := successor(after, self._now):
                 self._add(next_task)
         self.rows[task["id"]] = after
@@ -236,8 +236,8 @@ def _complete_all(shape: listing.Shape, in_series: bool) -> Executable:
     statement = update(TASKS).where(*_locked(shape), not_(TASKS.c.completed), condition)
     if not in_series:
         return named("complete_tasks", statement.values(touched(true())).returning(TASKS.c.id))
-    values = touched(true()) | {"succeeded": true()}
-    return named("complete_all_in_series", statement.values(values).returning(*COLUMNS, TASKS.c.series_day))
+    values = touched(true()) | {"has_successor": true()}
+    return named("complete_all_in_series", statement.values(values).returning(*COLUMNS, TASKS.c.anchor_day))
 
 
 class _OwnerLock(FunctionElement[None]):
@@ -264,7 +264,7 @@ _LOCK_OWNER = named("lock_owner", select(_OwnerLock(OWNED.right).label("waited")
 _COUNT = named("count_all", select(func.count().label("count")).select_from(TASKS).where(OWNED))
 _SELECT_FOR_UPDATE = named(
     "lock_tasks",
-    select(*COLUMNS, TASKS.c.series_day, TASKS.c.succeeded)
+    select(*COLUMNS, TASKS.c.anchor_day, TASKS.c.has_successor)
     .where(OWNED, _IDS)
     .order_by(TASKS.c.id)  # as `_locked` does
     .with_for_update(),

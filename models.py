@@ -292,10 +292,10 @@ class TaskState(SQLModel):
 class TaskSeries(SQLModel):
     """What the server remembers of a series and tells nobody."""
 
-    # After 31 January and 28 February comes 31 March: the day that was meant.
-    series_day: int | None = Field(default=None, sa_type=SmallInteger)
-    # Reopened and completed again, a task has no second successor.
-    succeeded: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
+    # The day of the month that was meant: after 31 January and 28 February comes 31 March.
+    anchor_day: int | None = Field(default=None, sa_type=SmallInteger)
+    # A task that is reopened and completed again gets no second successor.
+    has_successor: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
 
 
 class Task(TaskSeries, TaskState, TaskFields, TaskKey, table=True):

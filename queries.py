@@ -196,7 +196,7 @@ async def count_tasks(owner: Owner, today: date | None) -> dict[str, Any]:
     }
 
 
-def new_task(fields: Mapping[str, Any], now: datetime, series_day: int | None = None) -> Row:
+def new_task(fields: Mapping[str, Any], now: datetime, anchor_day: int | None = None) -> Row:
     """Return a new row with *fields*, without its id and its owner."""
     due_date: date | None = fields["due_date"]
     return {
@@ -205,8 +205,8 @@ def new_task(fields: Mapping[str, Any], now: datetime, series_day: int | None = 
         "version": 1,
         "created_at": now,
         "updated_at": now,
-        "series_day": series_day or (due_date and due_date.day),
-        "succeeded": False,
+        "anchor_day": anchor_day or (due_date and due_date.day),
+        "has_successor": False,
     }
 
 
@@ -237,11 +237,11 @@ def touched(
 
 def successor(task: Row, now: datetime) -> Row | None:
     """Return the next task of a series after *task*, if the calendar goes on, as `new_task` does."""
-    series_day = task["series_day"] or task["due_date"].day
-    due_date = next_due_date(task["due_date"], task["recurring"], series_day)
+    anchor_day = task["anchor_day"] or task["due_date"].day
+    due_date = next_due_date(task["due_date"], task["recurring"], anchor_day)
     if due_date is None:
         return None
-    day = series_day if task["recurring"] == "monthly" else None
+    day = anchor_day if task["recurring"] == "monthly" else None
     return new_task(task | {"due_date": due_date, "completed": False}, now, day)
 
 
@@ -325,7 +325,7 @@ async def _complete_in_series(owner: Owner, values: dict[str, Any]) -> Row | Non
             return None
         if next_task := successor(task, values["now"]):
             await _insert(tx, next_task)
-    del task["series_day"]
+    del task["anchor_day"]
     return task
 
 
@@ -363,7 +363,7 @@ def _changing(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{f"sets_{name}": name in changes for name in WRITABLE},
         **{f"new_{name}": changes.get(name) for name in WRITABLE},
-        "new_series_day": due_date and due_date.day,
+        "new_anchor_day": due_date and due_date.day,
         "now": datetime.now(UTC),
     }
 
@@ -404,12 +404,12 @@ def _update_statement(*, in_series: bool) -> Executable:
     *in_series* changes the task only if it completes a recurring one whose next is due; the other changes it
     in every other case.
     """
-    succeeded = and_(TASKS.c.succeeded, not_(_changes("due_date")))
+    has_successor = and_(TASKS.c.has_successor, not_(_changes("due_date")))
     next_is_due = and_(
         _sets("completed"),
         _new("completed"),
         not_(TASKS.c.completed),
-        not_(succeeded),
+        not_(has_successor),
         _after("recurring").is_not(None),
         _after("due_date").is_not(None),
     )
@@ -420,10 +420,10 @@ def _update_statement(*, in_series: bool) -> Executable:
         fields
         | touched(fields["completed"], changed)
         | {
-            "series_day": case((_changes("due_date"), _new("series_day")), else_=TASKS.c.series_day),
-            "succeeded": true() if in_series else succeeded,
+            "anchor_day": case((_changes("due_date"), _new("anchor_day")), else_=TASKS.c.anchor_day),
+            "has_successor": true() if in_series else has_successor,
         }
-    ).returning(*COLUMNS, *([TASKS.c.series_day] if in_series else []))
+    ).returning(*COLUMNS, *([TASKS.c.anchor_day] if in_series else []))
 
 
 def _toggle_statement() -> Executable:
@@ -438,7 +438,7 @@ def _toggle_statement() -> Executable:
 
 # A task of a series that has no successor yet.
 NEXT_IS_OPEN = and_(
-    TASKS.c.succeeded == false(), TASKS.c.recurring.is_not(None), TASKS.c.due_date.is_not(None)
+    TASKS.c.has_successor == false(), TASKS.c.recurring.is_not(None), TASKS.c.due_date.is_not(None)
 )
 
 

@@ -4,13 +4,13 @@ import calendar
 from datetime import date, timedelta
 
 
-def next_due_date(due_date: date, recurring: str, series_day: int) -> date | None:
+def next_due_date(due_date: date, recurring: str, anchor_day: int) -> date | None:
     """Return the day after *due_date* in a series, or None after the last day of the calendar.
 
-    *series_day* is the day of the month that was meant: a month without it takes its last day.
+    *anchor_day* is the day of the month that was meant: a month without it takes its last day.
     """
     if recurring == "monthly":
-        return _in_next_month(due_date, series_day)
+        return _in_next_month(due_date, anchor_day)
     try:
         return due_date + timedelta(days=7 if recurring == "weekly" else 1)
     except OverflowError:

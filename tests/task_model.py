@@ -90,8 +90,8 @@ class Task:
     """One task, and what the server remembers of its series."""
 
     fields: Json
-    series_day: int = 0
-    succeeded: bool = False
+    anchor_day: int = 0
+    has_successor: bool = False
     version: int = 1
 
     def change(self, changes: Json) -> "Task | None":
@@ -102,16 +102,16 @@ class Task:
         before, self.fields = self.fields, after
         self.version += 1
         if after["due_date"] != before["due_date"]:
-            self.succeeded, self.series_day = False, 0
+            self.has_successor, self.anchor_day = False, 0
         completes = after["completed"] and not before["completed"]
-        if self.succeeded or not completes or not after["recurring"] or not after["due_date"]:
+        if self.has_successor or not completes or not after["recurring"] or not after["due_date"]:
             return None
-        self.succeeded = True
+        self.has_successor = True
         return self._next()
 
     def _next(self) -> "Task | None":
         due = date.fromisoformat(self.fields["due_date"])
-        meant = self.series_day or due.day
+        meant = self.anchor_day or due.day
         try:
             match self.fields["recurring"]:
                 case "daily":

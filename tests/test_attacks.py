@@ -126,8 +126,8 @@ FORGED: dict[str, Any] = {
     "created_at": "1999-01-01T00:00:00Z",
     "updated_at": "1999-01-01T00:00:00Z",
     "completed_at": "1999-01-01T00:00:00Z",
-    "series_day": 31,
-    "succeeded": True,
+    "anchor_day": 31,
+    "has_successor": True,
     "owner": "bob",
 }
 

@@ -180,7 +180,7 @@ async def test_processes_that_start_together_migrate_once(database: db.Database)
 
 
 FIRST_COLUMNS = "id, user_id, title, description, completed, completed_at, version, created_at, updated_at"
-LATER_COLUMNS = "priority, category, tags, due_date, due_time, recurring, reminder, series_day, succeeded"
+LATER_COLUMNS = "priority, category, tags, due_date, due_time, recurring, reminder, anchor_day, has_successor"
 
 
 async def _add(database: db.Database, title: str) -> int:
@@ -243,6 +243,22 @@ async def test_no_migration_makes_an_id_be_used_again(database: db.Database) -> 
         await _run(database, f"DELETE FROM task WHERE id = {given[-1]}")  # the newest
 
     assert given == sorted(set(given))
+
+
+async def test_what_is_remembered_of_a_series_survives_its_new_names(database: db.Database) -> None:
+    add = "INSERT INTO task (user_id, title, {}, {}) VALUES ('alice', '{}', 31, true)"
+    old, new = ("series_day", "succeeded"), ("anchor_day", "has_successor")
+    await asyncio.to_thread(command.upgrade, _alembic(database), "0008")
+    await _run(database, add.format(*old, "before"))
+
+    await asyncio.to_thread(command.upgrade, _alembic(database), "0009")
+    await _run(database, add.format(*new, "after"))
+    upgraded = await _run(database, "SELECT title, anchor_day, has_successor FROM task ORDER BY id")
+    await asyncio.to_thread(command.downgrade, _alembic(database), "0008")
+    downgraded = await _run(database, "SELECT title, series_day, succeeded FROM task ORDER BY id")
+
+    assert [tuple(row) for row in upgraded] == [("before", 31, True), ("after", 31, True)]
+    assert downgraded == upgraded
 
 
 async def test_due_times_survive_the_end_of_their_rule_and_its_return(database: db.Database) -> None:
