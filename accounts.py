@@ -9,8 +9,9 @@ from sqlalchemy import ColumnElement, Table, bindparam, false, or_, select, upda
 from sqlalchemy.dialects.postgresql import insert  # SQLite has the same clause, and compiles this one
 from sqlalchemy.sql.base import Executable
 
-from db import Database, Row, named
+from base import Database
 from models import ACCOUNT_ID_LENGTH, LocalAccount
+from statements import Row, named
 
 ACCOUNTS: Table = LocalAccount.__table__  # type: ignore[attr-defined] # SQLModel adds it
 COLUMNS = tuple(ACCOUNTS.c)

@@ -27,12 +27,12 @@ from sqlalchemy.types import NULLTYPE
 
 import listing
 from arrays import AnyOf, Member, list_of, records
-from db import Deferred, Row, named
 from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, PRIORITY
 from queries import NEXT_IS_OPEN, STORED, Owner, new_task, successor, touched, touched_row
 from refusals import OperationRefused, Refusal, TaskNotFound, TooManyTasks, VersionConflict
 from schemas import Complete, Create, Delete, Filter, Operation, Update
+from statements import Deferred, Row, named
 
 
 class Done(NamedTuple):

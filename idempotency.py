@@ -14,11 +14,12 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from db import Database, named
+from base import Database
 from errors import Unavailable
 from models import TIMESTAMP, IdempotencyKey
 from queries import NOW, Owner
 from refusals import KeyInUse, KeyRefused, KeyReused, TooManyKeys
+from statements import named
 
 KEPT = timedelta(hours=24)
 KEYS_MAX = 10_000  # of one user at once: as many as tasks by default

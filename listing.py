@@ -32,9 +32,9 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 from arrays import AnyOf, HasAll, list_of
-from db import named
 from models import BIG_ID, DAY, PRIORITY, DayText, Task
 from schemas import Filter, Order, Position, TaskOut
+from statements import named
 
 TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
 COLUMNS = tuple(TASKS.c[name] for name in TaskOut.model_fields)

@@ -24,6 +24,7 @@ from fastapi import FastAPI
 
 import counts
 import db
+import failures
 import idempotency
 import jwks
 import logs
@@ -73,7 +74,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
     database = db.connect(
         settings.resolved_database_url,
         pool_size=settings.database_pool_size,
-        limits=db.TimeLimits(
+        timeouts=db.Timeouts(
             settings.database_connect_timeout_s,
             settings.database_statement_timeout_s,
             settings.database_wait_s,
@@ -242,7 +243,7 @@ async def _succeeds(attempt: Awaitable[None], event: str) -> bool:
     try:
         await attempt
     except Exception as error:
-        if not db.is_transient(error):
+        if not failures.is_transient(error):
             raise
         _log.warning(event, reason=type(error).__name__, error=str(error))
         return False

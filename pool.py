@@ -94,7 +94,7 @@ class Pool:
     task that tries to connect; when it has been away for `PATIENCE_S` they are refused at once.
     """
 
-    def __init__(self, connect: Callable[[], Awaitable[Any]], size: int, *, wait_s: float = 6.0) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[Any]], size: int, *, wait_s: float) -> None:
         self._connect = connect
         self._size = size
         self._wait_s = wait_s

@@ -32,13 +32,14 @@ from sqlalchemy.sql.base import Executable
 
 import listing
 from arrays import AnyOf, Elements, list_of
-from db import Database, Deferred, Row, Runner, Statement, named
+from base import Database, Executor
 from errors import Unavailable
 from listing import COLUMNS, OWNED, TASKS
 from models import BIG_ID, DAY, TAG_MAX, TIMESTAMP, Priority, TaskFields, TaskKey
 from recurring import next_due_date
 from refusals import TaskNotFound, TooManyTasks, VersionConflict
 from schemas import STATS_TAGS_MAX, Filter, Order, Position
+from statements import Deferred, Row, Statement, named
 from task_limit import NO_LIMIT, TaskLimit
 
 WRITABLE = tuple(TaskFields.model_fields)
@@ -56,7 +57,7 @@ class Owner:
     """A verified user, the database that keeps their tasks, and how many. Every statement starts from one."""
 
     user_id: str
-    db: Runner
+    db: Executor
     limit: TaskLimit = NO_LIMIT
 
     async def one(self, statement: Statement, **values: Any) -> Row | None:
@@ -80,8 +81,8 @@ class Owner:
         share, user_id = self.db.share, self.user_id
         await share.enter(user_id)
         try:
-            async with self.db.transaction() as runner:
-                yield replace(self, db=runner)
+            async with self.db.transaction() as executor:
+                yield replace(self, db=executor)
         finally:
             share.leave(user_id)
 

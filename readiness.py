@@ -6,8 +6,9 @@ from pathlib import Path
 
 from sqlalchemy import String, column, select, table
 
-from db import Database, named
+from base import Database
 from errors import NotMigrated, Unavailable
+from statements import named
 
 PROBES = (b"/health", b"/health/ready")  # never refused: a restart may depend on their answer
 TIMEOUT_S = 1.5  # so that the answer has left within 2 s, whatever the database does

@@ -6,8 +6,8 @@ from typing import Annotated
 from fastapi import Depends
 from starlette.requests import Request
 
+from base import Database
 from cursors import CursorSealer
-from db import Database
 from local_accounts import LocalAccounts
 from rate_limits import RateLimits
 from readiness import Readiness

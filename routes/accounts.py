@@ -15,7 +15,6 @@ from pydantic import BaseModel
 import accounts
 import metrics
 from attempts import TooManyAttempts
-from db import Row
 from errors import (
     ContentTooLarge,
     QuotaExceeded,
@@ -66,6 +65,7 @@ from schemas import (
     Token,
 )
 from services import services_of
+from statements import Row
 
 PASSWORD_MIN, PASSWORD_MAX = 8, 128
 TOKEN_PATH = "/auth/token"  # noqa: S105 - an address

@@ -13,7 +13,6 @@ import etags
 import idempotency
 import queries
 from cursors import CursorInvalid, CursorSealer, TaskList
-from db import Row
 from errors import (
     Conflict,
     ContentTooLarge,
@@ -58,6 +57,7 @@ from schemas import (
     digits,
 )
 from services import ServicesDep
+from statements import Row
 
 # What `_idempotency_key` takes: bare or quoted, of characters that are printable in Latin-1.
 _ANY = r"[ -~\u00a1-\u00ac\u00ae-\u00ff]"

@@ -13,6 +13,7 @@ import db
 import listing
 from main import migrate
 from schemas import Filter, Order, Position
+from statements import compile_statement
 from tests.postgres import Server
 
 OWNER, TASKS = "user1", 10_000
@@ -51,7 +52,7 @@ class List:
         page = listing.page(self.shape, self.order, listing.start_of(self.after))
         key, task_id = self.after or (None, None)
         values = {"owner": owner, "limit": limit, "after_key": key, "after_id": task_id}
-        compiled = db.compile_statement(page, db.Postgres("postgresql://nobody@nowhere/none", 1).dialect)
+        compiled = compile_statement(page, db.Postgres("postgresql://nobody@nowhere/none", 1).dialect)
         return compiled.sql, compiled.arguments(values | listing.values_of(self.wanted))
 
 

@@ -14,14 +14,17 @@ import pytest
 from sqlalchemy import Integer, Select, func, literal, literal_column, select, text
 
 import db
+import failures
 import listing
 import queries
+import sqlite
 from errors import NotFound, Overloaded, Unavailable
 from fair_share import UNLIMITED
 from main import create_app, migrate
 from queries import Owner
 from refusals import TaskNotFound
 from schemas import Filter, Order, TaskCreate
+from statements import Deferred, Row, compile_statement
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 
@@ -80,7 +83,7 @@ async def test_sqlite_is_durable_and_shared(tmp_path: Path) -> None:
     database = db.SQLite(f"sqlite:///{tmp_path / 'tasks.db'}")
     await database.open()
 
-    for connection in (database.writer, *database.readers):
+    for connection in database.connections:
         for pragma, value in {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}.items():
             ((found,),) = await connection.execute_fetchall(f"PRAGMA {pragma}")
             assert found == value
@@ -106,7 +109,7 @@ async def test_sqlite_waits_for_another_process_that_writes(tmp_path: Path) -> N
 
 
 async def test_sqlite_that_stays_locked_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(db, "SQLITE_BUSY_TIMEOUT_MS", 50)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 50)
     async with running(create_app(settings_for(f"sqlite:///{tmp_path / 'tasks.db'}"))) as client:
         alice = person("alice", client)
         other = sqlite3.connect(tmp_path / "tasks.db", isolation_level=None)
@@ -208,7 +211,7 @@ def test_statements_are_compiled_once() -> None:
     database = db.connect("postgresql://user@host/name", pool_size=1)
 
     first, again = (
-        db.compile_statement(db.Deferred(listing.page, ("all", Order(), "first")), database.dialect)
+        compile_statement(Deferred(listing.page, ("all", Order(), "first")), database.dialect)
         for _ in range(2)
     )
 
@@ -227,7 +230,7 @@ def test_what_passes_is_told_from_what_is_a_bug(sqlstate: str, transient: bool) 
     error = asyncpg.PostgresError("message")
     error.sqlstate = sqlstate
 
-    assert db._is_transient(error) is transient
+    assert failures.is_transient_error(error) is transient
 
 
 @pytest.mark.parametrize(
@@ -242,7 +245,7 @@ def test_what_passes_is_told_from_what_is_a_bug(sqlstate: str, transient: bool) 
     ],
 )
 def test_so_are_the_drivers_own_errors(error: Exception, transient: bool) -> None:
-    assert db._is_transient(error) is transient
+    assert failures.is_transient_error(error) is transient
 
 
 async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(postgres_url: str) -> None:
@@ -269,7 +272,7 @@ async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(postgres_
 async def test_what_would_wait_too_long_for_sqlite_is_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(db, "SQLITE_QUEUE_MAX", 3)
+    monkeypatch.setattr(sqlite, "WAITING_MAX", 3)
     async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}") as database:
         holder, *owners = (Owner(f"user{number}", database) for number in range(10))
         async with holder.transaction():
@@ -280,12 +283,12 @@ async def test_what_would_wait_too_long_for_sqlite_is_told_at_once(
         await asyncio.gather(*writing)
 
         reading = await asyncio.gather(*map(_titles, owners), return_exceptions=True)
-        readable = db.SQLITE_READERS + 3
+        readable = sqlite.READERS + 3
         assert [type(each) for each in reading] == [list] * readable + [Overloaded] * (9 - readable)
         assert [len(await _titles(owner)) for owner in owners] == [1] * 3 + [0] * 6
 
 
-async def _served_within(timeout_s: float, database: db.Database) -> db.Row | None:
+async def _served_within(timeout_s: float, database: db.Database) -> Row | None:
     async with asyncio.timeout(timeout_s):
         while True:
             with contextlib.suppress(Overloaded):
@@ -294,15 +297,15 @@ async def _served_within(timeout_s: float, database: db.Database) -> db.Row | No
 
 
 async def test_reads_on_sqlite_are_served_by_the_readers_that_are_free(tmp_path: Path) -> None:
-    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.TimeLimits(statement_s=60)) as database:
+    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.Timeouts(statement_s=60)) as database:
         endless: Select[Any] = select(literal_column("n")).select_from(
             text(f"({COUNTING.format(10**12)}) AS counted")
         )
-        busy = [asyncio.create_task(database.all(endless)) for _ in range(db.SQLITE_READERS - 1)]
+        busy = [asyncio.create_task(database.all(endless)) for _ in range(sqlite.READERS - 1)]
         await asyncio.sleep(0.01)
 
         async with asyncio.timeout(5):
-            for _ in range(3 * db.SQLITE_READERS):
+            for _ in range(3 * sqlite.READERS):
                 assert await database.one(select(literal(1).label("one"))) == {"one": 1}
         for task in busy:
             task.cancel()
@@ -310,7 +313,7 @@ async def test_reads_on_sqlite_are_served_by_the_readers_that_are_free(tmp_path:
 
 
 async def test_a_cancelled_statement_is_interrupted_on_sqlite(tmp_path: Path) -> None:
-    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.TimeLimits(statement_s=60)) as database:
+    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.Timeouts(statement_s=60)) as database:
         endless: Select[Any] = select(literal_column("n")).select_from(
             text(f"({COUNTING.format(10**12)}) AS counted")
         )
@@ -331,7 +334,7 @@ SELECT count(*) AS n FROM n
 
 
 async def test_a_migration_may_take_longer_than_a_request(url: str) -> None:
-    engine = db.connect(url, pool_size=1, limits=db.TimeLimits(statement_s=0.05)).engine()
+    engine = db.connect(url, pool_size=1, timeouts=db.Timeouts(statement_s=0.05)).engine()
 
     async with engine.connect() as connection:
         start = time.monotonic()
@@ -341,7 +344,7 @@ async def test_a_migration_may_take_longer_than_a_request(url: str) -> None:
 
 
 async def test_a_statement_that_takes_too_long_is_ended_and_holds_nobody(url: str) -> None:
-    database = db.connect(url, pool_size=POOL_SIZE, limits=db.TimeLimits(statement_s=0.2))
+    database = db.connect(url, pool_size=POOL_SIZE, timeouts=db.Timeouts(statement_s=0.2))
     await database.open()
 
     endless: Select[Any] = select(literal_column("n")).select_from(
@@ -385,8 +388,8 @@ async def owner(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 @asynccontextmanager
-async def _opened(url: str, limits: db.TimeLimits | None = None) -> AsyncIterator[db.Database]:
-    database = db.connect(url, pool_size=POOL_SIZE, limits=limits or db.TimeLimits())
+async def _opened(url: str, timeouts: db.Timeouts | None = None) -> AsyncIterator[db.Database]:
+    database = db.connect(url, pool_size=POOL_SIZE, timeouts=timeouts or db.Timeouts())
     database.share = UNLIMITED  # one user takes every connection here
     await asyncio.to_thread(migrate, database)
     await database.open()
@@ -544,7 +547,7 @@ async def test_postgres_runs_transactions_side_by_side(postgres_url: str) -> Non
 
 
 async def test_who_waits_too_long_to_write_is_told_to_come_back(tmp_path: Path) -> None:
-    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.TimeLimits(wait_s=0.05)) as database:
+    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.Timeouts(wait_s=0.05)) as database:
         owner = Owner("alice", database)
         async with owner.transaction():
             with pytest.raises(Unavailable):
@@ -599,7 +602,7 @@ FOR EACH ROW WHEN (NEW.title = 'refuse') EXECUTE FUNCTION on_commit();
 async def test_a_commit_that_fails_is_told_as_a_statement_that_fails(
     postgres_url: str, what: str, expected: type[Exception]
 ) -> None:
-    async with _opened(postgres_url, db.TimeLimits(statement_s=0.3)) as database:
+    async with _opened(postgres_url, db.Timeouts(statement_s=0.3)) as database:
         owner = Owner("alice", database)
         await Server(postgres_url).execute(ON_COMMIT.format(what))
 

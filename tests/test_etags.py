@@ -6,8 +6,8 @@ import pytest
 
 import etags
 import queries
-from db import Row
 from errors import Unprocessable
+from statements import Row
 from tests.conftest import Person
 
 

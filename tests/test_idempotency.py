@@ -12,10 +12,12 @@ from sqlalchemy.sql.base import Executable
 
 import db
 import idempotency
-from db import Database, Postgres, Row, compile_statement
+import postgres as postgres_database
+from db import Database, Postgres
 from errors import Unavailable
 from main import create_app
 from queries import Owner
+from statements import Row, compile_statement
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 
@@ -505,7 +507,7 @@ async def test_only_a_lost_connection_is_worth_a_second_attempt(
         return await one(self, statement, **values)
 
     # Of PostgreSQL a transaction ends with its connection; here it has to be undone.
-    monkeypatch.setattr(db, "Unavailable", ZeroDivisionError)
+    monkeypatch.setattr(postgres_database, "Unavailable", ZeroDivisionError)
     monkeypatch.setattr(Owner, "one", fail_once)
 
     answer = await post_once(alice, "a")

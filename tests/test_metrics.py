@@ -10,10 +10,11 @@ from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 import metrics
-from db import UNNAMED, compile_statement, connect
+from db import connect
 from jwks import FetchedKeys
 from main import create_app
 from pool import Pool
+from statements import UNNAMED, compile_statement
 from tests.conftest import Person, person, raw_status, running, settings_for
 from tests.issuer import new_key, running_issuer
 from tests.postgres import Server, free_port
@@ -88,7 +89,7 @@ async def test_a_crash_is_counted_and_no_longer_in_flight(
 
 
 async def test_connections_in_use_and_who_waits_for_one_are_told(postgres: Server) -> None:
-    pool = Pool(lambda: asyncpg.connect(postgres.url), 2)
+    pool = Pool(lambda: asyncpg.connect(postgres.url), 2, wait_s=6)
     assert pool.usage == {"in use": 0, "idle": 0, "waiting": 0}
     sleepers = [asyncio.create_task(pool.fetch("SELECT pg_sleep(0.3)", [])) for _ in range(5)]
     await asyncio.sleep(0.2)

@@ -15,6 +15,7 @@ from alembic import command
 from sqlalchemy import Engine, event
 
 import db
+import failures
 from tests.pgbouncer import running_pgbouncer
 from tests.postgres import Server
 from tests.service import PROJECT, environment
@@ -167,7 +168,7 @@ async def test_an_index_whose_build_was_interrupted_is_built_again(
         await watcher.execute(f"SELECT pg_terminate_backend({pid})")
         with pytest.raises(ConnectionError) as failure:
             await building
-    assert db.is_transient(failure.value)  # a start tries again
+    assert failures.is_transient(failure.value)  # a start tries again
     assert False in (await validity(watcher)).values()
     assert await watcher.fetchval(REVISION) == BEFORE_INDEXES
 

@@ -17,6 +17,7 @@ import idempotency
 import queries
 from main import create_app, migrate
 from schemas import Filter, Order, Position, TaskCreate
+from statements import Row, compile_statement
 from tests.conftest import person, running, settings_for
 from tests.plans import LIMIT, LISTS, OWNER, RARE, TASKS, List, filled, nodes, plan
 from tests.postgres import Server
@@ -91,7 +92,7 @@ def _rows_read(scan: dict[str, Any]) -> float:
 async def test_pages_by_due_date_go_through_every_task_once(url: str, descending: bool) -> None:
     order = Order("due_date", descending)
     database = db.connect(url, pool_size=1)
-    rows: list[db.Row] = []
+    rows: list[Row] = []
     after = None
     while page := await queries.list_tasks(queries.Owner(OWNER, database), Filter(), order, 777, after):
         rows += page
@@ -186,7 +187,7 @@ def test_sqlite_does_little_for_each_task_that_a_bulk_request_leaves_alone(
 ) -> None:
     database = db.connect(f"sqlite:///{tmp_path / 'tasks.db'}", pool_size=1)
     migrate(database)
-    compiled = db.compile_statement(statement, database.dialect)
+    compiled = compile_statement(statement, database.dialect)
     ids = list(range(1, 101))
     row = queries.new_task(TaskCreate(title="New").model_dump(), datetime.now(UTC))
     records = bulk._json({**row, "id": task_id} for task_id in ids)
@@ -205,7 +206,7 @@ def test_sqlite_does_little_for_each_task_that_a_bulk_request_leaves_alone(
 async def test_sqlite_weighs_keys_without_reading_their_answers(tmp_path: Path) -> None:
     database = db.connect(f"sqlite:///{tmp_path / 'tasks.db'}", pool_size=1)
     await asyncio.to_thread(migrate, database)
-    compiled = db.compile_statement(idempotency._LOCK_AND_FIND, database.dialect)
+    compiled = compile_statement(idempotency._LOCK_AND_FIND, database.dialect)
 
     with contextlib.closing(sqlite3.connect(tmp_path / "tasks.db")) as connection:
         plan = connection.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", compiled.arguments({})).fetchall()

@@ -16,7 +16,7 @@ PID = "SELECT pg_backend_pid()"
 
 @pytest.fixture
 async def pool(postgres: Server) -> AsyncIterator[Pool]:
-    pool = Pool(lambda: asyncpg.connect(postgres.url), 2)
+    pool = Pool(lambda: asyncpg.connect(postgres.url), 2, wait_s=6)
     yield pool
     await pool.close()
 
@@ -70,7 +70,7 @@ async def test_a_connection_is_replaced_after_its_lifetime(
     postgres: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "LIFETIME_S", 0.2)
-    pool = Pool(lambda: asyncpg.connect(postgres.url), 1)
+    pool = Pool(lambda: asyncpg.connect(postgres.url), 1, wait_s=6)
     first = await pid(pool)
     assert await pid(pool) == first
     await asyncio.sleep(0.25)
@@ -133,7 +133,7 @@ async def test_a_server_that_is_away_is_awaited_and_then_given_up_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pool_module, "PATIENCE_S", 0.5)
-    pool = Pool(lambda: asyncpg.connect("postgresql://nobody@127.0.0.1:1/nowhere"), 2)
+    pool = Pool(lambda: asyncpg.connect("postgresql://nobody@127.0.0.1:1/nowhere"), 2, wait_s=6)
     times = []
 
     for _ in range(3):
@@ -158,7 +158,7 @@ async def test_whatever_connecting_fails_with_is_outlived(postgres: Server, erro
             raise failures.pop(0)
         return await asyncpg.connect(postgres.url)
 
-    pool = Pool(connect, 2)
+    pool = Pool(connect, 2, wait_s=6)
 
     assert await asyncio.wait_for(pid(pool), 5)
     assert failures == []
@@ -175,7 +175,7 @@ async def test_who_asks_while_a_server_wakes_is_served(
             raise ConnectionRefusedError
         return await asyncpg.connect(postgres.url)
 
-    pool = Pool(connect, 2)
+    pool = Pool(connect, 2, wait_s=6)
     asking = [asyncio.create_task(pid(pool)) for _ in range(20)]
     await asyncio.sleep(0.5)
 
@@ -189,7 +189,7 @@ async def test_who_asks_while_a_server_wakes_is_served(
 async def test_too_many_who_wait_are_told_at_once(postgres: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "WAITING_MAX_AT_LEAST", 3)
     monkeypatch.setattr(pool_module, "WAITING_MAX_PER_CONNECTION", 1)
-    pool = Pool(lambda: asyncpg.connect(postgres.url), 2)
+    pool = Pool(lambda: asyncpg.connect(postgres.url), 2, wait_s=6)
     holders = await occupied(pool)
     waiting = [asyncio.create_task(pid(pool)) for _ in range(3)]
     await asyncio.sleep(0)
@@ -209,7 +209,7 @@ async def test_a_connection_that_was_cut_off_while_idle_is_noticed_and_so_are_th
 ) -> None:
     monkeypatch.setattr(pool_module, "CHECK_TIMEOUT_S", 0.2)
     async with running_proxy(postgres.url) as proxy:
-        pool = Pool(lambda: asyncpg.connect(proxy.url), 3)
+        pool = Pool(lambda: asyncpg.connect(proxy.url), 3, wait_s=6)
         await pool.warm()
         before = set(await asyncio.gather(*(pid(pool) for _ in range(20))))
         proxy.swallow()  # whatever is sent by the connections of now
@@ -258,7 +258,7 @@ async def test_a_cancelled_check_forgets_its_connection(
                 raise ConnectionRefusedError
             return await asyncpg.connect(proxy.url)
 
-        pool = Pool(connect, 1)
+        pool = Pool(connect, 1, wait_s=6)
         await pool.warm()
         proxy.swallow()
         checking = asyncio.create_task(pid(pool))
@@ -300,7 +300,7 @@ async def test_an_idle_connection_is_replaced_before_the_server_drops_it(
 async def test_a_server_with_fewer_places_than_wanted_is_used_as_far_as_it_goes(postgres: Server) -> None:
     await postgres.execute("CREATE ROLE few LOGIN CONNECTION LIMIT 2")
     url = postgres.url.replace("postgres@", "few@")
-    pool = Pool(lambda: asyncpg.connect(url), 6)
+    pool = Pool(lambda: asyncpg.connect(url), 6, wait_s=6)
 
     errors = await pool.warm()
 

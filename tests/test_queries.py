@@ -9,6 +9,7 @@ import db
 import listing
 from main import create_app
 from schemas import Order
+from statements import Deferred, compile_statement
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 from tests.postgres_proxy import running_proxy
@@ -25,7 +26,7 @@ async def observing(database_url: str, **settings: Any) -> AsyncIterator[tuple[P
         app = create_app(settings_for(database_url, database_pool_size=1, **settings))
         anna = person("anna", await stack.enter_async_context(running(app)))
         if isinstance(app.state.services.database, db.SQLite):
-            for connection in (app.state.services.database.writer, *app.state.services.database.readers):
+            for connection in app.state.services.database.connections:
                 await connection.set_trace_callback(sent.append)
         sent.clear()
         yield anna, sent
@@ -312,6 +313,6 @@ def test_all_lists_together_have_144_statements() -> None:
     cases = itertools.product(
         (listing.page, listing.counted_page), get_args(listing.Shape), orders, get_args(listing.Start)
     )
-    texts = {db.compile_statement(db.Deferred(build, tuple(case)), dialect).sql for build, *case in cases}
+    texts = {compile_statement(Deferred(build, tuple(case)), dialect).sql for build, *case in cases}
 
     assert len(texts) == 144

@@ -1,0 +1,89 @@
+"""Statements: SQLAlchemy expressions with a name, compiled once for each driver."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy import TypeDecorator
+from sqlalchemy.engine import Dialect
+from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.types import TypeEngine
+
+Row = dict[str, Any]
+S = TypeVar("S", bound=Executable)
+
+UNNAMED = "unnamed"
+
+
+def named(name: str, statement: S) -> S:
+    """Return *statement* with the name that metrics and the log know it by."""
+    return statement.execution_options(name=name)
+
+
+class Deferred(NamedTuple):
+    """A statement that *build* makes of *arguments*, for its compilation only.
+
+    An expression takes some 200 KB, its SQL 5 KB: one of which there are many is not kept.
+    """
+
+    build: Callable[..., Executable]
+    arguments: tuple[Any, ...]
+
+
+Statement = Executable | Deferred
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A statement as one driver wants it: SQL, values in order, and conversions both ways."""
+
+    sql: str
+    reads: bool
+    parameters: Sequence[tuple[str, Any, Callable[[Any], Any] | None]]
+    columns: Sequence[tuple[str, Callable[[Any], Any] | None]]
+    name: str = UNNAMED
+
+    def arguments(self, values: Row) -> list[Any]:
+        return [
+            convert(values.get(name, default)) if convert else values.get(name, default)
+            for name, default, convert in self.parameters
+        ]
+
+    def converted(self, rows: list[Row]) -> list[Row]:
+        """Return *rows* with the values that their columns' types make of what the driver returns."""
+        for name, convert in self._conversions:
+            for row in rows:
+                row[name] = convert(row[name])
+        return rows
+
+    @cached_property
+    def _conversions(self) -> list[tuple[str, Callable[[Any], Any]]]:
+        return [(name, convert) for name, convert in self.columns if convert]
+
+
+@lru_cache(maxsize=1024)
+def compile_statement(statement: Statement, dialect: Dialect) -> Compiled:
+    """Compile once; statements are built once too, so identity is the key."""
+    if isinstance(statement, Deferred):
+        statement = statement.build(*statement.arguments)
+    compiled = statement.compile(dialect=dialect)  # type: ignore[attr-defined] # not in its stubs
+    assert isinstance(compiled, SQLCompiler)  # noqa: S101 - for the type checker
+    parameters = []
+    for name in compiled.positiontup or []:
+        bind = compiled.binds[name]
+        convert = bind.type.dialect_impl(dialect).bind_processor(dialect)
+        parameters.append((name, bind.effective_value, convert))
+    columns = [
+        (str(column.name), _result_processor(column.type, dialect))
+        for column in statement.exported_columns  # type: ignore[attr-defined] # not in its stubs
+    ]
+    name = statement.get_execution_options().get("name", UNNAMED)
+    return Compiled(compiled.string, statement.is_select, parameters, columns, name)
+
+
+def _result_processor(kind: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
+    if dialect.name == "postgresql" and not isinstance(kind, TypeDecorator):
+        return None  # its driver returns what Python has
+    return kind.dialect_impl(dialect).result_processor(dialect, None)
