@@ -134,6 +134,9 @@ class SharedStorage(Storage):
         self._ask_again_at = time.monotonic() + RETRY_S
 
 
-def connect(url: str | None) -> LocalStorage | SharedStorage:
+Counters = LocalStorage | SharedStorage
+
+
+def connect(url: str | None) -> Counters:
     """Return where counts are kept: the Redis at *url*, else this process."""
     return SharedStorage(url) if url else LocalStorage()

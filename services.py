@@ -1,33 +1,104 @@
-"""What all requests share, built once by `main.create_app` and reached through a dependency."""
+"""What all requests share, built once from the settings and reached through a dependency."""
 
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
+import structlog
 from fastapi import Depends
+from limits.aio.storage import Storage
 from starlette.requests import Request
 
-from base import Database
+import counts
+import db
+import jwks
+import metrics
+import tokens
+from attempts import Attempts
+from config import Settings
 from cursors import CursorSealer
 from local_accounts import LocalAccounts
+from passwords import Passwords
 from rate_limits import RateLimits
 from readiness import Readiness
 from task_limit import TaskLimit
-from tokens import Verifier
+
+Keys = jwks.StaticKeys | jwks.FetchedKeys
+
+_log = structlog.get_logger("main")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Services:
     """`local_accounts` is None where nobody can sign up; `metrics_token` where none is needed."""
 
-    database: Database
+    database: db.Database
     readiness: Readiness
-    verifier: Verifier
+    keys: Keys | None
+    verifier: tokens.Verifier
     task_limit: TaskLimit
     cursors: CursorSealer
+    counters: counts.Counters
     rate_limits: RateLimits
     local_accounts: LocalAccounts | None
     delete_status: int
     metrics_token: str | None = field(repr=False)
+    metrics_address: tuple[str, int] | None  # of a port that serves nothing else
+
+    @classmethod
+    def build(cls, settings: Settings) -> "Services":
+        """Build them; nothing is connected yet.
+
+        Raises:
+            ValueError: `DATABASE_URL` is not one that can be used.
+            KeySetInvalid: `JWKS` is not a key set.
+            OSError: `JWKS` names a file that cannot be read.
+        """
+        timeouts = db.Timeouts(
+            settings.database_connect_timeout_s,
+            settings.database_statement_timeout_s,
+            settings.database_wait_s,
+        )
+        database = db.connect(
+            settings.resolved_database_url, pool_size=settings.database_pool_size, timeouts=timeouts
+        )
+        database.slow_statement_s = settings.slow_statement_ms / 1000
+        keys = _keys(settings)
+        counters = counts.connect(settings.rate_limit_storage_url)
+        return cls(
+            database=database,
+            readiness=Readiness(database),
+            keys=keys,
+            verifier=_verifier(settings, keys),
+            task_limit=TaskLimit(settings.max_tasks_per_user),
+            cursors=CursorSealer(settings.cursor_secrets),
+            counters=counters,
+            rate_limits=RateLimits(
+                counters, user=settings.rate_limit, anonymous=settings.rate_limit_anonymous
+            ),
+            local_accounts=_local_accounts(settings, counters) if settings.keeps_accounts else None,
+            delete_status=int(settings.delete_status),
+            metrics_token=settings.metrics_token,
+            metrics_address=(settings.host, settings.metrics_port)
+            if settings.metrics and settings.metrics_port
+            else None,
+        )
+
+    async def open(self, stack: AsyncExitStack) -> None:
+        """Open all but the database, and close on *stack* what is open."""
+        if self.local_accounts:
+            stack.callback(self.local_accounts.passwords.close)
+        if self.keys:
+            await self.keys.open()
+            stack.push_async_callback(self.keys.close)
+        stack.push_async_callback(self.counters.close)
+        metrics.watch_connections(lambda: self.database.usage)
+        if self.metrics_address:
+            try:
+                stack.callback(metrics.serve(*self.metrics_address))
+            except OSError as error:  # another worker has the port: no reason not to serve
+                _log.error("metrics are not served", port=self.metrics_address[1], reason=error.strerror)
 
 
 def services_of(request: Request) -> Services:
@@ -40,3 +111,30 @@ async def _services(request: Request) -> Services:
 
 
 ServicesDep = Annotated[Services, Depends(_services)]
+
+
+def _keys(settings: Settings) -> Keys | None:
+    if settings.jwks:
+        inline = settings.jwks.lstrip().startswith("{")
+        return jwks.StaticKeys(settings.jwks.encode() if inline else Path(settings.jwks).read_bytes())
+    return jwks.FetchedKeys(settings.resolved_jwks_url) if settings.resolved_jwks_url else None
+
+
+def _verifier(settings: Settings, keys: tokens.KeySource | None) -> tokens.Verifier:
+    return tokens.Verifier(
+        settings.secrets,
+        keys,
+        algorithms=settings.algorithms,
+        of_secrets=tokens.Expectations(settings.given_issuers, settings.given_audiences),
+        of_keys=tokens.Expectations(settings.issuers, settings.audiences),
+        leeway_s=settings.jwt_leeway_s,
+    )
+
+
+def _local_accounts(settings: Settings, counters: Storage) -> LocalAccounts:
+    def issue(user_id: str, lifetime_s: float, **claims: str | float) -> str:
+        return tokens.issue(user_id, settings.secrets[0], lifetime_s, **settings.own_claims, **claims)
+
+    return LocalAccounts(
+        Passwords(), Attempts(counters), issue, settings.jwt_expiration_s, settings.session_max_age_s
+    )

@@ -29,7 +29,7 @@ import asyncpg
 import httpx
 
 import db
-import main
+import startup
 import tokens
 from tests.postgres import Server, free_port, running_server
 
@@ -118,7 +118,7 @@ def postgres_cpu_s() -> float:
 
 async def seed(url: str, users: int) -> None:
     database = db.connect(url, pool_size=1)
-    await asyncio.to_thread(main.migrate, database)
+    await asyncio.to_thread(startup.migrate, database)
     connection = await asyncpg.connect(url)
     await connection.execute(
         "INSERT INTO task (id, user_id, title, description, completed, created_at, updated_at) "
@@ -138,7 +138,7 @@ async def seed(url: str, users: int) -> None:
 def seed_sqlite(path: Path, users: int) -> str:
     """Make the same rows in a file and return its URL."""
     url = f"sqlite:///{path}"
-    main.migrate(db.connect(url, pool_size=1))
+    startup.migrate(db.connect(url, pool_size=1))
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(
             "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < :users * :each) "

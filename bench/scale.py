@@ -21,7 +21,7 @@ import asyncpg
 import httpx
 
 import db
-import main
+import startup
 import tokens
 from bench.run import SECRET, Process, load, running
 from tests.postgres import Server, running_server
@@ -39,7 +39,7 @@ def user(number: int) -> str:
 async def filled(server: Server, rows: int, users: int = 1) -> str:
     """Return the URL of a database in which *users* have *rows* tasks together."""
     url = server.url_of(await server.create_database())
-    await asyncio.to_thread(main.migrate, db.connect(url, pool_size=1))
+    await asyncio.to_thread(startup.migrate, db.connect(url, pool_size=1))
     connection = await asyncpg.connect(url)
     await connection.execute(
         "INSERT INTO task (user_id, title, created_at, updated_at) "

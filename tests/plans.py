@@ -11,8 +11,8 @@ import asyncpg
 
 import db
 import listing
-from main import migrate
 from schemas import Filter, Order, Position
+from startup import migrate
 from statements import compile_statement
 from tests.postgres import Server
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 import db
-from main import migrate
+from startup import migrate
 
 START_TIMEOUT_S = 60
 

@@ -28,13 +28,14 @@ FLOORS = [
     {"connections", "counts", "database_url", "etags", "failures", "fair_share", "heads", "jwks", "schemas"},
     {"base", "cursors", "listing", "problems", "rate_limits", "tokens"},
     {"accounts", "local_accounts", "openapi", "postgres", "protocol", "queries", "readiness", "sqlite"},
-    {"bulk", "db", "idempotency", "services", "telemetry"},
-    {"middleware", "migrations"},
+    {"bulk", "db", "idempotency", "run", "startup", "telemetry"},
+    {"commands", "migrations", "services"},
+    {"middleware"},
     {"routes"},
     {"main"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-READERS_OF_CONFIG = {"main.py", "migrations/env.py"}
+READERS_OF_CONFIG = {"main.py", "commands.py", "services.py", "migrations/env.py"}
 
 
 def _imports() -> dict[str, set[str]]:

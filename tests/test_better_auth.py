@@ -14,7 +14,8 @@ from alembic import command
 from alembic.config import Config
 
 import db
-from main import create_app, migrate
+from main import create_app
+from startup import migrate
 from tests import better_auth
 from tests.better_auth import Account, BetterAuth, running_better_auth
 from tests.conftest import Person, running, settings_for

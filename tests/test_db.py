@@ -20,10 +20,11 @@ import queries
 import sqlite
 from errors import NotFound, Overloaded, Unavailable
 from fair_share import UNLIMITED
-from main import create_app, migrate
+from main import create_app
 from queries import Owner
 from refusals import TaskNotFound
 from schemas import Filter, Order, TaskCreate
+from startup import migrate
 from statements import Deferred, Row, compile_statement
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server

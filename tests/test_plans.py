@@ -15,8 +15,9 @@ import bulk
 import db
 import idempotency
 import queries
-from main import create_app, migrate
+from main import create_app
 from schemas import Filter, Order, Position, TaskCreate
+from startup import migrate
 from statements import Row, compile_statement
 from tests.conftest import person, running, settings_for
 from tests.plans import LIMIT, LISTS, OWNER, RARE, TASKS, List, filled, nodes, plan

@@ -14,8 +14,9 @@ from fastapi import FastAPI
 import db
 import readiness
 from errors import Unavailable
-from main import create_app, migrate
+from main import create_app
 from readiness import AWAY, OUTDATED, Readiness, outdated_revisions
+from startup import migrate
 from tests.conftest import person, running, settings_for
 from tests.postgres import Server, own_server
 from tests.test_access_log import Log, log, log_format  # noqa: F401 - fixtures

@@ -15,7 +15,7 @@ import pytest
 from alembic import command
 
 import db
-from main import migrate
+from startup import migrate
 from tests.conftest import SECRET
 from tests.postgres import Process, free_port, running_process
 from tests.service import PROJECT, Service, run, running_service
@@ -219,8 +219,8 @@ async def test_a_file_that_another_process_held_is_served_when_that_ends(tmp_pat
 
 async def test_a_signal_before_the_server_listens_for_signals_is_not_lost(tmp_path: Path) -> None:
     code = (
-        "import main, os, signal\n"
-        "main._inherited_sockets = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"  # the last that is asked
+        "import main, os, run, signal\n"
+        "run._inherited_sockets = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"  # the last that is asked
         "main.main([])"
     )
     with running_service(tmp_path, "-c", code, PORT=str(free_port())) as service:

@@ -1,0 +1,106 @@
+"""The commands of `main.py`: serve, print a token, print the OpenAPI document."""
+
+import argparse
+import contextlib
+import os
+import secrets
+from functools import partial
+from typing import Protocol
+
+import structlog
+from fastapi import FastAPI
+
+import jwks
+import logs
+import openapi
+import run
+import telemetry
+import tokens
+from config import Settings, load_settings, refuse
+from connections import Connections
+
+
+class AppFactory(Protocol):
+    def __call__(self, settings: Settings, *, traces: bool = False) -> FastAPI: ...
+
+
+def execute(create_app: AppFactory, arguments: list[str]) -> None:
+    """Serve, or with `token USER` print a token for that user, or with `openapi` the OpenAPI document."""
+    parser = argparse.ArgumentParser(prog="main.py", description="Serve the task back end.")
+    commands = parser.add_subparsers(dest="command", metavar="")
+    token = commands.add_parser("token", help="print a token for a user and exit")
+    token.add_argument("user")
+    commands.add_parser("openapi", help="print the OpenAPI document and exit")
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "openapi":
+        print(_document(create_app), end="")
+        return
+    settings = load_settings()
+    if parsed.command == "token":
+        _print_token(parsed.user, settings)
+        return
+    _serve(create_app, settings)
+
+
+def load_app(create_app: AppFactory, settings: Settings) -> FastAPI:
+    """Configure logging and build the application, or end the start with a sentence."""
+    logs.configure(settings.resolved_log_level, settings.resolved_log_format)
+    try:
+        return create_app(settings, traces=_exports_traces())
+    except jwks.KeySetInvalid as error:
+        refuse([f"JWKS: {error}"])
+    except OSError as error:
+        refuse([f"JWKS: {error.filename} cannot be read: {error.strerror}"])
+    except ValueError as error:
+        refuse([f"DATABASE_URL: {error}"])
+
+
+def _serve(create_app: AppFactory, settings: Settings) -> None:
+    run.serve(
+        load_app(create_app, settings),
+        settings.host,
+        settings.port,
+        Connections(
+            most=settings.max_connections,
+            most_per_client=settings.max_connections_per_address,
+            proxies=settings.proxies,
+        ),
+        proxies=settings.proxies,
+        shutdown_grace_s=settings.shutdown_grace_s,
+        on_started=partial(_print_welcome, settings) if settings.unconfigured else None,
+    )
+
+
+def _exports_traces() -> bool:
+    """Return whether traces are to be sent, and log the reason if they cannot be."""
+    if not telemetry.is_wanted(os.environ):
+        return False
+    if reason := telemetry.not_exported_reason(os.environ):
+        structlog.get_logger("main").warning("no traces are sent", reason=reason)
+    return reason is None
+
+
+def _print_welcome(settings: Settings, address: str) -> None:
+    curl = f"curl {address}/api/alice/tasks -H 'Authorization: Bearer {_token('alice', settings)}'"
+    body = """-H 'Content-Type: application/json' -d '{"title": "Buy milk"}'"""
+    lines = [f"{address}/docs"] if settings.docs else []
+    with contextlib.suppress(OSError):  # standard output may be closed
+        print("\n".join([*lines, f"{curl} {body}", curl]), flush=True)
+
+
+def _print_token(user_id: str, settings: Settings) -> None:
+    if not settings.secrets:
+        refuse(["BETTER_AUTH_SECRET: must be given to make a token"])
+    if "HS256" not in settings.algorithms:
+        refuse(["JWT_ALGORITHMS: must have HS256 to make a token"])
+    print(_token(user_id, settings))
+
+
+def _token(user_id: str, settings: Settings) -> str:
+    return tokens.issue(user_id, settings.secrets[0], settings.jwt_expiration_s, **settings.own_claims)
+
+
+def _document(create_app: AppFactory) -> str:
+    """Return the OpenAPI document: the same with all settings, so none are read and no secret is kept."""
+    settings = Settings(database_url="sqlite:///never-opened.db", better_auth_secret=secrets.token_hex())
+    return openapi.write(create_app(settings).openapi())
