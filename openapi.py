@@ -106,7 +106,7 @@ def _add_password_flow(document: dict[str, Any], token_url: str) -> None:
     }
     for operations in document["paths"].values():
         for operation in operations.values():
-            if {"bearer": []} in operation.get("security", ()):
+            if {"bearer": []} in operation["security"]:
                 operation["security"] = [*operation["security"], {"password": []}]
 
 
@@ -122,7 +122,7 @@ def complete(document: dict[str, Any]) -> None:
     document["components"]["headers"] = HEADERS
     for operation in _operations(document):
         operation["summary"] = operation["summary"].capitalize()
-        operation.setdefault("security", [])  # said, so that "no token" is no oversight
+        operation.setdefault("security", [])  # no token is needed
         for parameter in operation.get("parameters", ()):
             _drop_null(parameter["schema"])
         content = operation.get("requestBody", {}).get("content", {})
