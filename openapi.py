@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
 from problems import PROBLEM_SCHEMA
 
+_PROJECT_FILE = Path(__file__).with_name("pyproject.toml")
+LICENSE = {"name": "MIT", "identifier": "MIT"}
+SERVERS: list[dict[str, Any]] = [{"url": "/", "description": "The origin that serves this document."}]
 MERGE_PATCH = "application/merge-patch+json"
 _LARGEST = 2**63 - 1
 _JSON = "application/json"
@@ -76,6 +80,7 @@ def install(app: FastAPI, *, token_url: str | None = None) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
+            app.version = version()
             document = generate()
             complete(document)
             if token_url:
@@ -86,6 +91,13 @@ def install(app: FastAPI, *, token_url: str | None = None) -> None:
     app.openapi = openapi  # type: ignore[method-assign] # the framework's own way to extend it
 
 
+def version() -> str:
+    """Return the version of the service, which stands in `pyproject.toml` only."""
+    import tomllib  # some 10 ms, which a start does not pay for
+
+    return str(tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8"))["project"]["version"])
+
+
 def _add_password_flow(document: dict[str, Any], token_url: str) -> None:
     document["components"]["securitySchemes"]["password"] = {
         "type": "oauth2",
@@ -94,7 +106,7 @@ def _add_password_flow(document: dict[str, Any], token_url: str) -> None:
     }
     for operations in document["paths"].values():
         for operation in operations.values():
-            if {"bearer": []} in operation.get("security", ()):
+            if {"bearer": []} in operation["security"]:
                 operation["security"] = [*operation["security"], {"password": []}]
 
 
@@ -105,10 +117,12 @@ def write(document: dict[str, Any]) -> str:
 
 def complete(document: dict[str, Any]) -> None:
     """Add to *document* what holds for every operation of its kind."""
-    document["components"]["schemas"]["Problem"] = PROBLEM_SCHEMA
+    # A kind of problem may have members of its own (RFC 9457, section 3.2).
+    document["components"]["schemas"]["Problem"] = PROBLEM_SCHEMA | {"additionalProperties": True}
     document["components"]["headers"] = HEADERS
     for operation in _operations(document):
         operation["summary"] = operation["summary"].capitalize()
+        operation.setdefault("security", [])  # no token is needed
         for parameter in operation.get("parameters", ()):
             _drop_null(parameter["schema"])
         content = operation.get("requestBody", {}).get("content", {})

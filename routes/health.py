@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter
 
+from connections import NoMoreConnections, TooManyConnections
 from errors import Unavailable, responses
 from schemas import Health
 from services import ServicesDep
@@ -9,13 +10,13 @@ from services import ServicesDep
 router = APIRouter(tags=["health"])
 
 
-@router.get("/health")
+@router.get("/health", responses=responses(TooManyConnections, NoMoreConnections))
 async def health() -> Health:
     """Say that the process is alive. No token is needed."""
     return Health()
 
 
-@router.get("/health/ready", responses=responses(Unavailable))
+@router.get("/health/ready", responses=responses(TooManyConnections, Unavailable))
 async def ready(services: ServicesDep) -> Health:
     """Say that the database answers and has our schema: that requests may come. No token is needed."""
     if sentence := await services.readiness.not_ready_reason():

@@ -50,7 +50,7 @@ async def test_every_answer_is_as_the_document_says(
 def operations(app: FastAPI) -> list[tuple[str, str, bool]]:
     """Return method, path and whether a token is needed."""
     return [
-        (method.upper(), path, "security" in operation)
+        (method.upper(), path, bool(operation["security"]))
         for path, operations in app.openapi()["paths"].items()
         for method, operation in operations.items()
     ]

@@ -1,6 +1,10 @@
 import difflib
 import json
+import os
 import re
+import shutil
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,8 @@ EVERY_TASK = {"401", "403", "422", "429", "503"}
 BODY = {"408", "413", "415"}
 TASKS = "/api/{user_id}/tasks"
 OPERATIONS = {
-    "health": ("get", "/health", {"200"}),
-    "ready": ("get", "/health/ready", {"200", "503"}),
+    "health": ("get", "/health", {"200", "429", "503"}),
+    "ready": ("get", "/health/ready", {"200", "429", "503"}),
     "list_tasks": ("get", TASKS, {"200"} | EVERY_TASK),
     "create_task": ("post", TASKS, {"201", "409"} | BODY | EVERY_TASK),
     "complete_tasks": ("patch", TASKS, {"200", "409"} | BODY | EVERY_TASK),
@@ -75,7 +79,11 @@ HEADERS = {
     ("complete_task", "200"): {"ETag"},
     ("complete_task", "412"): {"ETag"},
 }
-KEPT = Path(__file__).parent.parent / "openapi.json"
+PROJECT = Path(__file__).parent.parent
+KEPT = PROJECT / "openapi.json"
+REDOCLY = Path(__file__).parent / "redocly"
+INSTALL_TIMEOUT_S = 300
+LINT_TIMEOUT_S = 60
 
 BODY_ERRORS = {"408", "413", "415", "503"}
 ACCOUNT_OPERATIONS = {
@@ -250,7 +258,7 @@ def test_no_title_repeats_a_name(document: dict[str, Any]) -> None:
 def test_every_task_operation_asks_for_the_bearer_token(document: dict[str, Any]) -> None:
     for operation in _operations(document):
         is_open = operation["operationId"] in ("health", "ready")
-        assert operation.get("security", []) == ([] if is_open else [{"bearer": []}])
+        assert operation["security"] == ([] if is_open else [{"bearer": []}])
     scheme = document["components"]["securitySchemes"]["bearer"]
     assert (scheme["type"], scheme["scheme"], scheme["bearerFormat"]) == ("http", "bearer", "JWT")
 
@@ -258,9 +266,9 @@ def test_every_task_operation_asks_for_the_bearer_token(document: dict[str, Any]
 def test_a_password_is_another_way_to_a_token(document_with_accounts: dict[str, Any]) -> None:
     document = document_with_accounts
     either: list[dict[str, list[str]]] = [{"bearer": []}, {"password": []}]
-    secured = {operation["operationId"]: operation.get("security") for operation in _operations(document)}
+    secured = {operation["operationId"]: operation["security"] for operation in _operations(document)}
 
-    assert {name for name, schemes in secured.items() if schemes is None} == {
+    assert {name for name, schemes in secured.items() if schemes == []} == {
         "health",
         "ready",
         "sign_up",
@@ -368,3 +376,59 @@ def test_the_kept_document_is_the_one_that_is_served(document: dict[str, Any]) -
     changes = "".join(difflib.unified_diff(kept, now, "openapi.json", "what is served"))
     if changes:
         pytest.fail(f"If this is meant, `uv run main.py openapi > openapi.json`:\n{changes}", pytrace=False)
+
+
+def test_the_document_the_project_and_the_changelog_have_one_version(document: dict[str, Any]) -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    newest = re.search(r"^## (\S+)", (PROJECT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+    assert newest
+    assert document["info"]["version"] == project["version"] == newest[1]
+
+
+def test_the_document_names_the_licence_of_the_project(document: dict[str, Any]) -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+
+    assert document["info"]["license"]["identifier"] == project["license"]
+
+
+def _redocly() -> list[str]:
+    """Return the command, after the package of the lock file has been installed if it is not."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if not node or not npm:
+        sentence = "Node.js 20.19 or newer with npm is not installed (https://nodejs.org)"
+        if os.environ.get("CI"):
+            pytest.fail(sentence)
+        pytest.skip(sentence)  # not from PyPI, so the README's test command cannot bring it
+    installed, lock = REDOCLY / "node_modules" / ".package-lock.json", REDOCLY / "package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
+        command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+        done = subprocess.run(
+            command, cwd=REDOCLY, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        installed.touch()  # a file of the lock's own age would install it again and again
+    return [node, str(REDOCLY / "node_modules" / "@redocly" / "cli" / "bin" / "cli.js")]
+
+
+def test_redocly_finds_nothing_to_mend(tmp_path: Path) -> None:
+    command = [*_redocly(), "lint", "openapi.json", "--extends=recommended", "--format=json"]
+    quiet = {"REDOCLY_TELEMETRY": "off", "REDOCLY_SUPPRESS_NOTIFICATIONS": "true"}
+    for settings in ({}, {"local_accounts": True}):
+        document = create_app(settings_for("sqlite:///never-opened.db", **settings)).openapi()
+        (tmp_path / "openapi.json").write_text(openapi.write(document))
+
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,  # where no configuration lies
+            env=os.environ | quiet,
+            capture_output=True,
+            text=True,
+            timeout=LINT_TIMEOUT_S,
+            check=False,
+        )
+
+        assert "openapi.json: validated" in done.stderr, done.stderr
+        found = json.loads(done.stdout)
+        assert found["problems"] == []
+        assert found["totals"] == {"errors": 0, "warnings": 0, "ignored": 0}
