@@ -307,13 +307,13 @@ def test_a_client_that_reads_slowly_gets_everything(port: int, bytes_: int, paus
 
 
 @contextlib.contextmanager
-def narrow_service(folder: Path, code: str) -> Iterator[tuple[Service, socket.socket]]:
+def narrow_service(folder: Path, code: str, **settings: str) -> Iterator[tuple[Service, socket.socket]]:
     """A service by *code*, and a connection to it on which the two kernels keep next to nothing."""
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as connection:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         connection.settimeout(5)
-        with running_service_on(listening, folder, sys.executable, "-c", code) as service:
+        with running_service_on(listening, folder, sys.executable, "-c", code, **settings) as service:
             service.wait_until_started()
             connection.connect(listening.getsockname())
             yield service, connection
@@ -335,6 +335,36 @@ def test_a_client_that_has_read_much_may_take_its_time_again(tmp_path: Path) -> 
             time.sleep(1.4)
 
         assert "its client does not read" not in service.logged
+
+
+def test_a_request_after_an_answer_that_is_not_read_is_not_begun(tmp_path: Path) -> None:
+    token = tokens.issue("alice", SECRET, 900)
+    fields = f"Host: x\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n".encode()
+    post = b"POST /api/alice/tasks HTTP/1.1\r\n" + fields + b'Content-Length: 14\r\n\r\n{"title": "x"}'
+    with narrow_service(tmp_path, "import main; main.main([])", BETTER_AUTH_SECRET=SECRET) as (_, connection):
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" + post)
+        time.sleep(0.5)
+        with socket.create_connection(connection.getpeername(), timeout=5) as another:
+            another.sendall(list_request().replace(b"Host", b"Connection: close\r\nHost"))
+            assert _until(b"]", another).endswith(b"[]")
+
+        assert b"HTTP/1.1 201" in _until(b'"title":"x"', connection)
+
+
+def test_a_client_that_does_not_read_is_answered_only_so_far(tmp_path: Path) -> None:
+    request = b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n"
+    with narrow_service(tmp_path, "import main; main.main([])") as (service, connection):
+        connection.sendall(request)
+        size = len(_until(b"}", connection))
+        for _ in range(8 * WRITE_BUFFER_MAX_BYTES // size // 10):
+            connection.sendall(request * 10)
+            time.sleep(0.05)
+        time.sleep(0.5)
+
+        answered = service.logged.count("path=/nothing")
+        connection.close()
+
+    assert 5 < answered < 3 * WRITE_BUFFER_MAX_BYTES // size
 
 
 @pytest.mark.parametrize(
