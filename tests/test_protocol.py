@@ -33,6 +33,10 @@ protocol.STALL_CHECK_S = 0.1
 connections.STALL_TIMEOUT_S = 0.5
 main.main([])
 """
+IDLE = """
+import functools, uvicorn
+uvicorn.Config = functools.partial(uvicorn.Config, timeout_keep_alive=1)
+"""
 SPEED = 5
 # The service with its real times, on a clock that runs five times as fast.
 FAST = f"""
@@ -179,6 +183,10 @@ def test_a_connection_that_asks_nothing_is_closed(port: int, pieces: list[bytes]
 
     assert not answer.endswith(b"<not closed>")
     assert answer.count(b"HTTP/1.1 200") == (1 if pieces else 0)
+
+
+def test_a_connection_that_says_nothing_is_closed_without_an_answer(port: int) -> None:
+    assert exchange(port) == b""
 
 
 def test_two_requests_at_once_are_answered_in_order(port: int) -> None:
@@ -337,6 +345,18 @@ def test_a_client_that_has_read_much_may_take_its_time_again(tmp_path: Path) -> 
         assert "its client does not read" not in service.logged
 
 
+def test_a_client_that_has_read_everything_is_not_given_up(tmp_path: Path) -> None:
+    with narrow_service(tmp_path, CODE) as (service, connection):
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" + HEALTH + b"\r\n")
+        assert len(_until(b'"status":"ok"', connection)) > 5 * WRITE_BUFFER_MAX_BYTES
+        for _ in range(8):
+            time.sleep(0.2)
+            connection.sendall(HEALTH + b"\r\n")
+            assert _until(b"}", connection).startswith(b"HTTP/1.1 200")
+
+        assert "its client does not read" not in service.logged
+
+
 def test_a_request_after_an_answer_that_is_not_read_is_not_begun(tmp_path: Path) -> None:
     token = tokens.issue("alice", SECRET, 900)
     fields = f"Host: x\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n".encode()
@@ -374,18 +394,18 @@ def test_a_client_that_does_not_read_is_answered_only_so_far(tmp_path: Path) -> 
 )
 def test_a_client_that_does_not_read_a_little_is_given_up(tmp_path: Path, last: bytes) -> None:
     """Less waits than would pause the service; but its connection would never end."""
-    code = CODE.replace(
-        "main.main", "main.uvicorn.Config = partial(uvicorn.Config, timeout_keep_alive=1)\nmain.main"
-    )
-    with narrow_service(tmp_path, "import uvicorn\nfrom functools import partial" + code) as (
-        service,
-        connection,
-    ):
+    with narrow_service(tmp_path, IDLE + CODE) as (service, connection):
         connection.sendall((HEALTH + b"\r\n") * 20 + last)
         deadline = time.monotonic() + 5
         while "its client does not read" not in service.logged:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while data := connection.recv(65536):
+                received += data
+
+    assert received.count(b"HTTP/1.1 200") < 20
 
 
 def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path) -> None:
@@ -460,6 +480,21 @@ async def test_an_answer_that_is_given_while_the_service_stops_says_that_it_is_t
         answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 200")
         assert b"connection: close\r\n" in answer
+        writer.close()
+
+
+async def test_a_request_may_take_longer_than_a_connection_may_be_idle(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    async with locked_out(tmp_path, postgres_url, "-c", IDLE + CODE) as (port, _, locking):
+        reader, writer = await _connected(port, HEALTH + b"\r\n")
+        await reader.readuntil(b"}")
+
+        writer.write(list_request())
+        await asyncio.sleep(1.5)
+        await locking.execute("ROLLBACK")
+
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
         writer.close()
 
 
@@ -544,7 +579,9 @@ async def _until_true(timeout_s: float, happened: Callable[[], Awaitable[bool]])
 def _until(end: bytes, connection: socket.socket) -> bytes:
     received = b""
     while end not in received:
-        received += connection.recv(65536)
+        data = connection.recv(65536)
+        assert data, received[-200:]
+        received += data
     return received
 
 
