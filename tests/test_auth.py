@@ -79,6 +79,12 @@ async def test_the_scheme_is_read_without_regard_to_case(alice: Person) -> None:
         assert answer.status_code == 200
 
 
+async def test_several_spaces_may_follow_the_scheme(alice: Person) -> None:
+    answer = await alice.get(headers={"Authorization": f"Bearer   {alice.token}"})
+
+    assert answer.status_code == 200
+
+
 async def test_an_expired_token_says_so(alice: Person) -> None:
     expired = jwt.encode({"sub": alice.user_id, "exp": int(time.time()) - 60}, SECRET, "HS256")
 

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 import tokens
+from connections import REFUSED_MAX
 from tests.conftest import SECRET
 from tests.postgres import free_port
 from tests.service import UNMEASURED, Service, running_service
@@ -114,6 +115,29 @@ def test_beyond_the_limit_of_the_process_it_is_503(tmp_path: Path, connections: 
         with connect(port) as admitted:
             admitted.sendall(HEALTH)
             assert answer(admitted)[0] == 200
+
+
+def test_only_so_many_refused_connections_are_told_why_at_once(
+    tmp_path: Path, connections: contextlib.ExitStack
+) -> None:
+    """The others are reset; those that have ended make room."""
+    port = free_port()
+    with running_service(tmp_path, PORT=str(port), MAX_CONNECTIONS_PER_ADDRESS="1", **SETTINGS) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        held = connections.enter_context(connect(port, "127.0.0.2"))
+        held.sendall(HEALTH)
+        assert answer(held)[0] == 200
+
+        refused = [connections.enter_context(connect(port, "127.0.0.2")) for _ in range(3 * REFUSED_MAX)]
+        found = [answer(connection)[0] for connection in refused]
+        assert set(found) == {429, 0}
+        for connection in refused:
+            connection.close()
+
+        time.sleep(0.5)
+        with connect(port, "127.0.0.2") as later:
+            assert answer(later)[0] == 429
+        held.close()
 
 
 @pytest.mark.parametrize("field", [b"A: x\r\n", b"A: " + b"x" * 50_000], ids=["many fields", "a long one"])

@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -245,6 +246,54 @@ async def test_the_head_may_have_so_many_fields(target: tuple[Service, int]) -> 
     assert await answers_to(target[1], head + b"A: b\r\n" * (FIELDS_MAX - 2) + b"\r\n") == [OK]
     too_large = await answers_to(target[1], head + b"A: b\r\n" * (FIELDS_MAX - 1) + b"\r\n")
     assert too_large == [(431, "The request's head has over 32 KiB or over 100 fields")]
+
+
+@pytest.mark.parametrize(
+    ("meant", "named", "status"), [(b"x", b"y", 200), (b"y", b"x", 400), (b"y", b"y", 400)]
+)
+async def test_the_host_of_an_absolute_address_is_the_one_that_is_meant(
+    tmp_path: Path, meant: bytes, named: bytes, status: int
+) -> None:
+    port = free_port()
+    with running_service(tmp_path, PORT=str(port), ALLOWED_HOSTS="x") as service:
+        await asyncio.to_thread(service.wait_until_started)
+        found = await answers_to(
+            port,
+            b"GET http://%s/openapi.json HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (meant, named),
+        )
+
+    assert found == [(status, found[0][1])]
+
+
+async def test_each_request_of_a_connection_has_a_head_of_its_own(target: tuple[Service, int]) -> None:
+    """Neither the fields nor the bytes of several are added up."""
+    head = (
+        GET
+        + b"Host: x\r\n"
+        + b"A: b\r\n" * (FIELDS_MAX // 2)
+        + b"A: "
+        + b"b" * (HEAD_MAX_BYTES // 2)
+        + b"\r\n\r\n"
+    )
+
+    assert await answers_to(target[1], head, head, head, LAST) == [OK] * 4
+
+
+async def test_a_body_may_be_larger_than_a_head(target: tuple[Service, int]) -> None:
+    head = POST + b"Content-Length: %d\r\n\r\n" % (2 * HEAD_MAX_BYTES)
+
+    assert await answers_to(
+        target[1], head, *[b"x" * 1024] * (2 * HEAD_MAX_BYTES // 1024), LAST, pause_s=0.0
+    ) == [
+        NOT_JSON,
+        OK,
+    ]
+
+
+async def test_names_of_fields_count_as_the_head(target: tuple[Service, int]) -> None:
+    head = GET + b"Host: x\r\n" + b"a" * HEAD_MAX_BYTES + b": b\r\n\r\n"
+
+    assert (await answers_to(target[1], head))[0][0] == 431
 
 
 async def test_trailers_count_as_the_head(target: tuple[Service, int]) -> None:

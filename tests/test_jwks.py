@@ -91,6 +91,7 @@ ODD: dict[str, tuple[Any, str]] = {
     "a private key of an unknown algorithm": (RSA | {"alg": "RS1", "d": "A"}, "has been published"),
     "a curve of another type": (PUBLIC | {"crv": "P-256", "kid": "x"}, "malformed"),
     "a curve that is no text": (PUBLIC | {"crv": 7, "kid": "x"}, "do not fit together"),
+    "a curve that is an array": (PUBLIC | {"crv": ["Ed25519"], "kid": "x"}, "do not fit together"),
     "no curve": (lacking(PUBLIC, "crv"), "do not fit together"),
     "an algorithm that is no text": (RSA | {"alg": ["RS256"]}, "do not fit together"),
     "an algorithm of another curve": (KEYS["ES256"].public | {"alg": "ES384"}, "do not fit together"),
@@ -198,6 +199,27 @@ async def test_keys_are_fetched_once_for_all_who_wait(issuer: Issuer, clock: Clo
     await keys.close()
 
 
+async def test_a_key_that_is_fresh_costs_no_fetch(issuer: Issuer, keys: FetchedKeys, clock: Clock) -> None:
+    clock.now += jwks.FRESH_S
+    for _ in range(3):
+        await keys.key("old")
+        await end_of_fetch(keys)
+
+    assert len(issuer.requests) == 1
+
+
+async def test_closing_does_not_wait_for_the_issuer(issuer: Issuer) -> None:
+    issuer.delay_s = 1.0
+    keys = FetchedKeys(issuer.url)
+    await keys.open()
+    await asyncio.sleep(0.1)
+    began = time.perf_counter()
+
+    await keys.close()
+
+    assert time.perf_counter() - began < 0.5
+
+
 async def test_opening_does_not_wait_for_the_issuer(issuer: Issuer) -> None:
     issuer.delay_s = 1.0
     keys = FetchedKeys(issuer.url)
@@ -220,6 +242,20 @@ async def test_a_client_that_hangs_up_does_not_end_the_fetch_for_others(issuer: 
 
     assert await patient
     await keys.close()
+
+
+async def test_a_client_that_hangs_up_does_not_end_a_renewal_for_others(
+    issuer: Issuer, keys: FetchedKeys, clock: Clock
+) -> None:
+    issuer.delay_s = 0.1
+    clock.now += jwks.IDLE_MAX_S + 1
+    hasty, patient = asyncio.create_task(keys.key("old")), asyncio.create_task(keys.key("old"))
+    await asyncio.sleep(0.02)
+
+    hasty.cancel()
+
+    assert await patient
+    assert len(issuer.requests) == 2
 
 
 async def test_a_known_key_never_waits_for_an_unknown_one(

@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,10 @@ import pytest
 
 import tokens
 from heads import HEAD_MAX_BYTES
-from protocol import OVERLOADED_PAUSE_S, PIPELINED_MAX
+from protocol import OVERLOADED_PAUSE_S, PIPELINED_MAX, WRITE_BUFFER_MAX_BYTES
 from tests.conftest import SECRET
 from tests.postgres import free_port
-from tests.service import Service, running_service
+from tests.service import Service, running_service, running_service_on
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 SCRIPT = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -31,6 +32,10 @@ protocol.DRAIN_S = 0.5
 protocol.STALL_CHECK_S = 0.1
 connections.STALL_TIMEOUT_S = 0.5
 main.main([])
+"""
+IDLE = """
+import functools, uvicorn
+uvicorn.Config = functools.partial(uvicorn.Config, timeout_keep_alive=1)
 """
 SPEED = 5
 # The service with its real times, on a clock that runs five times as fast.
@@ -180,6 +185,10 @@ def test_a_connection_that_asks_nothing_is_closed(port: int, pieces: list[bytes]
     assert answer.count(b"HTTP/1.1 200") == (1 if pieces else 0)
 
 
+def test_a_connection_that_says_nothing_is_closed_without_an_answer(port: int) -> None:
+    assert exchange(port) == b""
+
+
 def test_two_requests_at_once_are_answered_in_order(port: int) -> None:
     answer = exchange(port, HEALTH + b"\r\n" + HEALTH + b"Connection: close\r\n\r\n")
 
@@ -305,6 +314,100 @@ def test_a_client_that_reads_slowly_gets_everything(port: int, bytes_: int, paus
     assert len(received) > 8 * length  # more than the kernel takes before any of it is read
 
 
+@contextlib.contextmanager
+def narrow_service(folder: Path, code: str, **settings: str) -> Iterator[tuple[Service, socket.socket]]:
+    """A service by *code*, and a connection to it on which the two kernels keep next to nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as connection:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        connection.settimeout(5)
+        with running_service_on(listening, folder, sys.executable, "-c", code, **settings) as service:
+            service.wait_until_started()
+            connection.connect(listening.getsockname())
+            yield service, connection
+
+
+def test_a_client_that_has_read_much_may_take_its_time_again(tmp_path: Path) -> None:
+    """Though more waits then than before: the next answers have taken the place of what it has read."""
+    code = "import connections, main, protocol\nprotocol.STALL_CHECK_S = 0.1\n"
+    code += "connections.STALL_TIMEOUT_S = 2.0\nmain.main([])"
+    with narrow_service(tmp_path, code) as (service, connection):
+        connection.sendall(HEALTH + b"\r\n")
+        size = len(_until(b"}", connection))
+        for _ in range((WRITE_BUFFER_MAX_BYTES + 15_000) // size):
+            connection.sendall(HEALTH + b"\r\n")
+            time.sleep(0.01)
+        time.sleep(0.3)
+        for bytes_ in (8_000, 6_000):  # half of what waits, and then nearly all
+            assert len(_read(connection, bytes_)) == bytes_
+            time.sleep(1.4)
+
+        assert "its client does not read" not in service.logged
+
+
+def test_a_client_that_has_read_everything_is_not_given_up(tmp_path: Path) -> None:
+    with narrow_service(tmp_path, CODE) as (service, connection):
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" + HEALTH + b"\r\n")
+        assert len(_until(b'"status":"ok"', connection)) > 5 * WRITE_BUFFER_MAX_BYTES
+        for _ in range(8):
+            time.sleep(0.2)
+            connection.sendall(HEALTH + b"\r\n")
+            assert _until(b"}", connection).startswith(b"HTTP/1.1 200")
+
+        assert "its client does not read" not in service.logged
+
+
+def test_a_request_after_an_answer_that_is_not_read_is_not_begun(tmp_path: Path) -> None:
+    token = tokens.issue("alice", SECRET, 900)
+    fields = f"Host: x\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n".encode()
+    post = b"POST /api/alice/tasks HTTP/1.1\r\n" + fields + b'Content-Length: 14\r\n\r\n{"title": "x"}'
+    with narrow_service(tmp_path, "import main; main.main([])", BETTER_AUTH_SECRET=SECRET) as (_, connection):
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" + post)
+        time.sleep(0.5)
+        with socket.create_connection(connection.getpeername(), timeout=5) as another:
+            another.sendall(list_request().replace(b"Host", b"Connection: close\r\nHost"))
+            assert _until(b"]", another).endswith(b"[]")
+
+        assert b"HTTP/1.1 201" in _until(b'"title":"x"', connection)
+
+
+def test_a_client_that_does_not_read_is_answered_only_so_far(tmp_path: Path) -> None:
+    request = b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n"
+    with narrow_service(tmp_path, "import main; main.main([])") as (service, connection):
+        connection.sendall(request)
+        size = len(_until(b"}", connection))
+        for _ in range(8 * WRITE_BUFFER_MAX_BYTES // size // 10):
+            connection.sendall(request * 10)
+            time.sleep(0.05)
+        time.sleep(0.5)
+
+        answered = service.logged.count("path=/nothing")
+        connection.close()
+
+    assert 5 < answered < 3 * WRITE_BUFFER_MAX_BYTES // size
+
+
+@pytest.mark.parametrize(
+    "last",
+    [b"", HEALTH + b"Connection: close\r\n\r\n", b"\0\r\n\r\n"],
+    ids=["idle", "closing", "refused"],
+)
+def test_a_client_that_does_not_read_a_little_is_given_up(tmp_path: Path, last: bytes) -> None:
+    """Less waits than would pause the service; but its connection would never end."""
+    with narrow_service(tmp_path, IDLE + CODE) as (service, connection):
+        connection.sendall((HEALTH + b"\r\n") * 20 + last)
+        deadline = time.monotonic() + 5
+        while "its client does not read" not in service.logged:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while data := connection.recv(65536):
+                received += data
+
+    assert received.count(b"HTTP/1.1 200") < 20
+
+
 def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path) -> None:
     port = free_port()
     with running_service(tmp_path, "-c", CODE, PORT=str(port)) as service:
@@ -320,6 +423,20 @@ def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path
 
             assert answer.startswith(b"HTTP/1.1 200")
             assert b"connection: close" in answer
+        assert service.process.wait(5) == 0
+
+
+def test_a_connection_that_asks_nothing_more_is_closed_when_the_service_stops(tmp_path: Path) -> None:
+    port = free_port()
+    with running_service(tmp_path, "-c", CODE, PORT=str(port)) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        with socket.create_connection(("127.0.0.1", port), timeout=3) as connection:  # keep-alive is five
+            connection.sendall(HEALTH + b"\r\n")
+            assert _until(b"}", connection).startswith(b"HTTP/1.1 200")
+
+            service.process.terminate()
+
+            assert connection.recv(65536) == b""
         assert service.process.wait(5) == 0
 
 
@@ -347,6 +464,56 @@ async def locked_out(
 def list_request(user: str = "alice") -> bytes:
     token = tokens.issue(user, SECRET, 900)
     return f"GET /api/{user}/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+
+
+async def test_an_answer_that_is_given_while_the_service_stops_says_that_it_is_the_last(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    async with locked_out(tmp_path, postgres_url) as (port, service, locking):
+        reader, writer = await _connected(port, list_request())
+        await _until_true(5, lambda: _waits_for_a_lock(locking))
+
+        service.process.terminate()
+        await asyncio.sleep(0.3)
+        await locking.execute("ROLLBACK")
+
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"connection: close\r\n" in answer
+        writer.close()
+
+
+async def test_a_request_may_take_longer_than_a_connection_may_be_idle(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    async with locked_out(tmp_path, postgres_url, "-c", IDLE + CODE) as (port, _, locking):
+        reader, writer = await _connected(port, HEALTH + b"\r\n")
+        await reader.readuntil(b"}")
+
+        writer.write(list_request())
+        await asyncio.sleep(1.5)
+        await locking.execute("ROLLBACK")
+
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+async def test_a_request_that_takes_longer_than_the_drain_is_answered_while_the_service_stops(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    async with locked_out(tmp_path, postgres_url, "-c", CODE) as (port, service, locking):
+        reader, writer = await _connected(port, HEALTH + b"\r\n")
+        await reader.readuntil(b"}")
+
+        service.process.terminate()
+        await asyncio.sleep(0.1)
+        writer.write(list_request())
+        await _until_true(5, lambda: _waits_for_a_lock(locking))
+        await asyncio.sleep(1)  # twice as long as it waits for a request
+        await locking.execute("ROLLBACK")
+
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+        writer.close()
 
 
 @pytest.mark.parametrize("proxies", ["", "127.0.0.1"], ids=["a client", "a trusted proxy"])
@@ -412,7 +579,9 @@ async def _until_true(timeout_s: float, happened: Callable[[], Awaitable[bool]])
 def _until(end: bytes, connection: socket.socket) -> bytes:
     received = b""
     while end not in received:
-        received += connection.recv(65536)
+        data = connection.recv(65536)
+        assert data, received[-200:]
+        received += data
     return received
 
 

@@ -118,6 +118,7 @@ CLAIMS_REFUSED: dict[str, dict[str, Any]] = {
 ONLY_KEYS_REFUSE: dict[str, str] = {
     "no kid": ED.token({"kid": None}),
     "kid a number": ED.token({"kid": 7}),
+    "kid an array": ED.token({"kid": [ED.kid]}),
     "unknown kid": ED.token({"kid": "nobody"}),
     "kid of another key of its type": STRANGER["EdDSA"].token({"kid": ED.kid}),
     "kid of a key of another type": ED.token({"kid": RSA.kid}),
