@@ -282,6 +282,7 @@ class Protocol(HttpToolsProtocol):
             self._refuse(HeadTimeout())
         elif not self.transport.is_closing():
             self.transport.close()  # it has said nothing, or goes on with a body that no handler reads
+            self._watch_writing()
 
     def _close_if_idle(self) -> None:
         if self._is_idle() and not self.transport.is_closing():
@@ -327,6 +328,7 @@ class Protocol(HttpToolsProtocol):
         # To close while more arrives would reset the connection, and the answer would be lost.
         self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
+        self._watch_writing()  # to close waits for the client to read
 
 
 def _render(scope: Any, problem: errors.Problem) -> bytes:

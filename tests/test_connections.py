@@ -154,7 +154,7 @@ def test_half_heads_hold_little_memory(
             with contextlib.suppress(ConnectionError):
                 connection.sendall(head[: 30_000 if number % 2 else 50_000])
 
-        assert highest_mb(service, 2) < MEMORY_MAX_MB / 2
+        assert highest_mb(service, 2) < MEMORY_MAX_MB * 0.6
 
 
 def test_pipelined_requests_hold_little_memory(tmp_path: Path, connections: contextlib.ExitStack) -> None:

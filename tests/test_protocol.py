@@ -388,14 +388,22 @@ def test_a_client_that_does_not_read_is_answered_only_so_far(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "last",
-    [b"", HEALTH + b"Connection: close\r\n\r\n", b"\0\r\n\r\n"],
-    ids=["idle", "closing", "refused"],
+    ("last", "later"),
+    [
+        (b"", b""),
+        (HEALTH + b"Connection: close\r\n\r\n", b""),
+        (b"\0\r\n\r\n", b""),
+        (b"", b"\0\r\n\r\n"),
+        (b"", b"GET"),
+    ],
+    ids=["idle", "closing", "refused", "refused later", "half a head later"],
 )
-def test_a_client_that_does_not_read_a_little_is_given_up(tmp_path: Path, last: bytes) -> None:
+def test_a_client_that_does_not_read_a_little_is_given_up(tmp_path: Path, last: bytes, later: bytes) -> None:
     """Less waits than would pause the service; but its connection would never end."""
     with narrow_service(tmp_path, IDLE + CODE) as (service, connection):
         connection.sendall((HEALTH + b"\r\n") * 20 + last)
+        time.sleep(0.3)
+        connection.sendall(later)
         deadline = time.monotonic() + 5
         while "its client does not read" not in service.logged:
             assert time.monotonic() < deadline
