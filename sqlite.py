@@ -30,6 +30,7 @@ READERS = 4
 WAITING_MAX = 200  # further requests would wait too long, so they are refused at once
 STEPS = 10_000  # of SQLite's virtual machine between two looks at the clock: about a millisecond
 BUSY_TIMEOUT_MS = 5_000  # other processes may be writing to the file
+INTERRUPT_S = 0.05  # between two interrupts of a statement whose request was cancelled
 
 _UNUSABLE_FILE = {
     sqlite3.SQLITE_NOTADB: "names a file that is not a SQLite database",
@@ -201,9 +202,14 @@ class _Connections:
         ending.add_done_callback(self._ending.discard)
 
     async def _end_statement(self, connection: aiosqlite.Connection) -> None:
+        # The thread takes calls in order, so this one ends after the statement. An interrupt has no effect
+        # before the thread has begun the statement, so it is repeated.
+        ended = asyncio.ensure_future(connection.execute_fetchall("SELECT 1"))
         with contextlib.suppress(Exception):  # it may have been closed meanwhile
-            await connection.interrupt()
-            await connection.execute_fetchall("SELECT 1")  # the thread takes calls in order
+            while not ended.done():
+                await connection.interrupt()
+                await asyncio.wait({ended}, timeout=INTERRUPT_S)
+            await ended
         self.give_back(connection)
 
 

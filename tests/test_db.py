@@ -328,6 +328,26 @@ async def test_a_cancelled_statement_is_interrupted_on_sqlite(tmp_path: Path) ->
         assert await _served_within(2, database) == {"one": 1}
 
 
+@pytest.mark.parametrize("started_s", [0, 0.0001, 0.001])
+async def test_a_statement_that_is_cancelled_before_its_thread_begins_frees_its_reader(
+    tmp_path: Path, started_s: float
+) -> None:
+    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.Timeouts(statement_s=60)) as database:
+        assert isinstance(database, db.SQLite)
+        endless: Select[Any] = select(literal_column("n")).select_from(
+            text(f"({COUNTING.format(10**12)}) AS counted")
+        )
+        for _ in range(30):
+            reading = asyncio.create_task(database.all(endless))
+            await asyncio.sleep(started_s)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+        async with asyncio.timeout(5):
+            while database._readers.idle < sqlite.READERS:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
+
+
 COUNTING = """
 WITH RECURSIVE n(i) AS (SELECT CAST(1 AS BIGINT) UNION ALL SELECT i + 1 FROM n WHERE i < {})
 SELECT count(*) AS n FROM n
