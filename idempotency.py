@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import random
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -45,7 +46,8 @@ async def once(
         KeyReused: the first request was another one.
         TooManyKeys: no more can be kept for this user.
     """
-    fingerprint = hashlib.sha256(orjson.dumps(request, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    # By the standard library: orjson refuses whole numbers of more than 64 bits, which a version may be.
+    fingerprint = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     try:
         return await _do_or_repeat(owner, key, fingerprint, work)
     except Exception as error:

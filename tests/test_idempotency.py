@@ -542,3 +542,15 @@ def _miss_the_first_look(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Owner, "one", look)
     return looks
+
+
+async def test_a_bulk_request_with_a_key_may_name_a_version_of_any_size(alice: Person) -> None:
+    task = await alice.create()
+    operation = {"op": "delete", "id": task["id"], "version": 2**70}
+
+    answers = [
+        await alice.post("/bulk", json={"operations": [operation]}, headers={"Idempotency-Key": key})
+        for key in ("a", "a")
+    ]
+
+    assert [answer.status_code for answer in answers] == [412, 412]
