@@ -21,6 +21,8 @@ from tests.conftest import Person, running, settings_for
 from tests.postgres import Server
 from tests.test_migrations import OUR_TABLES
 
+pytestmark = [pytest.mark.process, pytest.mark.xdist_group("better_auth")]
+
 PROJECT = Path(__file__).parent.parent
 BETTER_AUTH_TABLES = {"user", "session", "account", "verification", "jwks"}
 

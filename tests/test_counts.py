@@ -101,6 +101,7 @@ async def test_without_redis_it_counts_on_by_itself_and_says_so_once(
     assert [line["event"] for line in lines] == ["redis is gone", "redis is back"]
 
 
+@pytest.mark.timing
 @pytest.mark.no_cover  # it is about time
 async def test_a_frozen_redis_holds_nobody_and_confuses_no_answers(
     redis: Redis, shared: SharedStorage

@@ -211,6 +211,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, 
         assert "Traceback" not in service.logged
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", CASES)
 async def test_no_second_request_is_smuggled_in(target: tuple[Service, int], name: str) -> None:
     """Whole, and cut in two segments at each border within its lines and around its bodies."""
@@ -231,6 +232,7 @@ async def test_no_second_request_is_smuggled_in(target: tuple[Service, int], nam
     assert "path=/smuggled" not in service.logged
 
 
+@pytest.mark.process
 async def test_a_message_is_served_byte_by_byte(target: tuple[Service, int]) -> None:
     raw = POST + H2C + CHUNKED + b"\r\n" + CHUNKS + LAST
 
@@ -239,6 +241,7 @@ async def test_a_message_is_served_byte_by_byte(target: tuple[Service, int]) -> 
     assert found == [READ, OK]
 
 
+@pytest.mark.process
 async def test_the_head_may_have_so_many_fields(target: tuple[Service, int]) -> None:
     head = GET + b"Host: x\r\nConnection: close\r\n"
 
@@ -247,6 +250,7 @@ async def test_the_head_may_have_so_many_fields(target: tuple[Service, int]) -> 
     assert too_large == [(431, "The request's head has over 32 KiB or over 100 fields")]
 
 
+@pytest.mark.process
 async def test_trailers_count_as_the_head(target: tuple[Service, int]) -> None:
     chunked = POST + CHUNKED + b"\r\n0\r\n"
 
@@ -254,12 +258,14 @@ async def test_trailers_count_as_the_head(target: tuple[Service, int]) -> None:
     assert (await answers_to(target[1], chunked + b"A: " + b"b" * HEAD_MAX_BYTES + b"\r\n\r\n"))[-1][0] == 431
 
 
+@pytest.mark.process
 async def test_a_token_of_the_largest_size_fits(target: tuple[Service, int]) -> None:
     head = GET + b"Host: x\r\nConnection: close\r\nAuthorization: Bearer " + b"x" * 16 * 1024
 
     assert await answers_to(target[1], head + b"\r\n\r\n") == [OK]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("version", "answer"), [(b"1.1", b"HTTP/1.1 100"), (b"1.0", b"HTTP/1.1 422")])
 async def test_only_http_1_1_is_told_to_continue(
     target: tuple[Service, int], version: bytes, answer: bytes
