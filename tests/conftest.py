@@ -1,8 +1,11 @@
 """The real app on both databases, and the people who use it."""
 
+import io
 import json
 import logging
+import os
 import secrets
+import shutil
 from collections.abc import AsyncIterator, Iterator, MutableMapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,9 +17,11 @@ import pytest
 import structlog
 from fastapi import FastAPI
 
+import logs
 import tokens
 from config import Settings
 from main import create_app
+from tests import service
 from tests.postgres import Server, running_server
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # clients would mix with the service's log
@@ -81,6 +86,76 @@ def reset_log() -> None:
 reset_log()
 
 
+class Log(io.StringIO):
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in self.getvalue().splitlines()]
+        return [line for line in lines if line["event"] == name]
+
+
+@pytest.fixture
+def log_format() -> str:
+    return "json"
+
+
+@pytest.fixture
+def log(log_format: str) -> Iterator[Log]:
+    """What services that start from now on write, in the format that they write to standard error."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    log = Log()
+    logs.configure("info", log_format, log)
+    yield log
+    reset_log()
+    root.handlers = handlers
+    root.setLevel(level)
+
+
+class Clock:
+    """Stands in for the module `time`. It passes when it is told to."""
+
+    def __init__(self, now: float = 1_000_000.0) -> None:
+        self.now = now
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run the whole suite in several processes, as much of it waits, and what is named in this one."""
+    if config.args_source != pytest.Config.ArgsSource.TESTPATHS or config.option.keyword:
+        return 0
+    return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the files that measure time, then with those that start processes, which take longest.
+
+    A file runs in one process (`--dist=loadfile`), so that what its tests share is made once. The groups of
+    xdist 3.8 would do so for less than a file, but with pytest 9.2 they have no effect.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    ranks: dict[Path, int] = {}
+    for item in items:
+        ranks[item.path] = min(ranks.get(item.path, len(RANKS)), _rank(item))
+    items.sort(key=lambda item: ranks[item.path])
+
+
+RANKS = ("timing", "process")
+
+
+def _rank(item: pytest.Item) -> int:
+    return next((rank for rank, mark in enumerate(RANKS) if item.get_closest_marker(mark)), len(RANKS))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    service.may_be_started = item.get_closest_marker("process") is not None
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
     with running_server() as server:
@@ -96,6 +171,10 @@ async def database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
     server: Server = request.getfixturevalue("postgres")
     async with server.database() as url:
         yield url
+
+
+# For properties of what is refused before any statement is made.
+on_one_database = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -184,6 +263,13 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
+@pytest.fixture
+async def logged(log: Log, database_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a service that writes to `log`."""
+    async with running(create_app(settings_for(database_url))) as client:
+        yield client
+
+
 def person(name: str, client: httpx.AsyncClient) -> Person:
     user_id = f"{name}{secrets.token_hex(8)}"
     return Person(user_id, client, tokens.issue(user_id, SECRET, 3600))
@@ -202,3 +288,31 @@ def bob(client: httpx.AsyncClient) -> Person:
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
     return tmp_path / "data"
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture
+def chromium() -> str:
+    if found := next(filter(None, map(shutil.which, BROWSERS)), None):
+        return found
+    sentence = "There is no Chromium: install Debian's package `chromium`."
+    if os.environ.get("CI"):
+        pytest.fail(f"{sentence} CI must not go without this test.")
+    pytest.skip(reason=sentence)  # a browser is much to ask of everybody who runs the tests
+
+
+PAGES_MAX = 1_000
+
+
+async def pages(someone: Person | httpx.AsyncClient, path: str) -> list[list[Any]]:
+    """Return each page from *path* on, following the `Link` headers."""
+    found: list[list[Any]] = []
+    while path:
+        assert len(found) < PAGES_MAX
+        answer = await someone.get(path)
+        assert answer.status_code == 200, answer.text
+        found.append(answer.json())
+        path = answer.links.get("next", {}).get("url", "")
+    return found

@@ -6,14 +6,18 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from unittest import mock
 
 import asyncpg
 import httpx
 
+import pool
+import postgres as postgres_database
+from config import Settings
 from main import create_app
-from tests.conftest import Person, person, running, settings_for
+from tests.conftest import Person, pages, person, running, settings_for
 from tests.postgres import Process, Server
 from tests.postgres_proxy import Proxy, running_proxy
 
@@ -22,6 +26,20 @@ ROLE = "service"
 CALM_ANSWERS = 6 * CLIENTS  # before the fault, and again when it has passed
 CALM_TIMEOUT_S = 30
 AFTER_S = 2.0  # of load after the fault, in which failures are still noted
+# What the service waits for: all of it is scaled as the faults are.
+SETTINGS = (
+    "database_connect_timeout_s",
+    "database_statement_timeout_s",
+    "database_wait_s",
+    "request_deadline_s",
+)
+CONSTANTS = (
+    (pool, "END_TIMEOUT_S"),
+    (pool, "CHECK_TIMEOUT_S"),
+    (pool, "PATIENCE_S"),
+    (pool, "RECONNECT_S"),
+    (postgres_database, "CANCEL_S"),
+)
 
 
 @dataclass
@@ -60,6 +78,7 @@ class Outcome:
     account: Account
     began: float
     recovery_s: float  # from the end of the fault to the last failure, and until everybody is served
+    calm_s: float  # that `CALM_ANSWERS` took before the fault, which is up to this machine and its users
     lost: int
     doubled: int
 
@@ -71,6 +90,11 @@ class Scene:
     process: Process
     proxy: Proxy
     database: str
+    scale: float
+
+    async def last(self, seconds: float) -> None:
+        """Let the fault last for *seconds*, at the scale of the scene."""
+        await asyncio.sleep(seconds * self.scale)
 
     async def alter(self, change: str) -> None:
         """Alter the database, for connections that are made from now on: those of now are ended."""
@@ -86,42 +110,60 @@ class Scene:
 Fault = Callable[[Scene], Awaitable[None]]
 
 
-async def suffer(process: Process, fault: Fault, **settings: object) -> Outcome:
-    """Run *fault* under the load of `CLIENTS`, and return when they have been served in peace again."""
+async def suffer(process: Process, fault: Fault, scale: float = 1.0) -> Outcome:
+    """Run *fault* under the load of `CLIENTS`, and return when they have been served in peace again.
+
+    *scale* is that of the fault's times and of the service's, so that their relations stay.
+    """
     server = Server(process.url)
-    name = await _database_of_an_ordinary_role(server)
     account = Account()
-    async with running_proxy(server.url_of(name).replace("postgres@", f"{ROLE}@")) as proxy:
-        app = create_app(settings_for(proxy.url, **settings))
-        async with running(app) as client:
-            people = [person("alice", client) for _ in range(CLIENTS)]
-            async with _load(people, account):
-                await _calm(account)
-                began = time.monotonic()
-                await fault(Scene(process, proxy, name))
-                account.ended = time.monotonic()
-                await asyncio.sleep(AFTER_S)
-                await _calm(account)
-            titles = [task["title"] for each in people for task in await _all_tasks(each)]
-    await server.drop_database(name)
+    async with _database_of_an_ordinary_role(server) as name:
+        with _scaled(scale) as settings:
+            async with running_proxy(server.url_of(name).replace("postgres@", f"{ROLE}@")) as proxy:
+                app = create_app(settings_for(proxy.url, **settings))
+                async with running(app) as client:
+                    people = [person("alice", client) for _ in range(CLIENTS)]
+                    async with _load(people, account):
+                        before_s = await _calm(account)
+                        began = time.monotonic()
+                        await fault(Scene(process, proxy, name, scale))
+                        account.ended = time.monotonic()
+                        await asyncio.sleep(AFTER_S * scale)
+                        await _calm(account)
+                    listed = [page for each in people for page in await pages(each, "?limit=1000")]
+    titles = [task["title"] for page in listed for task in page]
     return Outcome(
         account,
         began,
         max(*account.failures, *account.served_again.values()) - account.ended
         if len(account.served_again) == CLIENTS
         else math.inf,
+        before_s,
         len(account.acknowledged - set(titles)),
         len(titles) - len(set(titles)),
     )
 
 
-async def _database_of_an_ordinary_role(server: Server) -> str:
-    """Make a database for somebody whom limits hold, as they do not hold the superuser."""
+@contextlib.contextmanager
+def _scaled(scale: float) -> Iterator[dict[str, float]]:
+    """Scale the constants of the service, and lend the settings that go with them."""
+    with contextlib.ExitStack() as stack:
+        for module, name in CONSTANTS:
+            stack.enter_context(mock.patch.object(module, name, getattr(module, name) * scale))
+        yield {name: Settings.model_fields[name].default * scale for name in SETTINGS}
+
+
+@contextlib.asynccontextmanager
+async def _database_of_an_ordinary_role(server: Server) -> AsyncIterator[str]:
+    """Lend a database of somebody whom limits hold, as they do not hold the superuser."""
     with contextlib.suppress(asyncpg.DuplicateObjectError):
         await server.execute(f"CREATE ROLE {ROLE} LOGIN")
     name = await server.create_database()
-    await server.execute(f'ALTER DATABASE "{name}" OWNER TO {ROLE}')
-    return name
+    try:
+        await server.execute(f'ALTER DATABASE "{name}" OWNER TO {ROLE}')
+        yield name
+    finally:
+        await server.drop_database(name)
 
 
 @contextlib.asynccontextmanager
@@ -136,12 +178,13 @@ async def _load(people: list[Person], account: Account) -> AsyncIterator[None]:
         await asyncio.gather(*clients)
 
 
-async def _calm(account: Account) -> None:
-    """Return after `CALM_ANSWERS` more have succeeded, however long this machine takes for them."""
-    enough = account.successes + CALM_ANSWERS
+async def _calm(account: Account) -> float:
+    """Return after `CALM_ANSWERS` more have succeeded, and how many seconds this machine took for them."""
+    began, enough = time.monotonic(), account.successes + CALM_ANSWERS
     async with asyncio.timeout(CALM_TIMEOUT_S):
         while account.successes < enough:  # noqa: ASYNC110 - nobody else waits for a number
             await asyncio.sleep(0.01)
+    return time.monotonic() - began
 
 
 async def _watch(account: Account, stopping: asyncio.Event) -> None:
@@ -186,19 +229,10 @@ async def _write_until_done(someone: Person, account: Account, title: str, stopp
         await asyncio.sleep(0.1)
 
 
-async def _all_tasks(someone: Person) -> list[dict[str, str]]:
-    found, path = [], "?limit=1000"
-    while path:
-        answer = await someone.get(path)
-        found += answer.json()
-        path = answer.links.get("next", {}).get("url", "")
-    return found
-
-
 async def terminated(scene: Scene) -> None:
     for _ in range(5):
         await scene.terminate()
-        await asyncio.sleep(0.2)
+        await scene.last(0.2)
 
 
 async def restarted(scene: Scene) -> None:
@@ -214,56 +248,56 @@ async def crashed(scene: Scene) -> None:
 async def asleep(scene: Scene) -> None:
     """Away for less time than a sleeping database may take to wake."""
     await asyncio.to_thread(scene.process.stop)
-    await asyncio.sleep(4)
+    await scene.last(4)
     await asyncio.to_thread(scene.process.start)
 
 
 async def away(scene: Scene) -> None:
     await asyncio.to_thread(scene.process.stop)
-    await asyncio.sleep(8)
+    await scene.last(8)
     await asyncio.to_thread(scene.process.start)
 
 
 async def read_only(scene: Scene) -> None:
     await scene.alter("SET default_transaction_read_only = on")
-    await asyncio.sleep(1.5)
+    await scene.last(1.5)
     await scene.alter("RESET default_transaction_read_only")
 
 
 async def out_of_connections(scene: Scene) -> None:
     await scene.alter("CONNECTION LIMIT 2")
-    await asyncio.sleep(2)
+    await scene.last(2)
     await scene.alter("CONNECTION LIMIT -1")
 
 
 async def without_connections(scene: Scene) -> None:
     await scene.alter("CONNECTION LIMIT 0")
-    await asyncio.sleep(2)
+    await scene.last(2)
     await scene.alter("CONNECTION LIMIT -1")
 
 
 async def frozen(scene: Scene) -> None:
     scene.process.freeze()
-    await asyncio.sleep(6)
+    await scene.last(6)
     scene.process.thaw()
 
 
 async def cut_off(scene: Scene) -> None:
     """Packets vanish, of old connections and of new ones; then new ones pass again."""
     scene.proxy.swallow(new_ones_too=True)
-    await asyncio.sleep(6)
+    await scene.last(6)
     scene.proxy.release()
 
 
 async def forgotten(scene: Scene) -> None:
     """Connections that there are lead nowhere any more, new ones do."""
     scene.proxy.swallow()
-    await asyncio.sleep(5)  # until the last statement on one of them has been given up
+    await scene.last(5)  # until the last statement on one of them has been given up
 
 
 async def slow_to_wake(scene: Scene) -> None:
     """Every connection is gone, and new ones are accepted and not answered for a while."""
     scene.proxy.hold()
     await scene.terminate()
-    await asyncio.sleep(3.5)
+    await scene.last(3.5)
     scene.proxy.release()

@@ -1,6 +1,7 @@
-"""The service as its own process, the way people start it."""
+"""The service as its own process, the way people start it, and its commands in this one."""
 
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -9,13 +10,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import httpx
+import uvicorn
+
+import main
 
 PROJECT = Path(__file__).parent.parent
 START_TIMEOUT_S = 30
 RUN_TIMEOUT_S = 180  # Schemathesis takes a tenth of that, where nothing else runs
 STOP_TIMEOUT_S = 15
+
+may_be_started = True  # of a test, only if it is marked as one that does
 
 # A setting for a service under load, which coverage would make half as fast; others run the same lines.
 UNMEASURED = {"COVERAGE_PROCESS_CONFIG": ""}
@@ -58,6 +65,10 @@ class Service:
         return self.process.wait(STOP_TIMEOUT_S)
 
 
+def _assert_marked() -> None:
+    assert may_be_started, "a test that starts the service as a process is marked `process`"
+
+
 def environment(folder: Path, **settings: str) -> dict[str, str]:
     """Return an environment that holds *settings* and nothing that this machine may have set."""
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "SYSTEMROOT")}
@@ -95,6 +106,7 @@ def running_service_on(
 
 @contextlib.contextmanager
 def _running(folder: Path, program: list[str], settings: dict[str, str], *passed: int) -> Iterator[Service]:
+    _assert_marked()
     output, errors = folder / "output.txt", folder / "errors.txt"
     with output.open("w") as out, errors.open("w") as err:
         process = subprocess.Popen(
@@ -116,6 +128,7 @@ def _running(folder: Path, program: list[str], settings: dict[str, str], *passed
 
 def run(folder: Path, *command: str, **settings: str) -> "subprocess.CompletedProcess[str]":
     """Run `python` with *command* in *folder* to its end."""
+    _assert_marked()
     return subprocess.run(
         [sys.executable, *command],
         cwd=folder,
@@ -125,3 +138,28 @@ def run(folder: Path, *command: str, **settings: str) -> "subprocess.CompletedPr
         timeout=RUN_TIMEOUT_S,
         check=False,
     )
+
+
+def command(folder: Path, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+    """Run `main.py` with *arguments* in *folder* as `run` does, but in this process, which takes no time.
+
+    It may end with a mistake in the settings, but it must not get as far as to serve.
+    """
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.dict(os.environ, environment(folder, **settings), clear=True),
+        mock.patch.object(uvicorn.Server, "run", side_effect=AssertionError("this is a server")),
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        try:
+            main.main(list(arguments))
+        except SystemExit as ending:
+            code = int(ending.code or 0)
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
+def printed_token(folder: Path, user_id: str = "alice", **settings: str) -> str:
+    """Return the token that `main.py token` prints, with the secret of the service in *folder*."""
+    return command(folder, "token", user_id, **settings).stdout.strip()

@@ -1,48 +1,12 @@
-import io
 import json
-import logging
 import re
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-import logs
 from main import create_app
-from tests.conftest import Person, person, reset_log, running, settings_for
-
-
-class Log(io.StringIO):
-    def events(self, name: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self.getvalue().splitlines()]
-        return [line for line in lines if line["event"] == name]
-
-
-@pytest.fixture
-def log_format() -> str:
-    return "json"
-
-
-@pytest.fixture
-def log(log_format: str) -> Iterator[Log]:
-    """What services that start from now on write, in the format that they write to standard error."""
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    log = Log()
-    logs.configure("info", log_format, log)
-    yield log
-    reset_log()
-    root.handlers = handlers
-    root.setLevel(level)
-
-
-@pytest.fixture
-async def logged(log: Log, database_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a service that writes to `log`."""
-    async with running(create_app(settings_for(database_url))) as client:
-        yield client
+from tests.conftest import Log, Person, person, running, settings_for
 
 
 async def test_every_answer_carries_an_id(client: httpx.AsyncClient, alice: Person) -> None:

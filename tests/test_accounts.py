@@ -22,9 +22,8 @@ from logs import BoundedLog
 from main import create_app
 from passwords import Passwords
 from services import Services
-from tests.conftest import SECRET, Person, running, settings_for
+from tests.conftest import SECRET, Log, Person, running, settings_for
 from tests.issuer import ORIGIN, document, new_key
-from tests.test_access_log import Log, log, log_format  # noqa: F401 - fixtures
 from tests.test_errors import assert_problem
 from tests.test_passwords import WatchedHasher
 
@@ -68,7 +67,7 @@ def email() -> str:
 
 
 @pytest.fixture
-def security_log(log: Log, monkeypatch: pytest.MonkeyPatch) -> Log:  # noqa: F811 - the fixture
+def security_log(log: Log, monkeypatch: pytest.MonkeyPatch) -> Log:
     """What is logged by one that has not been busy in this second."""
     monkeypatch.setattr(routes.accounts, "_log", BoundedLog("security"))
     return log

@@ -7,18 +7,9 @@ import attempts
 import counts
 from attempts import FAILURES_MAX, WINDOW_MIN, Attempts, TooManyAttempts
 from counts import LocalStorage
+from tests.conftest import Clock
 
 ALICE = ("alice@example.com", "192.0.2.1")
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def time(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import jwks
 import tokens
 from main import create_app
-from tests.conftest import SECRET, Person, person, raw_status, running, settings_for
+from tests.conftest import SECRET, Person, on_one_database, person, raw_status, running, settings_for
 from tests.issuer import ORIGIN, document, new_key, running_issuer
 from tests.strategies import BOUNDED, JSON, LATIN_1, near_misses
 from tests.test_tokens import part, resigned, respelt, signed
@@ -219,6 +219,7 @@ async def test_the_owners_token_opens_a_task_operation(app: FastAPI, client: htt
     assert {401, 403}.isdisjoint(statuses)
 
 
+@on_one_database
 @pytest.mark.no_cover  # many times the same lines
 @BOUNDED
 @given(value=WRONG_VALUES, number=st.integers(0, 5))
@@ -232,6 +233,7 @@ async def test_no_bytes_but_the_owners_token_open_a_task_operation(
     assert await _status(app, number, value) == 401
 
 
+@on_one_database
 @pytest.mark.no_cover  # many times the same lines
 @BOUNDED
 @given(user_id=st.text(min_size=1, max_size=255).filter(_is_user), number=st.integers(0, 5))

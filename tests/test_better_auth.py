@@ -3,6 +3,7 @@ import re
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from tests.better_auth import Account, BetterAuth, running_better_auth
 from tests.conftest import Person, running, settings_for
 from tests.postgres import Server
 from tests.test_migrations import OUR_TABLES
+
+pytestmark = pytest.mark.process
 
 PROJECT = Path(__file__).parent.parent
 BETTER_AUTH_TABLES = {"user", "session", "account", "verification", "jwks"}
@@ -69,41 +72,58 @@ async def _rows(url: str, sql: str) -> list[Any]:
         await connection.close()
 
 
-@pytest.mark.parametrize("algorithm", ["EdDSA", "ES256", "RS256"])
-async def test_a_token_of_better_auth_opens_all_operations(url: str, tmp_path: Path, algorithm: str) -> None:
-    async with (
-        running_better_auth(url, tmp_path, algorithm=algorithm) as issuer,
-        _service(url, issuer) as client,
-    ):
-        alice = await _person("alice", issuer, client)
-
-        assert jwt.get_unverified_header(alice.token)["alg"] == algorithm
-        await _use_all_operations(alice)
-
-
 IDS: dict[str, Callable[[str], object]] = {
     "text": lambda user_id: re.fullmatch("[A-Za-z0-9]{32}", user_id),
     "uuid": lambda user_id: str(uuid.UUID(user_id)) == user_id,
-    "serial": lambda user_id: user_id in ("1", "2"),
+    "serial": lambda user_id: re.fullmatch("[1-4]", user_id),
 }
 
 
-@pytest.mark.parametrize("ids", IDS)
-async def test_a_user_is_the_subject_of_the_token_whatever_ids_look_like(
-    url: str, tmp_path: Path, ids: str
-) -> None:
-    async with running_better_auth(url, tmp_path, ids=ids) as issuer, _service(url, issuer) as client:
-        alice = await _person("alice", issuer, client)
-        bob = await _person("bob", issuer, client)
+@dataclass(frozen=True)
+class Served:
+    """A Better Auth, and a client of the service that takes its tokens."""
 
-        assert IDS[ids](alice.user_id)
-        await _use_all_operations(alice)
-        task = await alice.create()
+    issuer: BetterAuth
+    client: httpx.AsyncClient
+    algorithm: str
+    ids: str
 
-        assert (await bob.get()).json() == []
-        assert (await bob.get(f"/{task['id']}")).status_code == 404
-        assert (await bob.get(alice.tasks)).status_code == 403
-        assert (await alice.get()).json() == [task]
+
+@pytest.fixture(
+    scope="module", params=[("EdDSA", "text"), ("ES256", "uuid"), ("RS256", "serial")], ids="-".join
+)
+async def served(
+    request: pytest.FixtureRequest, postgres: Server, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Served]:
+    algorithm, ids = request.param
+    folder = tmp_path_factory.mktemp("better_auth")
+    async with (
+        postgres.database() as url,
+        running_better_auth(url, folder, algorithm=algorithm, ids=ids) as issuer,
+        _service(url, issuer) as client,
+    ):
+        yield Served(issuer, client, algorithm, ids)
+
+
+async def test_a_token_of_better_auth_opens_all_operations(served: Served) -> None:
+    alice = await _person("alice", served.issuer, served.client)
+
+    assert jwt.get_unverified_header(alice.token)["alg"] == served.algorithm
+    await _use_all_operations(alice)
+
+
+async def test_a_user_is_the_subject_of_the_token_whatever_ids_look_like(served: Served) -> None:
+    carol = await _person("carol", served.issuer, served.client)
+    bob = await _person("bob", served.issuer, served.client)
+
+    assert IDS[served.ids](carol.user_id)
+    await _use_all_operations(carol)
+    task = await carol.create()
+
+    assert (await bob.get()).json() == []
+    assert (await bob.get(f"/{task['id']}")).status_code == 404
+    assert (await bob.get(carol.tasks)).status_code == 403
+    assert (await carol.get()).json() == [task]
 
 
 ROTATIONS = {

@@ -16,6 +16,8 @@ from tests.conftest import SECRET
 from tests.postgres import free_port
 from tests.service import UNMEASURED, Service, running_service
 
+pytestmark = pytest.mark.process
+
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 MEMORY_MAX_MB = 256  # as docs/deploy.md promises
 SETTINGS = {"BETTER_AUTH_SECRET": SECRET, "RATE_LIMIT": "off", **UNMEASURED}

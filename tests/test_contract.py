@@ -17,6 +17,7 @@ SCHEMATHESIS = str(Path(sys.executable).with_name("schemathesis"))
 CONFIG = str(PROJECT / "tests" / "contract.toml")
 
 
+@pytest.mark.process
 @pytest.mark.no_cover  # many times the same lines
 async def test_every_answer_is_as_the_document_says(
     app: FastAPI, alice: Person, database_url: str, tmp_path: Path

@@ -9,8 +9,8 @@ from main import create_app
 from middleware.cors import EXPOSED_HEADERS, METHODS, REQUEST_HEADERS
 from tests.conftest import Person, running, settings_for
 from tests.postgres import free_port
-from tests.service import PROJECT, run, running_service
-from tests.test_docs import BROWSER_OPTIONS, chromium  # noqa: F401 - a fixture
+from tests.service import printed_token, running_service
+from tests.test_docs import BROWSER_OPTIONS
 
 ORIGIN = "https://app.example.com"
 
@@ -112,14 +112,15 @@ async def test_where_every_origin_is_allowed_none_may_send_credentials(
         assert "access-control-allow-credentials" not in answer.headers
 
 
+@pytest.mark.process
 def test_a_page_that_includes_credentials_reads_the_answers(
-    chromium: str,  # noqa: F811 - the fixture
+    chromium: str,
     tmp_path: Path,
 ) -> None:
     port, front = free_port(), free_port()
     origin = f"http://127.0.0.1:{front}"
     (tmp_path / "front").mkdir()
-    token = run(tmp_path, str(PROJECT / "main.py"), "token", "alice").stdout.strip()
+    token = printed_token(tmp_path)
     with (
         running_service(tmp_path, PORT=str(port), ALLOWED_ORIGINS=origin) as service,
         running_service(tmp_path / "front", PORT=str(front)) as page_server,  # any page of another origin

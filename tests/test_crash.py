@@ -16,7 +16,7 @@ from tests.postgres import free_port
 from tests.service import STOP_TIMEOUT_S, UNMEASURED, Service, running_service
 
 # What is run here is measured elsewhere; coverage would only slow the load.
-pytestmark = pytest.mark.no_cover
+pytestmark = [pytest.mark.no_cover, pytest.mark.process]
 
 KILLS = 4
 CLIENTS = 8

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import tokens
 from cursors import CursorInvalid, CursorSealer, TaskList
 from schemas import ID_MAX, TaskListQuery
-from tests.conftest import SECRET, raw_status
+from tests.conftest import SECRET, on_one_database, raw_status
 from tests.strategies import BOUNDED, JSON, near_misses
 
 OLDER = "a-secret-that-only-the-tests-know-0000"
@@ -234,6 +234,7 @@ async def _status(app: FastAPI, cursor: bytes) -> int:
     )
 
 
+@on_one_database
 @pytest.mark.no_cover  # many times the same lines
 @BOUNDED
 @given(cursor=FORGED.map(lambda text: text.encode(errors="surrogatepass")) | st.binary())
@@ -249,6 +250,7 @@ def _is_position(position: list[Any]) -> bool:
     return False
 
 
+@on_one_database
 @pytest.mark.no_cover  # many times the same lines
 @BOUNDED
 @given(

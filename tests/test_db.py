@@ -26,7 +26,7 @@ from refusals import TaskNotFound
 from schemas import Filter, Order, TaskCreate
 from startup import migrate
 from statements import Deferred, Row, compile_statement
-from tests.conftest import Person, person, running, settings_for
+from tests.conftest import Person, pages, person, running, settings_for
 from tests.postgres import Server
 
 WRITERS = 32
@@ -54,19 +54,10 @@ async def test_many_writers_with_impatient_clients_lose_nothing(alice: Person) -
 
     await asyncio.gather(*(write() for _ in range(WRITERS)))
 
-    kept = [int(task["title"]) for task in await _everything(alice)]
+    kept = [int(task["title"]) for page in await pages(alice, "?limit=1000") for task in page]
     assert len(kept) == len(set(kept))
     assert set(acknowledged) <= set(kept)
     assert {number for number in range(TASKS) if number % 10} <= set(acknowledged)
-
-
-async def _everything(someone: Person) -> list[dict[str, str]]:
-    tasks, url = [], "?limit=1000"
-    while url:
-        answer = await someone.get(url)
-        tasks += answer.json()
-        url = answer.links.get("next", {}).get("url", "")
-    return tasks
 
 
 async def test_concurrent_updates_of_one_task_all_count(alice: Person) -> None:

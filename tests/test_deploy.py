@@ -181,6 +181,7 @@ def of_the_unit(name: str) -> list[str]:
     return str(here).split()
 
 
+@pytest.mark.process
 async def test_what_the_unit_starts_serves_and_stops_as_the_guide_says(url: str, tmp_path: Path) -> None:
     settings = dict(word.split("=") for word in of_the_unit("Environment"))
     settings |= {

@@ -1,9 +1,7 @@
 """/docs, also as a person without internet sees it: a real browser on the real service."""
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,9 +14,8 @@ from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, e
 from main import create_app
 from tests.conftest import running, settings_for
 from tests.postgres import free_port
-from tests.service import PROJECT, run, running_service
+from tests.service import printed_token, running_service
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Without names there is no way out, not even for what is not a request of the page.
 BROWSER_OPTIONS = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
 
@@ -55,10 +52,11 @@ async def test_what_the_page_names_is_served(client: httpx.AsyncClient) -> None:
     assert all(answer.content for answer in answers)
 
 
+@pytest.mark.process
 def test_a_task_is_created_from_the_docs_without_internet(
     chromium: str, address: str, tmp_path: Path
 ) -> None:
-    token = run(tmp_path, str(PROJECT / "main.py"), "token", "alice").stdout.strip()
+    token = printed_token(tmp_path)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_OPTIONS)
         page = browser.new_page(service_workers="block")
@@ -80,6 +78,7 @@ def test_a_task_is_created_from_the_docs_without_internet(
     assert watched.errors == []
 
 
+@pytest.mark.process
 def test_a_newcomer_signs_up_and_creates_a_first_task_by_clicking(
     chromium: str, address: str, tmp_path: Path
 ) -> None:
@@ -194,16 +193,6 @@ def address(tmp_path: Path) -> Iterator[str]:
     with running_service(tmp_path, PORT=port) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
-
-
-@pytest.fixture
-def chromium() -> str:
-    if found := next(filter(None, map(shutil.which, BROWSERS)), None):
-        return found
-    sentence = "There is no Chromium: install Debian's package `chromium`."
-    if os.environ.get("CI"):
-        pytest.fail(f"{sentence} CI must not go without this test.")
-    pytest.skip(reason=sentence)  # a browser is much to ask of everybody who runs the tests
 
 
 async def addresses_in_docs(client: httpx.AsyncClient) -> list[str]:

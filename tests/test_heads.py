@@ -212,6 +212,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, 
         assert "Traceback" not in service.logged
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", CASES)
 async def test_no_second_request_is_smuggled_in(target: tuple[Service, int], name: str) -> None:
     """Whole, and cut in two segments at each border within its lines and around its bodies."""
@@ -232,6 +233,7 @@ async def test_no_second_request_is_smuggled_in(target: tuple[Service, int], nam
     assert "path=/smuggled" not in service.logged
 
 
+@pytest.mark.process
 async def test_a_message_is_served_byte_by_byte(target: tuple[Service, int]) -> None:
     raw = POST + H2C + CHUNKED + b"\r\n" + CHUNKS + LAST
 
@@ -240,6 +242,7 @@ async def test_a_message_is_served_byte_by_byte(target: tuple[Service, int]) -> 
     assert found == [READ, OK]
 
 
+@pytest.mark.process
 async def test_the_head_may_have_so_many_fields(target: tuple[Service, int]) -> None:
     head = GET + b"Host: x\r\nConnection: close\r\n"
 
@@ -248,6 +251,7 @@ async def test_the_head_may_have_so_many_fields(target: tuple[Service, int]) -> 
     assert too_large == [(431, "The request's head has over 32 KiB or over 100 fields")]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("meant", "named", "status"), [(b"x", b"y", 200), (b"y", b"x", 400), (b"y", b"y", 400)]
 )
@@ -265,6 +269,7 @@ async def test_the_host_of_an_absolute_address_is_the_one_that_is_meant(
     assert found == [(status, found[0][1])]
 
 
+@pytest.mark.process
 async def test_each_request_of_a_connection_has_a_head_of_its_own(target: tuple[Service, int]) -> None:
     """Neither the fields nor the bytes of several are added up."""
     head = (
@@ -279,6 +284,7 @@ async def test_each_request_of_a_connection_has_a_head_of_its_own(target: tuple[
     assert await answers_to(target[1], head, head, head, LAST) == [OK] * 4
 
 
+@pytest.mark.process
 async def test_a_body_may_be_larger_than_a_head(target: tuple[Service, int]) -> None:
     head = POST + b"Content-Length: %d\r\n\r\n" % (2 * HEAD_MAX_BYTES)
 
@@ -290,12 +296,14 @@ async def test_a_body_may_be_larger_than_a_head(target: tuple[Service, int]) -> 
     ]
 
 
+@pytest.mark.process
 async def test_names_of_fields_count_as_the_head(target: tuple[Service, int]) -> None:
     head = GET + b"Host: x\r\n" + b"a" * HEAD_MAX_BYTES + b": b\r\n\r\n"
 
     assert (await answers_to(target[1], head))[0][0] == 431
 
 
+@pytest.mark.process
 async def test_trailers_count_as_the_head(target: tuple[Service, int]) -> None:
     chunked = POST + CHUNKED + b"\r\n0\r\n"
 
@@ -303,12 +311,14 @@ async def test_trailers_count_as_the_head(target: tuple[Service, int]) -> None:
     assert (await answers_to(target[1], chunked + b"A: " + b"b" * HEAD_MAX_BYTES + b"\r\n\r\n"))[-1][0] == 431
 
 
+@pytest.mark.process
 async def test_a_token_of_the_largest_size_fits(target: tuple[Service, int]) -> None:
     head = GET + b"Host: x\r\nConnection: close\r\nAuthorization: Bearer " + b"x" * 16 * 1024
 
     assert await answers_to(target[1], head + b"\r\n\r\n") == [OK]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("version", "answer"), [(b"1.1", b"HTTP/1.1 100"), (b"1.0", b"HTTP/1.1 422")])
 async def test_only_http_1_1_is_told_to_continue(
     target: tuple[Service, int], version: bytes, answer: bytes

@@ -8,6 +8,7 @@ from structlog.testing import capture_logs
 
 import jwks
 from jwks import FetchedKeys, KeySetInvalid, KeysUnavailable, KeyUnknown, StaticKeys, read_keys
+from tests.conftest import Clock
 from tests.issuer import Issuer, SigningKey, answer, document, new_key, running_issuer
 
 KEYS = {algorithm: new_key(algorithm) for algorithm in jwks.ALGORITHMS}
@@ -148,16 +149,6 @@ async def test_static_keys_know_what_they_were_given() -> None:
     assert (await keys.key("old")).algorithms == {"EdDSA", "Ed25519"}
     with pytest.raises(KeyUnknown):
         await keys.key("new")
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import task_model
-from tests.conftest import Person, person
+from tests.conftest import Person, pages, person
 from tests.task_model import ORDERS, Json, Task, Wanted, moment
 
 WRITABLE = {"title", *task_model.UNSET}
@@ -50,18 +50,6 @@ async def fill(person: Person, tasks: Sequence[Json]) -> list[Json]:
     answer = await person.post("/bulk", json={"operations": operations})
     assert answer.status_code == 200, answer.text
     return [result["task"] for result in answer.json()["results"]]
-
-
-async def pages(person: Person, path: str) -> list[list[Json]]:
-    """Return each page from *path* on, following the `Link` headers."""
-    found: list[list[Json]] = []
-    while path:
-        assert len(found) < ENDLESS
-        answer = await person.get(path)
-        assert answer.status_code == 200, answer.text
-        found.append(answer.json())
-        path = answer.links.get("next", {}).get("url", "")
-    return found
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import structlog
 
 import logs
 from logs import BoundedLog
-from tests.conftest import reset_log
+from tests.conftest import Clock, reset_log
 
 
 @pytest.fixture
@@ -23,13 +23,6 @@ def stream() -> Iterator[io.StringIO]:
     reset_log()
     root.handlers = handlers
     root.setLevel(level)
-
-
-class Clock:
-    now = 1_000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 def test_libraries_write_in_the_same_format(stream: io.StringIO) -> None:

@@ -7,17 +7,27 @@ import sqlite3
 import stat
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import jwt
 import pytest
 
 from tests.conftest import SECRET
 from tests.postgres import free_port, own_server
-from tests.service import PROJECT, run, running_service
+from tests.service import PROJECT, Service, printed_token, run, running_service
 
 MAIN = str(PROJECT / "main.py")
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def unconfigured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str, Path]]:
+    """A service that was started with nothing but a port, its address and its folder."""
+    folder, port = tmp_path_factory.mktemp("unconfigured"), str(free_port())
+    with running_service(folder, PORT=port) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        yield service, f"http://127.0.0.1:{port}", folder
 
 
 def test_started_with_nothing_it_prints_three_lines_that_work(tmp_path: Path) -> None:
@@ -62,29 +72,23 @@ def test_uvicorn_serves_too(tmp_path: Path) -> None:
     assert all("request_id=" in line for line in access)
 
 
-def test_an_answer_over_a_socket_names_no_server(tmp_path: Path) -> None:
-    port = str(free_port())
-    with running_service(tmp_path, PORT=port) as service:
-        service.wait_for(f"http://127.0.0.1:{port}")
+def test_an_answer_over_a_socket_names_no_server(unconfigured: tuple[Service, str, Path]) -> None:
+    _, address, _ = unconfigured
 
-        answer = httpx.get(f"http://127.0.0.1:{port}/health", headers={"Origin": "http://localhost:3000"})
+    answer = httpx.get(f"{address}/health", headers={"Origin": "http://localhost:3000"})
 
     assert "server" not in answer.headers
     assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
     assert answer.headers["x-request-id"]
 
 
-def test_a_large_body_over_a_socket_is_a_problem(tmp_path: Path) -> None:
-    port = str(free_port())
-    with running_service(tmp_path, PORT=port) as service:
-        address = f"http://127.0.0.1:{port}"
-        service.wait_for(address)
-        token = run(tmp_path, MAIN, "token", "alice").stdout.strip()
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+def test_a_large_body_over_a_socket_is_a_problem(unconfigured: tuple[Service, str, Path]) -> None:
+    _, address, folder = unconfigured
+    headers = {"Authorization": f"Bearer {printed_token(folder)}", "Content-Type": "application/json"}
 
-        with httpx.Client(base_url=address, headers=headers) as client:
-            answer = client.post("/api/alice/tasks", content=b"x" * 1_000_000)
-            after = client.get("/api/alice/tasks")
+    with httpx.Client(base_url=address, headers=headers) as client:
+        answer = client.post("/api/alice/tasks", content=b"x" * 1_000_000)
+        after = client.get("/api/alice/tasks")
 
     assert (answer.status_code, answer.json()["title"]) == (413, "Content Too Large")
     assert (after.status_code, after.json()) == (200, [])
@@ -102,7 +106,7 @@ async def test_postgres_is_served_as_configured(tmp_path: Path, postgres_url: st
     with running_service(tmp_path, **settings) as service:
         address = f"http://127.0.0.1:{port}"
         await asyncio.to_thread(service.wait_for, address)
-        token = run(tmp_path, MAIN, "token", "alice", **settings).stdout.strip()
+        token = printed_token(tmp_path, **settings)
         async with httpx.AsyncClient(headers={"Authorization": f"Bearer {token}"}) as client:
             created = await client.post(f"{address}/api/alice/tasks", json={"title": "Buy milk"})
             listed = await client.get(f"{address}/api/alice/tasks")
@@ -113,42 +117,7 @@ async def test_postgres_is_served_as_configured(tmp_path: Path, postgres_url: st
         assert service.stop() == 0
 
 
-@pytest.mark.parametrize(("lifetime", "seconds"), [("15m", 900), ("24h", 86_400), ("7d", 604_800)])
-def test_token_prints_a_token_of_the_configured_lifetime(tmp_path: Path, lifetime: str, seconds: int) -> None:
-    done = run(tmp_path, MAIN, "token", "alice", JWT_EXPIRATION=lifetime, BETTER_AUTH_SECRET=SECRET)
-
-    claims = jwt.decode(done.stdout.strip(), SECRET, algorithms=["HS256"])
-    assert claims["sub"] == "alice"
-    assert claims["exp"] - claims["iat"] == seconds
-
-
-def test_a_printed_token_is_for_whom_the_settings_name(tmp_path: Path) -> None:
-    settings = {"JWT_ISSUER": "https://b.example,https://a.example", "JWT_AUDIENCE": "tasks"}
-
-    done = run(tmp_path, MAIN, "token", "alice", BETTER_AUTH_SECRET=SECRET, **settings)
-
-    claims = jwt.decode(done.stdout.strip(), SECRET, algorithms=["HS256"], audience="tasks")
-    assert (claims["iss"], claims["aud"]) == ("https://a.example", "tasks")
-
-
-def test_no_token_is_printed_that_would_be_refused(tmp_path: Path) -> None:
-    done = run(tmp_path, MAIN, "token", "alice", BETTER_AUTH_SECRET=SECRET, JWT_ALGORITHMS="EdDSA")
-
-    assert (done.returncode, done.stderr.splitlines()) == (
-        2,
-        ["JWT_ALGORITHMS: must have HS256 to make a token"],
-    )
-
-
-def test_the_openapi_document_is_printed_without_settings(tmp_path: Path) -> None:
-    done = run(tmp_path, MAIN, "openapi", BETTER_AUTH_SECRET="short")
-
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == (PROJECT / "openapi.json").read_text()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("command", [(MAIN,), ("-m", "uvicorn", "main:app"), (MAIN, "token", "alice")])
+@pytest.mark.parametrize("command", [(MAIN,), ("-m", "uvicorn", "main:app")])
 def test_a_mistake_in_the_settings_ends_the_start_with_a_sentence(
     tmp_path: Path, command: tuple[str, ...]
 ) -> None:
@@ -156,35 +125,6 @@ def test_a_mistake_in_the_settings_ends_the_start_with_a_sentence(
 
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["BETTER_AUTH_SECRET: must be at least 32 characters"]
-
-
-@pytest.mark.parametrize(
-    ("url", "sentence"),
-    [
-        ("mysql://h/d", "DATABASE_URL: must begin with postgresql:// or sqlite:///"),
-        (
-            "postgresql://u:hunter2@h/d?sslmode=maybe",
-            "DATABASE_URL: has an sslmode that is not one of "
-            "disable, allow, prefer, require, verify-ca, verify-full",
-        ),
-    ],
-)
-def test_a_database_url_that_cannot_be_used_ends_the_start_with_a_sentence(
-    tmp_path: Path, url: str, sentence: str
-) -> None:
-    done = run(tmp_path, MAIN, DATABASE_URL=url, BETTER_AUTH_SECRET=SECRET)
-
-    assert (done.returncode, done.stderr.splitlines()) == (2, [sentence])
-
-
-def test_a_data_folder_that_cannot_be_made_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "data").write_text("in the way")
-
-    done = run(tmp_path, MAIN)
-
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "Traceback" not in done.stderr
 
 
 def test_a_port_that_is_taken_ends_the_start(tmp_path: Path) -> None:
@@ -282,7 +222,7 @@ def test_a_client_that_stalls_keeps_nobody_from_stopping(tmp_path: Path) -> None
     port = free_port()
     with running_service(tmp_path, PORT=str(port), SHUTDOWN_GRACE_S="1") as service:
         service.wait_for(f"http://127.0.0.1:{port}")
-        token = run(tmp_path, MAIN, "token", "alice").stdout.strip()
+        token = printed_token(tmp_path)
         with socket.create_connection(("127.0.0.1", port)) as stalling:
             stalling.sendall(half_a_request(token))
             httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
@@ -290,20 +230,17 @@ def test_a_client_that_stalls_keeps_nobody_from_stopping(tmp_path: Path) -> None
             assert service.stop() == 0
 
 
-def test_a_client_that_hangs_up_is_no_crash(tmp_path: Path) -> None:
-    port = free_port()
-    with running_service(tmp_path, PORT=str(port)) as service:
-        service.wait_for(f"http://127.0.0.1:{port}")
-        token = run(tmp_path, MAIN, "token", "alice").stdout.strip()
-        with socket.create_connection(("127.0.0.1", port)) as hasty:
-            hasty.sendall(half_a_request(token))
-        for _ in range(100):
-            if "status=499" in service.logged:
-                break
-            httpx.get(f"http://127.0.0.1:{port}/health")
+def test_a_client_that_hangs_up_is_no_crash(unconfigured: tuple[Service, str, Path]) -> None:
+    service, address, folder = unconfigured
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as hasty:
+        hasty.sendall(half_a_request(printed_token(folder)))
+    for _ in range(100):
+        if "status=499" in service.logged:
+            break
+        httpx.get(f"{address}/health")
 
-        assert "status=499" in service.logged
-        assert "Traceback" not in service.logged
+    assert "status=499" in service.logged
+    assert "Traceback" not in service.logged
 
 
 def test_nobody_has_to_read_what_is_printed(tmp_path: Path) -> None:
@@ -315,16 +252,17 @@ def test_nobody_has_to_read_what_is_printed(tmp_path: Path) -> None:
         assert service.stop() in (0, 120)  # the latter is Python's, when its last output cannot be written
 
 
-def test_a_trusted_proxy_says_what_came_by_https(tmp_path: Path) -> None:
+def test_a_trusted_proxy_says_what_came_by_https(
+    unconfigured: tuple[Service, str, Path], tmp_path: Path
+) -> None:
     by_https = {"X-Forwarded-Proto": "https"}
-    told = []
-    for settings in ({}, {"TRUSTED_PROXIES": "127.0.0.1"}):
-        port = str(free_port())
-        with running_service(tmp_path, PORT=port, **settings) as service:
-            service.wait_for(f"http://127.0.0.1:{port}")
-            answer = httpx.get(f"http://127.0.0.1:{port}/health", headers=by_https)
-            told.append("strict-transport-security" in answer.headers)
+    untrusted = httpx.get(f"{unconfigured[1]}/health", headers=by_https)
+    port = str(free_port())
+    with running_service(tmp_path, PORT=port, TRUSTED_PROXIES="127.0.0.1") as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        trusted = httpx.get(f"http://127.0.0.1:{port}/health", headers=by_https)
 
+    told = ["strict-transport-security" in answer.headers for answer in (untrusted, trusted)]
     assert told == [False, True]
 
 

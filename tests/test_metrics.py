@@ -15,12 +15,11 @@ from jwks import FetchedKeys
 from main import create_app
 from pool import Pool
 from statements import UNNAMED, compile_statement
-from tests.conftest import Person, person, raw_status, running, settings_for
+from tests.conftest import Log, Person, person, raw_status, running, settings_for
 from tests.issuer import new_key, running_issuer
 from tests.postgres import Server, free_port
-from tests.service import PROJECT, run, running_service
+from tests.service import command, running_service
 from tests.statements import every_statement
-from tests.test_access_log import Log, log, log_format  # noqa: F401 - fixtures
 
 TOKEN = "a-token-that-only-prometheus-knows-01"
 
@@ -180,7 +179,7 @@ def test_every_statement_has_a_name_of_its_own() -> None:
 
 async def test_a_slow_statement_is_named_in_the_log_without_its_values(
     database_url: str,
-    log: Log,  # noqa: F811 - the fixture
+    log: Log,
 ) -> None:
     async with running(create_app(settings_for(database_url, slow_statement_ms=0.001))) as client:
         alice = person("alice", client)
@@ -195,7 +194,7 @@ async def test_a_slow_statement_is_named_in_the_log_without_its_values(
 
 async def test_quick_statements_are_not_in_the_log(
     database_url: str,
-    log: Log,  # noqa: F811 - the fixture
+    log: Log,
 ) -> None:
     async with running(create_app(settings_for(database_url, slow_statement_ms=60_000))) as client:
         await person("alice", client).get()
@@ -204,7 +203,7 @@ async def test_quick_statements_are_not_in_the_log(
 
 
 async def test_an_unavailable_database_is_counted_and_logged_with_the_requests_id(
-    log: Log,  # noqa: F811 - the fixture
+    log: Log,
     risen: Callable[..., float],
 ) -> None:
     url = "postgresql://nobody@127.0.0.1:1/nowhere"
@@ -257,6 +256,7 @@ async def test_switched_off_nothing_is_counted(database_url: str, risen: Callabl
     assert risen("http_requests_total") == 0
 
 
+@pytest.mark.process
 def test_a_port_of_their_own_needs_no_token_and_two_workers_do_not_quarrel(tmp_path: Path) -> None:
     port, second, own = str(free_port()), str(free_port()), str(free_port())
     with running_service(tmp_path, PORT=port, METRICS_PORT=own) as service:
@@ -271,6 +271,6 @@ def test_a_port_of_their_own_needs_no_token_and_two_workers_do_not_quarrel(tmp_p
 
 
 def test_a_short_token_is_refused_at_start(tmp_path: Path) -> None:
-    done = run(tmp_path, str(PROJECT / "main.py"), METRICS_TOKEN="short")
+    done = command(tmp_path, METRICS_TOKEN="short")
 
     assert done.stderr.splitlines() == ["METRICS_TOKEN: must be at least 32 characters"]

@@ -22,6 +22,8 @@ from tests.conftest import SECRET
 from tests.postgres import free_port
 from tests.service import Service, running_service, running_service_on
 
+pytestmark = pytest.mark.process
+
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 SCRIPT = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
 # The real times would make the tests slow.

@@ -18,7 +18,7 @@ from rate_limits import client_address
 from tests.conftest import person, running, settings_for
 from tests.postgres import free_port
 from tests.redis_server import running_redis
-from tests.service import PROJECT, run, running_service
+from tests.service import printed_token, running_service
 
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 ALICE = {"name": "Alice", "email": "alice@example.com", "password": "correct horse battery"}
@@ -233,6 +233,7 @@ def test_a_client_without_an_address_is_one_too() -> None:
     assert client_address({"client": None}) == client_address({}) == ""
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("trusted", "forwarded", "other"),
     [
@@ -260,6 +261,7 @@ def test_only_a_trusted_proxy_says_who_the_client_is(
     assert fresh == (404 if trusted and trusted.startswith("127") else 429)
 
 
+@pytest.mark.process
 async def test_two_processes_share_one_limit_and_do_without_redis(tmp_path: Path) -> None:
     with running_redis(tmp_path) as redis, contextlib.ExitStack() as stack:
         settings = {
@@ -269,7 +271,7 @@ async def test_two_processes_share_one_limit_and_do_without_redis(tmp_path: Path
             "LOCAL_ACCOUNTS": "true",
         }
         services, clients = [], []
-        token = run(tmp_path, str(PROJECT / "main.py"), "token", "alice", **settings).stdout.strip()
+        token = printed_token(tmp_path, **settings)
         for name in ("first", "second"):
             (tmp_path / name).mkdir()
             port = str(free_port())

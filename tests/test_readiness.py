@@ -17,9 +17,8 @@ from errors import Unavailable
 from main import create_app
 from readiness import AWAY, OUTDATED, Readiness, outdated_revisions
 from startup import migrate
-from tests.conftest import person, running, settings_for
+from tests.conftest import Log, person, running, settings_for
 from tests.postgres import Server, own_server
-from tests.test_access_log import Log, log, log_format  # noqa: F401 - fixtures
 from tests.test_errors import assert_problem
 from tests.test_migrations import _alembic
 
@@ -85,7 +84,7 @@ async def test_a_schema_that_is_ahead_is_ready(url: str) -> None:
 
 async def test_requests_without_a_schema_are_told_to_come_back_and_the_start_says_why(
     url: str,
-    log: Log,  # noqa: F811 - the fixture
+    log: Log,
 ) -> None:
     async with running(unmigrated(url)) as client:
         answer = await person("alice", client).get()

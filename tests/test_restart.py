@@ -13,12 +13,12 @@ import httpx
 import pytest
 
 import tokens
-from tests.conftest import SECRET
+from tests.conftest import SECRET, pages
 from tests.postgres import free_port
 from tests.service import UNMEASURED, Service, running_service, running_service_on
 
 # What is run here is measured elsewhere; coverage would only slow the load.
-pytestmark = pytest.mark.no_cover
+pytestmark = [pytest.mark.no_cover, pytest.mark.process]
 
 CLIENTS = 16
 
@@ -72,13 +72,8 @@ async def loading(address: str) -> AsyncIterator[Load]:
 
 
 async def titles(address: str) -> list[str]:
-    found, path = [], "/api/alice/tasks?limit=1000"
     async with client_of(address) as client:
-        while path:
-            answer = await client.get(path)
-            found += [task["title"] for task in answer.json()]
-            path = answer.links.get("next", {}).get("url", "")
-    return found
+        return [task["title"] for page in await pages(client, "/api/alice/tasks?limit=1000") for task in page]
 
 
 def settings_of(url: str) -> dict[str, str]:

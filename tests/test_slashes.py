@@ -8,10 +8,11 @@ import pytest
 
 import paths
 import tokens
-from tests.conftest import SECRET
+from tests.conftest import SECRET, Log
 from tests.postgres import free_port
 from tests.service import running_service
-from tests.test_access_log import Log, log, log_format, logged  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ async def test_a_task_with_a_slash_is_no_task(served: httpx.AsyncClient) -> None
         assert (answer.status_code, answer.json()["errors"][0]["parameter"]) == (422, "task_id")
 
 
-async def test_a_slash_is_a_slash_in_the_log(logged: httpx.AsyncClient, log: Log) -> None:  # noqa: F811
+async def test_a_slash_is_a_slash_in_the_log(logged: httpx.AsyncClient, log: Log) -> None:
     denied = await logged.get("/api/al%2Fice/tasks", **_bearer("bob"))
     refused = await logged.put("/api/al%2Fice/tasks", **_bearer("al/ice"))
 

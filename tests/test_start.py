@@ -15,11 +15,14 @@ import pytest
 from alembic import command
 
 import db
+import tokens
 from startup import migrate
 from tests.conftest import SECRET
 from tests.postgres import Process, free_port, running_process
-from tests.service import PROJECT, Service, run, running_service
+from tests.service import Service, running_service
 from tests.test_migrations import _alembic
+
+pytestmark = pytest.mark.process
 
 MIGRATION_LOCK = 7_240_115_033
 GRACE_S = 2
@@ -194,8 +197,7 @@ async def test_a_file_that_another_process_writes_to_keeps_nobody_from_starting_
         other.execute("BEGIN IMMEDIATE")
         with starting(tmp_path, settings_of(f"sqlite:///{path}")) as (service, address):
             await open_port(service, address)
-            token = run(tmp_path, str(PROJECT / "main.py"), "token", "alice", BETTER_AUTH_SECRET=SECRET)
-            headers = {"Authorization": f"Bearer {token.stdout.strip()}"}
+            headers = {"Authorization": f"Bearer {tokens.issue('alice', SECRET, 3600)}"}
             async with httpx.AsyncClient(base_url=address, headers=headers, timeout=15) as client:
                 assert (await client.get("/health/ready")).status_code in ((200, 503) if migrated else (503,))
                 assert (await client.post("/api/alice/tasks", json={"title": "Buy milk"})).status_code == 503

@@ -10,7 +10,7 @@ import tokens
 from cursors import CursorSealer, TaskList
 from main import create_app
 from schemas import Filter, Order
-from tests.conftest import SECRET, Person, person, running, settings_for
+from tests.conftest import SECRET, Person, pages, person, running, settings_for
 
 FIELDS = [
     "id",
@@ -560,14 +560,8 @@ async def test_list_refuses_unknown_values(alice: Person, query: str, parameter:
 
 
 async def walk(person: Person, path: str) -> list[list[str]]:
-    """Return the titles of each page from *path* on, following the `Link` headers."""
-    pages = []
-    while path:
-        answer = await person.get(path)
-        assert answer.status_code == 200, answer.text
-        pages.append([task["title"] for task in answer.json()])
-        path = answer.links.get("next", {}).get("url", "")
-    return pages
+    """Return the titles of each page from *path* on."""
+    return [[task["title"] for task in page] for page in await pages(person, path)]
 
 
 @pytest.mark.parametrize(
@@ -577,11 +571,11 @@ async def test_pages_hold_every_task_once(alice: Person, query: str) -> None:
     for number in range(7):
         await alice.create(f"task {number % 3}")
 
-    pages = await walk(alice, f"{alice.tasks}?{query}&limit=3")
+    walked = await walk(alice, f"{alice.tasks}?{query}&limit=3")
     everything = [task["title"] for task in (await alice.get(f"?{query}")).json()]
 
-    assert [len(page) for page in pages] == [3, 3, 1]
-    assert [title for page in pages for title in page] == everything
+    assert [len(page) for page in walked] == [3, 3, 1]
+    assert [title for page in walked for title in page] == everything
 
 
 async def test_a_full_last_page_leads_nowhere(alice: Person) -> None:

@@ -38,6 +38,7 @@ def collector() -> Iterator[tuple[str, dict[str, bytes]]]:
         thread.join()
 
 
+@pytest.mark.process
 def test_requests_are_spans_of_the_callers_trace(tmp_path: Path) -> None:
     port = str(free_port())
     address = f"http://127.0.0.1:{port}"
@@ -60,6 +61,7 @@ def test_requests_are_spans_of_the_callers_trace(tmp_path: Path) -> None:
     assert f"trace_id={TRACE}" in service.logged
 
 
+@pytest.mark.process
 def test_without_its_packages_the_start_says_so_and_goes_on(tmp_path: Path) -> None:
     port = str(free_port())
     code = "import sys; sys.modules['opentelemetry.sdk'] = None; import main; main.main([])"
@@ -69,6 +71,7 @@ def test_without_its_packages_the_start_says_so_and_goes_on(tmp_path: Path) -> N
         assert service.stop() == 0
 
 
+@pytest.mark.process
 def test_without_its_variables_it_is_not_even_loaded(tmp_path: Path) -> None:
     code = "import sys, main; main.app; print([name for name in sys.modules if 'opentelemetry.sdk' in name])"
 

@@ -12,7 +12,7 @@ from jwt.algorithms import HMACAlgorithm
 import jwks
 import tests.issuer
 import tokens
-from tests.conftest import SECRET
+from tests.conftest import SECRET, Clock
 from tests.issuer import ORIGIN, SigningKey, document, new_key
 from tokens import ALGORITHMS, Expectations, TokenInvalid, Verifier
 
@@ -163,18 +163,11 @@ BAD: dict[str, str] = {
 }
 
 
-class Clock:
-    """The clock stands at the moment for which the tokens were made."""
-
-    @staticmethod
-    def time() -> float:
-        return NOW
-
-
 @pytest.fixture(autouse=True)
 def _stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock stands at the moment for which the tokens were made."""
     for module in (tokens, tests.issuer):
-        monkeypatch.setattr(module, "time", Clock)
+        monkeypatch.setattr(module, "time", Clock(NOW))
 
 
 @pytest.mark.parametrize("configuration", VERIFIERS)

@@ -16,8 +16,7 @@ import tokens
 from errors import InvalidToken
 from jwks import FetchedKeys, KeysUnavailable
 from openapi import CHALLENGE_PATTERN
-from tests import test_jwks
-from tests.conftest import SECRET
+from tests.conftest import SECRET, Clock
 from tests.issuer import Issuer, SigningKey, new_key, running_issuer
 from tokens import Claims, TokenExpired, TokenInvalid, Verifier
 
@@ -318,18 +317,9 @@ ALL_REFUSED = [
 ]
 
 
-class Clock:
-    """Stands in for the module `time`."""
-
-    now: float = NOW
-
-    def time(self) -> float:
-        return self.now
-
-
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
+    clock = Clock(NOW)
     monkeypatch.setattr(tokens, "time", clock)
     return clock
 
@@ -583,8 +573,8 @@ async def test_what_is_remembered_of_a_token_is_not_the_token(verifier: Verifier
 
 
 @pytest.fixture
-def clock_of_keys(monkeypatch: pytest.MonkeyPatch) -> test_jwks.Clock:
-    clock = test_jwks.Clock()
+def clock_of_keys(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
     monkeypatch.setattr(jwks, "time", clock)
     return clock
 
@@ -596,7 +586,7 @@ async def issuer() -> AsyncIterator[Issuer]:
 
 
 @pytest.fixture
-async def keys(issuer: Issuer, clock_of_keys: test_jwks.Clock) -> AsyncIterator[FetchedKeys]:
+async def keys(issuer: Issuer, clock_of_keys: Clock) -> AsyncIterator[FetchedKeys]:
     keys = FetchedKeys(issuer.url)
     await keys.open()
     yield keys
@@ -607,7 +597,7 @@ def of_key(key: SigningKey) -> str:
     return key.token(exp=SOON, iat=None)
 
 
-async def renew(issuer: Issuer, keys: FetchedKeys, clock: test_jwks.Clock, *published: SigningKey) -> None:
+async def renew(issuer: Issuer, keys: FetchedKeys, clock: Clock, *published: SigningKey) -> None:
     issuer.publish(*published, STAYING)
     clock.now += jwks.FRESH_S + 1
     await keys.key(WITHDRAWN.kid)  # too old: renewed behind this answer's back, which the next one awaits
@@ -615,7 +605,7 @@ async def renew(issuer: Issuer, keys: FetchedKeys, clock: test_jwks.Clock, *publ
 
 
 async def test_a_remembered_token_ends_with_its_key(
-    issuer: Issuer, keys: FetchedKeys, clock_of_keys: test_jwks.Clock
+    issuer: Issuer, keys: FetchedKeys, clock_of_keys: Clock
 ) -> None:
     verifier = Verifier(keys=keys)
     await verifier.verify(of_key(WITHDRAWN))
@@ -629,7 +619,7 @@ async def test_a_remembered_token_ends_with_its_key(
 
 
 async def test_a_remembered_token_ends_when_its_keys_name_goes_to_another(
-    issuer: Issuer, keys: FetchedKeys, clock_of_keys: test_jwks.Clock
+    issuer: Issuer, keys: FetchedKeys, clock_of_keys: Clock
 ) -> None:
     verifier = Verifier(keys=keys)
     await verifier.verify(of_key(WITHDRAWN))
@@ -646,7 +636,7 @@ async def test_a_remembered_token_ends_when_its_keys_name_goes_to_another(
 async def test_a_signature_is_checked_once_however_often_its_key_is_fetched(
     issuer: Issuer,
     keys: FetchedKeys,
-    clock_of_keys: test_jwks.Clock,
+    clock_of_keys: Clock,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     verifier = Verifier(keys=keys)
@@ -660,7 +650,7 @@ async def test_a_signature_is_checked_once_however_often_its_key_is_fetched(
 
 
 async def test_a_remembered_token_outlives_its_issuer_by_no_more_than_its_key(
-    issuer: Issuer, keys: FetchedKeys, clock_of_keys: test_jwks.Clock
+    issuer: Issuer, keys: FetchedKeys, clock_of_keys: Clock
 ) -> None:
     verifier = Verifier([SECRET], keys)
     remembered = [of_key(WITHDRAWN), GOOD]
