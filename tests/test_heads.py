@@ -260,7 +260,7 @@ async def test_the_host_of_an_absolute_address_is_the_one_that_is_meant(
 ) -> None:
     port = free_port()
     with running_service(tmp_path, PORT=str(port), ALLOWED_HOSTS="x") as service:
-        await asyncio.to_thread(service.wait_until_started)
+        await asyncio.to_thread(service.wait_for, f"http://127.0.0.1:{port}")
         found = await answers_to(
             port,
             b"GET http://%s/openapi.json HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (meant, named),
