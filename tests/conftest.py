@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import coverage
 import httpx
 import pytest
 import structlog
@@ -150,6 +151,18 @@ RANKS = ("timing", "process")
 
 def _rank(item: pytest.Item) -> int:
     return next((rank for rank, mark in enumerate(RANKS) if item.get_closest_marker(mark)), len(RANKS))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Measure a worker's coverage once, and not at all in a test marked `no_cover`.
+
+    pytest-cov 7.1 starts a second measurement in each worker, as if the worker were the main process, and
+    coverage's patch for subprocesses a third. They are thrown away, but a test waits for all of them.
+    """
+    if hasattr(session.config, "workerinput") and session.config.pluginmanager.has_plugin("_cov"):
+        while (measurement := coverage.Coverage.current()) is not None:
+            measurement.stop()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
