@@ -2,13 +2,11 @@
 
 import ipaddress
 from collections import Counter
-from functools import lru_cache
 from typing import Protocol
 
 import errors
 from logs import BoundedLog
 
-IPV6_HOST_BITS = 64  # what one customer has to choose from (RFC 6177): all of it is one client
 REFUSED_MAX = 50  # refused connections stay open until their client has read why; the next ones are reset
 UNREAD_MAX_BYTES = 32 * 1024 * 1024  # with it a process stays below 256 MB
 STALL_TIMEOUT_S = 30.0  # for a client that reads nothing
@@ -106,17 +104,3 @@ class Connections:
         """How long a client may read nothing."""
         unread = sum(each.get_write_buffer_size() for each in self._unread)
         return STALL_TIMEOUT_UNDER_PRESSURE_S if unread > UNREAD_MAX_BYTES / 2 else STALL_TIMEOUT_S
-
-
-@lru_cache(4096)
-def client_of(host: str) -> str:
-    """Return what counts as one client: an IPv4 address, or the /64 of an IPv6 one."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:  # a socket of Unix has none
-        return host
-    if isinstance(address, ipaddress.IPv4Address):
-        return host
-    if address.ipv4_mapped:
-        return str(address.ipv4_mapped)
-    return f"{ipaddress.IPv6Address(int(address) >> IPV6_HOST_BITS << IPV6_HOST_BITS)}/{IPV6_HOST_BITS}"

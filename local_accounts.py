@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 from starlette.requests import Request
 
 from attempts import Attempts
+from client_addresses import client_address
 from errors import Unavailable
 from passwords import Passwords, TooManyPasswords
-from rate_limits import client_address
 from statements import Row
 
 YEAR_9999_ENDS = 253_402_300_799  # nothing keeps `exp` and JWT_EXPIRATION from going beyond

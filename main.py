@@ -10,6 +10,7 @@ from fastapi import FastAPI
 import commands
 import idempotency
 import openapi
+import paths
 import problems
 import startup
 import telemetry
@@ -59,7 +60,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
-        telemetry=telemetry.configuration(on=traces),
+        telemetry=telemetry.configuration(on=traces, is_excluded=paths.is_monitoring),
     )
     app.state.services = services
     problems.install(app)

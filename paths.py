@@ -1,4 +1,6 @@
-"""Encoded slashes (`%2F`) in the parts of a path: kept when the path is split, and written back.
+"""Paths as clients send them: probes, and encoded slashes (`%2F`) in the parts of a path.
+
+An encoded slash is kept when the path is split, and written back.
 
 `/api/a%2Fb/tasks` has the tasks of the user `a/b`. The server decodes a path as a whole, after which `%2F`
 looks like any other slash (RFC 3986, section 2.2).
@@ -12,6 +14,18 @@ from starlette.types import Scope
 # Stands for an encoded slash until the path has been split. No client can send it: bytes that are not UTF-8
 # are decoded as U+FFFD.
 _SLASH = "\udc2f"
+
+PROBES = (b"/health", b"/health/ready")  # never refused: a restart may depend on their answer
+
+
+def is_probe(raw_path: bytes) -> bool:
+    """Return whether *raw_path*, as it was sent, is that of a probe, perhaps with a slash behind it."""
+    return raw_path.removesuffix(b"/") in PROBES
+
+
+def is_monitoring(scope: Scope) -> bool:
+    """Return whether *scope* is a probe or a scrape of the metrics."""
+    return is_probe(scope["raw_path"]) or scope["path"].removesuffix("/") == "/metrics"
 
 
 def decode(raw_path: bytes) -> str:

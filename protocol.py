@@ -12,7 +12,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 import errors
 import heads
 import problems
-from connections import Connections, client_of
+from client_addresses import client_of
+from connections import Connections
 from heads import (
     FIELDS_MAX,
     HEAD_MAX_BYTES,

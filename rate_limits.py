@@ -9,7 +9,7 @@ from limits.aio.storage import Storage
 from starlette.types import Scope
 
 import metrics
-from connections import client_of
+from client_addresses import client_address
 from errors import QuotaExceeded
 from request_state import state_of
 
@@ -69,8 +69,3 @@ class RateLimits:
         state_of(scope)["rate_limit"] = ()
         if self._anonymous:
             await self._anonymous.count(scope, client_address(scope))
-
-
-def client_address(scope: Scope) -> str:
-    """Return the address that a request counts for: IPv4, or the /64 of an IPv6 one."""
-    return client_of(scope["client"][0]) if scope.get("client") else ""

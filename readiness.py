@@ -10,7 +10,6 @@ from base import Database
 from errors import NotMigrated, Unavailable
 from statements import named
 
-PROBES = (b"/health", b"/health/ready")  # never refused: a restart may depend on their answer
 TIMEOUT_S = 1.5  # so that the answer has left within 2 s, whatever the database does
 AWAY = "The database cannot be used right now"
 OUTDATED = "The database's schema is not migrated: run alembic upgrade head"
@@ -19,11 +18,6 @@ VERSIONS = Path(__file__).parent / "migrations" / "versions"
 _SELECT_REVISION = named(
     "schema_version", select(column("version_num", String())).select_from(table("task_schema_version"))
 )
-
-
-def is_probe(raw_path: bytes) -> bool:
-    """Return whether *raw_path*, as it was sent, is that of a probe, perhaps with a slash behind it."""
-    return raw_path.removesuffix(b"/") in PROBES
 
 
 class Readiness:

@@ -1,12 +1,10 @@
 """Traces by OpenTelemetry: the framework's own, switched on by the variables of its specification."""
 
 import importlib.util
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from fastapi.telemetry import TelemetryConfig
-
-from readiness import is_probe
+from starlette.types import Scope
 
 PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter")
 SIGNALS = ("TRACES", "METRICS")
@@ -29,7 +27,7 @@ def not_exported_reason(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def configuration(*, on: bool) -> TelemetryConfig:
+def configuration(*, on: bool, is_excluded: Callable[[Scope], bool]) -> TelemetryConfig:
     """Return what the framework shall do. Logs stay ours: its own would hold what clients have sent."""
     return {
         "tracing": on,
@@ -37,14 +35,10 @@ def configuration(*, on: bool) -> TelemetryConfig:
         "logs": False,
         "operation_spans": False,
         "auto_configure": on,
-        "exclude": _is_probe,
+        "exclude": is_excluded,
     }
 
 
 def _has_endpoint(environment: Mapping[str, str]) -> bool:
     names = ("", *(f"_{signal}" for signal in SIGNALS))
     return any(environment.get(f"OTEL_EXPORTER_OTLP{name}_ENDPOINT") for name in names)
-
-
-def _is_probe(scope: MutableMapping[str, Any]) -> bool:
-    return is_probe(scope["raw_path"]) or scope["path"].removesuffix("/") == "/metrics"

@@ -4,8 +4,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import problems
 from errors import QuotaExceeded
+from paths import is_probe
 from rate_limits import RateLimits
-from readiness import is_probe
 from request_state import state_of
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 import accounts
 import metrics
 from attempts import TooManyAttempts
+from client_addresses import client_address
 from errors import (
     ContentTooLarge,
     QuotaExceeded,
@@ -49,7 +50,6 @@ from middleware.dialects import (
 )
 from middleware.direct_route import DirectRoute, read_body
 from models import is_email
-from rate_limits import client_address
 from request_state import request_id
 from schemas import (
     AccessToken,

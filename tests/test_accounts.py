@@ -15,10 +15,8 @@ from fastapi import FastAPI
 from sqlalchemy import delete
 
 import accounts
-import routes.accounts
 import tokens
 from attempts import FAILURES_MAX, WINDOW_MIN
-from logs import BoundedLog
 from main import create_app
 from passwords import Passwords
 from services import Services
@@ -64,13 +62,6 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 @pytest.fixture
 def email() -> str:
     return f"alice.{secrets.token_hex(8)}@example.com"
-
-
-@pytest.fixture
-def security_log(log: Log, monkeypatch: pytest.MonkeyPatch) -> Log:
-    """What is logged by one that has not been busy in this second."""
-    monkeypatch.setattr(routes.accounts, "_log", BoundedLog("security"))
-    return log
 
 
 @pytest.fixture
@@ -747,26 +738,24 @@ async def test_a_grant_must_be_a_form(client: httpx.AsyncClient, email: str) -> 
 
 
 async def test_a_failed_sign_in_is_logged_without_what_was_sent(
-    security_log: Log, database_url: str, email: str
+    log: Log, database_url: str, email: str
 ) -> None:
     async with running(_keeping(database_url)) as client:
         await _alice(client, email)
         answers = [await _sign_in(client, email, "wrong horse"), await _sign_in(client, f"bob.{email}")]
 
-    lines = security_log.events("failed sign-in")
+    lines = log.events("failed sign-in")
     assert [line["reason"] for line in lines] == ["wrong password", "unknown e-mail"]
     assert [line["request_id"] for line in lines] == [answer.json()["instance"] for answer in answers]
     for secret in (email, "horse", PASSWORD, "eyJ"):
-        assert secret not in security_log.getvalue()
+        assert secret not in log.getvalue()
 
 
-async def test_an_attack_does_not_write_without_bound(
-    security_log: Log, database_url: str, email: str
-) -> None:
+async def test_an_attack_does_not_write_without_bound(log: Log, database_url: str, email: str) -> None:
     async with running(_keeping(database_url)) as client:
         await _fail(client, email, FAILURES_MAX + 40)
 
-    assert 2 <= len(security_log.events("failed sign-in")) < 40
+    assert 2 <= len(log.events("failed sign-in")) < 40
 
 
 async def test_without_the_setting_there_is_none_of_it(database_url: str, email: str) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 import rate_limits
 from attempts import FAILURES_MAX
+from client_addresses import client_address
 from counts import TIMEOUT_S
 from main import create_app
-from rate_limits import client_address
 from tests.conftest import person, running, settings_for
 from tests.postgres import free_port
 from tests.redis_server import running_redis

@@ -1,0 +1,27 @@
+"""Which client a request or a connection counts for, by its network address."""
+
+import ipaddress
+from functools import lru_cache
+
+from starlette.types import Scope
+
+IPV6_HOST_BITS = 64  # one customer gets a whole /64 (RFC 6177), so all of it is one client
+
+
+@lru_cache(4096)
+def client_of(host: str) -> str:
+    """Return what counts as one client: an IPv4 address, or the /64 of an IPv6 one."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a socket of Unix has none
+        return host
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return f"{ipaddress.IPv6Address(int(address) >> IPV6_HOST_BITS << IPV6_HOST_BITS)}/{IPV6_HOST_BITS}"
+
+
+def client_address(scope: Scope) -> str:
+    """Return the address that a request counts for: IPv4, or the /64 of an IPv6 one."""
+    return client_of(scope["client"][0]) if scope.get("client") else ""
