@@ -15,11 +15,17 @@ RUN useradd --uid 10001 --no-create-home tasks && install -d -o tasks -g tasks /
 COPY --from=build /app/.venv .venv
 # Migrations are configured in pyproject.toml.
 COPY *.py pyproject.toml ./
+COPY auth auth
+COPY database database
 COPY middleware middleware
 COPY migrations migrations
+COPY observability observability
+COPY queries queries
 COPY routes routes
+COPY server server
+COPY web web
 # The service's user cannot write here, so every start would compile anew.
-RUN python -m compileall -q ./*.py middleware migrations routes
+RUN python -m compileall -q ./*.py auth database middleware migrations observability queries routes server web
 
 # Without a database and a secret the container refuses to start, rather than print a token into its log.
 ENV PATH=/app/.venv/bin:$PATH ENVIRONMENT=production HOST=0.0.0.0 DATA_DIR=/data PYTHONUNBUFFERED=1

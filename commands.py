@@ -10,14 +10,12 @@ from typing import Protocol
 import structlog
 from fastapi import FastAPI
 
-import jwks
-import logs
-import openapi
-import run
-import telemetry
-import tokens
+from auth import jwks, tokens
 from config import Settings, load_settings, refuse
-from connections import Connections
+from observability import logs, telemetry
+from server import run
+from server.connections import Connections
+from web import openapi
 
 
 class AppFactory(Protocol):

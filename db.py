@@ -2,9 +2,9 @@
 
 from sqlalchemy.exc import ArgumentError
 
-from base import DEFAULT_TIMEOUTS, Database, Timeouts
-from postgres import Postgres
-from sqlite import SQLite
+from database.base import DEFAULT_TIMEOUTS, Database, Timeouts
+from database.postgres import Postgres
+from database.sqlite import SQLite
 
 __all__ = ["Database", "Postgres", "SQLite", "Timeouts", "connect"]
 

@@ -1,4 +1,4 @@
-"""The problems that a request can be answered with (RFC 9457); `problems.py` renders them."""
+"""The problems that a request can be answered with (RFC 9457); `web/problems.py` renders them."""
 
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus

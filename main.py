@@ -8,12 +8,6 @@ from typing import Any
 from fastapi import FastAPI
 
 import commands
-import idempotency
-import openapi
-import paths
-import problems
-import startup
-import telemetry
 from config import Settings, load_settings
 from middleware.access_log import AccessLogMiddleware
 from middleware.allowed_hosts import AllowedHostsMiddleware
@@ -23,8 +17,12 @@ from middleware.head import HeadMiddleware
 from middleware.rate_limit import RateLimitMiddleware
 from middleware.security_headers import SecurityHeadersMiddleware
 from middleware.slashes import SlashesMiddleware
+from observability import telemetry
+from queries import idempotency
 from routes import accounts, docs, health, metrics, tasks
+from server import startup
 from services import Services
+from web import openapi, paths, problems
 
 
 def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:

@@ -1,4 +1,4 @@
-"""What the queries refuse, in the domain's terms. `problems.py` has the answer to each."""
+"""What the queries refuse, in the domain's terms. `web/problems.py` has the answer to each."""
 
 from typing import Any
 

@@ -10,19 +10,18 @@ from fastapi import Depends
 from limits.aio.storage import Storage
 from starlette.requests import Request
 
-import counts
 import db
-import jwks
-import metrics
-import tokens
-from attempts import Attempts
+from auth import jwks, tokens
+from auth.local_accounts import LocalAccounts
+from auth.passwords import Passwords
+from auth.sign_in_throttle import Attempts
 from config import Settings
-from cursors import CursorSealer
-from local_accounts import LocalAccounts
-from passwords import Passwords
-from rate_limits import RateLimits
-from readiness import Readiness
-from task_limit import TaskLimit
+from observability import metrics
+from queries.quota import TaskLimit
+from server.readiness import Readiness
+from web import counters
+from web.cursors import CursorSealer
+from web.rate_limits import RateLimits
 
 Keys = jwks.StaticKeys | jwks.FetchedKeys
 
@@ -39,7 +38,7 @@ class Services:
     verifier: tokens.Verifier
     task_limit: TaskLimit
     cursors: CursorSealer
-    counters: counts.Counters
+    counters: counters.Counters
     rate_limits: RateLimits
     local_accounts: LocalAccounts | None
     delete_status: int
@@ -65,7 +64,7 @@ class Services:
         )
         database.slow_statement_s = settings.slow_statement_ms / 1000
         keys = _keys(settings)
-        counters = counts.connect(settings.rate_limit_storage_url)
+        storage = counters.connect(settings.rate_limit_storage_url)
         return cls(
             database=database,
             readiness=Readiness(database),
@@ -73,11 +72,11 @@ class Services:
             verifier=_verifier(settings, keys),
             task_limit=TaskLimit(settings.max_tasks_per_user),
             cursors=CursorSealer(settings.cursor_secrets),
-            counters=counters,
+            counters=storage,
             rate_limits=RateLimits(
-                counters, user=settings.rate_limit, anonymous=settings.rate_limit_anonymous
+                storage, user=settings.rate_limit, anonymous=settings.rate_limit_anonymous
             ),
-            local_accounts=_local_accounts(settings, counters) if settings.keeps_accounts else None,
+            local_accounts=_local_accounts(settings, storage) if settings.keeps_accounts else None,
             delete_status=int(settings.delete_status),
             metrics_token=settings.metrics_token,
             metrics_address=(settings.host, settings.metrics_port)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import logs
+from observability import logs
 from tests.faults import suffer
 from tests.postgres import running_process
 from tests.test_faults import FAULTS

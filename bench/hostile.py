@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 import asyncpg
 import httpx
 
-import tokens
+from auth import tokens
 from bench.run import SECRET
 from tests.postgres import Server, free_port, running_server
 from tests.service import Service, running_service

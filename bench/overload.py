@@ -18,7 +18,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import tokens
+from auth import tokens
 from bench.run import SECRET
 from bench.scale import USERS, filled, user
 from tests.postgres import free_port, running_server

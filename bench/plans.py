@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 import asyncpg
 
 import db
-import queries
+from queries import tasks
 from schemas import Filter, Order
 from tests.plans import DUE, DUE_LAST, LISTS, OWNER, RARE, TASKS, List, filled, nodes, plan
 from tests.postgres import running_server
@@ -68,18 +68,18 @@ async def plans(url: str) -> None:
 async def pages(url: str, rounds: int) -> None:
     """Run the pages in turn, and compare the medians."""
     database = db.connect(url, pool_size=1)
-    owner = queries.Owner(OWNER, database)
+    owner = tasks.Owner(OWNER, database)
     print(f"\npages of {PAGE_SIZE}, ms (times of page 1)")
     for name, order in (("the default list", Order()), ("sort=due_date", DUE), ("sort=-due_date", DUE_LAST)):
-        rows = await queries.list_tasks(owner, Filter(), order, TASKS)
+        rows = await tasks.list_tasks(owner, Filter(), order, TASKS)
         starts = [
-            queries.position(rows[(page - 1) * PAGE_SIZE - 1], order) if page > 1 else None for page in PAGES
+            tasks.position(rows[(page - 1) * PAGE_SIZE - 1], order) if page > 1 else None for page in PAGES
         ]
         taken: dict[int, list[float]] = {page: [] for page in PAGES}
         for _ in range(rounds):
             for page, after in zip(PAGES, starts, strict=True):
                 start = time.perf_counter()
-                found = await queries.list_tasks(owner, Filter(), order, PAGE_SIZE + 1, after)
+                found = await tasks.list_tasks(owner, Filter(), order, PAGE_SIZE + 1, after)
                 taken[page].append((time.perf_counter() - start) * 1000)
                 assert len(found) >= PAGE_SIZE
         medians = {page: statistics.median(times) for page, times in taken.items()}

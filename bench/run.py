@@ -29,8 +29,8 @@ import asyncpg
 import httpx
 
 import db
-import startup
-import tokens
+from auth import tokens
+from server import startup
 from tests.postgres import Server, free_port, running_server
 
 SECRET = "a-secret-for-the-benchmark-only-00001"

@@ -21,9 +21,9 @@ import asyncpg
 import httpx
 
 import db
-import startup
-import tokens
+from auth import tokens
 from bench.run import SECRET, Process, load, running
+from server import startup
 from tests.postgres import Server, running_server
 
 USER = "user0001"

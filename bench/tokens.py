@@ -19,8 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import httpx
 
-import jwks
-import tokens
+from auth import jwks, tokens
 from bench.run import SECRET, load, running, seed_sqlite, summarise
 from tests.issuer import ORIGIN, SigningKey, new_key, running_issuer
 

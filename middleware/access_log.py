@@ -10,10 +10,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import errors
-import logs
-import metrics
-import problems
-from request_state import request_id, state_of
+from observability import logs, metrics
+from web import problems
+from web.request_state import request_id, state_of
 
 PATH_LOGGED_MAX = 500
 UNMATCHED = "unmatched"

@@ -6,8 +6,8 @@ import re
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import errors
-import problems
-from paths import is_probe
+from web import problems
+from web.paths import is_probe
 
 # RFC 9110, section 7.2: a name or address, an IPv6 one in brackets, and perhaps a port.
 _HOST = re.compile(r"([^\[\]:@/?#\s]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")

@@ -5,14 +5,14 @@ from typing import Annotated
 from fastapi import Depends, Path, Request
 from fastapi.security import HTTPBearer
 
-import jwks
-import metrics
+from auth import jwks
+from auth.tokens import Claims, TokenInvalid
 from errors import Forbidden, InvalidToken, Unauthorized, Unavailable
-from logs import BoundedLog
-from queries import Owner
-from request_state import request_id, state_of
+from observability import metrics
+from observability.logs import BoundedLog
+from queries.tasks import Owner
 from services import services_of
-from tokens import Claims, TokenInvalid
+from web.request_state import request_id, state_of
 
 _log = BoundedLog("security")
 

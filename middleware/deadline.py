@@ -5,7 +5,7 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import errors
-import problems
+from web import problems
 
 
 class DeadlineMiddleware:

@@ -2,11 +2,11 @@
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import problems
 from errors import QuotaExceeded
-from paths import is_probe
-from rate_limits import RateLimits
-from request_state import state_of
+from web import problems
+from web.paths import is_probe
+from web.rate_limits import RateLimits
+from web.request_state import state_of
 
 
 class RateLimitMiddleware:

@@ -1,4 +1,4 @@
-"""Slashes of a path: an encoded one belongs to its part (see `paths.py`), and one at the end means nothing.
+"""Slashes of a path: an encoded one belongs to its part (`web/paths.py`), and one at the end means nothing.
 
 `/api/alice/tasks/` is answered as `/api/alice/tasks`: a redirect would repeat the Host header that a stranger
 sent. `/api/alice/tasks%0A` is nothing, though `$`, with which the patterns of the routes end, would take it.
@@ -7,8 +7,7 @@ sent. `/api/alice/tasks%0A` is nothing, though `$`, with which the patterns of t
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import errors
-import paths
-import problems
+from web import paths, problems
 
 
 class SlashesMiddleware:

@@ -12,25 +12,8 @@ from urllib.parse import parse_qsl
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
-import accounts
-import metrics
-from attempts import TooManyAttempts
-from client_addresses import client_address
-from errors import (
-    ContentTooLarge,
-    QuotaExceeded,
-    RequestTimeout,
-    TooManyRequests,
-    Unauthorized,
-    Unavailable,
-    Unprocessable,
-    UnsupportedMediaType,
-    responses,
-)
-from local_accounts import Caller, LocalAccounts, utc_time
-from logs import BoundedLog
-from middleware.auth import bearer_token, refusal, verify
-from middleware.dialects import (
+from auth.local_accounts import Caller, LocalAccounts, utc_time
+from auth.problem_formats import (
     FORM,
     BetterAuthProblem,
     Handler,
@@ -48,9 +31,24 @@ from middleware.dialects import (
     extending,
     oauth_members,
 )
-from middleware.direct_route import DirectRoute, read_body
+from auth.sign_in_throttle import TooManyAttempts
+from database.statements import Row
+from errors import (
+    ContentTooLarge,
+    QuotaExceeded,
+    RequestTimeout,
+    TooManyRequests,
+    Unauthorized,
+    Unavailable,
+    Unprocessable,
+    UnsupportedMediaType,
+    responses,
+)
+from middleware.auth import bearer_token, refusal, verify
 from models import is_email
-from request_state import request_id
+from observability import metrics
+from observability.logs import BoundedLog
+from queries import accounts
 from schemas import (
     AccessToken,
     AccountOut,
@@ -65,7 +63,9 @@ from schemas import (
     Token,
 )
 from services import services_of
-from statements import Row
+from web.client_addresses import client_address
+from web.direct_route import DirectRoute, read_body
+from web.request_state import request_id
 
 PASSWORD_MIN, PASSWORD_MAX = 8, 128
 TOKEN_PATH = "/auth/token"  # noqa: S105 - an address

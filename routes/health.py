@@ -2,9 +2,9 @@
 
 from fastapi import APIRouter
 
-from connections import NoMoreConnections, TooManyConnections
 from errors import Unavailable, responses
 from schemas import Health
+from server.connections import NoMoreConnections, TooManyConnections
 from services import ServicesDep
 
 router = APIRouter(tags=["health"])

@@ -6,9 +6,9 @@ import secrets
 from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
-import metrics
 from errors import InvalidToken
 from middleware.auth import bearer_token
+from observability import metrics
 from services import services_of
 
 router = APIRouter(include_in_schema=False)

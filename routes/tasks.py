@@ -8,11 +8,7 @@ from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from pydantic import BaseModel, BeforeValidator
 from starlette.convertors import Convertor, register_url_convertor
 
-import bulk
-import etags
-import idempotency
-import queries
-from cursors import CursorInvalid, CursorSealer, TaskList
+from database.statements import Row
 from errors import (
     Conflict,
     ContentTooLarge,
@@ -29,12 +25,9 @@ from errors import (
     responses,
 )
 from middleware.auth import OwnerDep
-from middleware.direct_route import DirectRoute
 from models import IDEMPOTENCY_KEY_MAX
-from openapi import MERGE_PATCH, header
-from paths import PartConvertor, quoted_path
-from problems import problem_of
-from queries import Owner
+from queries import bulk, idempotency, tasks
+from queries.tasks import Owner
 from refusals import Refusal, VersionConflict
 from schemas import (
     ID_MAX,
@@ -57,7 +50,12 @@ from schemas import (
     digits,
 )
 from services import ServicesDep
-from statements import Row
+from web import etags
+from web.cursors import CursorInvalid, CursorSealer, TaskList
+from web.direct_route import DirectRoute
+from web.openapi import MERGE_PATCH, header
+from web.paths import PartConvertor, quoted_path
+from web.problems import problem_of
 
 # What `_idempotency_key` takes: bare or quoted, of characters that are printable in Latin-1.
 _ANY = r"[ -~\u00a1-\u00ac\u00ae-\u00ff]"
@@ -137,18 +135,18 @@ async def list_tasks(
 ) -> Response:
     """List your tasks, newest first. The `Link` header leads to the next page, if there is one."""
     filters, order = query.filter, query.ordering
-    tasks = TaskList(owner.user_id, filters, order)
-    after = _position(services.cursors, query.cursor, tasks)
+    task_list = TaskList(owner.user_id, filters, order)
+    after = _position(services.cursors, query.cursor, task_list)
     headers = {}
     # One more than asked for tells whether there is a next page.
     if query.count:
-        rows, total = await queries.list_and_count_tasks(owner, filters, order, query.limit + 1, after)
+        rows, total = await tasks.list_and_count_tasks(owner, filters, order, query.limit + 1, after)
         headers["X-Total-Count"] = str(total)
     else:
-        rows = await queries.list_tasks(owner, filters, order, query.limit + 1, after)
+        rows = await tasks.list_tasks(owner, filters, order, query.limit + 1, after)
     body, length = _page(rows[: query.limit])
     if len(rows) > length:
-        headers["Link"] = services.cursors.link_to_next(request.scope, rows[length - 1], tasks)
+        headers["Link"] = services.cursors.link_to_next(request.scope, rows[length - 1], task_list)
     return Response(body, 200, headers, JSON)
 
 
@@ -165,7 +163,7 @@ async def create_task(
     _refuse_conditions(request)
 
     async def create(owner: Owner) -> Row:
-        return await queries.create_task(owner, dict(body))
+        return await tasks.create_task(owner, dict(body))
 
     row, headers = await _once(owner, request, idempotency_key, body, create)
     return _task(row, 201, headers | {"Location": f"{quoted_path(request.scope)}/{row['id']}"})
@@ -181,7 +179,7 @@ async def get_task(
 ) -> Response:
     """Return one task."""
     versions = etags.expected_versions(if_match)
-    row = await queries.get_task(owner, task_id)
+    row = await tasks.get_task(owner, task_id)
     if versions is not None and row["version"] not in versions:
         raise VersionConflict(row)
     if etags.is_known(row["version"], if_none_match):
@@ -200,8 +198,8 @@ async def complete_task(
     """Set `completed`, which is safe to retry, or toggle it when no body names it."""
     versions = await _versions(owner, task_id, if_match, if_none_match)
     if body and (changes := body.changes()):
-        return _task(await queries.update_task(owner, task_id, changes, versions))
-    return _task(await queries.toggle_task(owner, task_id, versions))
+        return _task(await tasks.update_task(owner, task_id, changes, versions))
+    return _task(await tasks.toggle_task(owner, task_id, versions))
 
 
 @router.put("/{task_id:task}", response_model=TaskOut, responses=CHANGE_PROBLEMS)
@@ -214,7 +212,7 @@ async def update_task(
 ) -> Response:
     """Set the fields that are sent; the others keep their value."""
     versions = await _versions(owner, task_id, if_match, if_none_match)
-    return _task(await queries.update_task(owner, task_id, body.changes(), versions))
+    return _task(await tasks.update_task(owner, task_id, body.changes(), versions))
 
 
 @router.patch(
@@ -253,14 +251,14 @@ async def delete_task(
 ) -> Response:
     """Delete a task for good."""
     versions = await _versions(owner, task_id, if_match, if_none_match)
-    await queries.delete_task(owner, task_id, versions)
+    await tasks.delete_task(owner, task_id, versions)
     return _json({"ok": True}) if services.delete_status == 200 else Response(status_code=204)
 
 
 @router.get("/stats", response_model=Stats)
 async def get_stats(owner: OwnerDep, query: Annotated[StatsQuery, Query()]) -> Response:
     """Count your tasks."""
-    return _json(await queries.count_tasks(owner, query.today))
+    return _json(await tasks.count_tasks(owner, query.today))
 
 
 @router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS, Conflict))
@@ -343,7 +341,7 @@ async def _versions(
     versions = etags.expected_versions(if_match)
     if if_none_match is None:
         return versions
-    row = await queries.get_task(owner, task_id)
+    row = await tasks.get_task(owner, task_id)
     version: int = row["version"]
     if (versions is not None and version not in versions) or etags.is_known(version, if_none_match):
         raise VersionConflict(row)
@@ -419,10 +417,10 @@ def _idempotency_key(request: Request) -> str:
     return key
 
 
-def _position(cursors: CursorSealer, cursor: str | None, tasks: TaskList) -> Position | None:
+def _position(cursors: CursorSealer, cursor: str | None, task_list: TaskList) -> Position | None:
     if cursor is None:
         return None
     try:
-        return cursors.position(cursor, tasks)
+        return cursors.position(cursor, task_list)
     except CursorInvalid as error:
         raise invalid_parameter("cursor", "was not given for this list, its filters and its order") from error

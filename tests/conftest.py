@@ -18,12 +18,12 @@ import pytest
 import structlog
 from fastapi import FastAPI
 
-import logs
 import middleware.auth
 import routes.accounts
-import tokens
+from auth import tokens
 from config import Settings
 from main import create_app
+from observability import logs
 from tests import service
 from tests.postgres import Server, running_server
 

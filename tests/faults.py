@@ -13,9 +13,9 @@ from unittest import mock
 import asyncpg
 import httpx
 
-import pool
-import postgres as postgres_database
 from config import Settings
+from database import pool
+from database import postgres as postgres_database
 from main import create_app
 from tests.conftest import Person, pages, person, running, settings_for
 from tests.postgres import Process, Server

@@ -12,7 +12,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-import jwks
+from auth import jwks
 
 ORIGIN = "https://front.example.com"
 

@@ -10,10 +10,10 @@ from typing import Any
 import asyncpg
 
 import db
-import listing
+from database.statements import compile_statement
+from queries import lists
 from schemas import Filter, Order, Position
-from startup import migrate
-from statements import compile_statement
+from server.startup import migrate
 from tests.postgres import Server
 
 OWNER, TASKS = "user1", 10_000
@@ -44,16 +44,16 @@ class List:
     after: Position | None = None
 
     @property
-    def shape(self) -> listing.Shape:
-        return listing.shape_of(self.wanted)
+    def shape(self) -> lists.Shape:
+        return lists.shape_of(self.wanted)
 
     def compiled(self, owner: str = OWNER, limit: int = LIMIT) -> tuple[str, list[Any]]:
         """Return the statement and its arguments as the service sends them."""
-        page = listing.page(self.shape, self.order, listing.start_of(self.after))
+        page = lists.page(self.shape, self.order, lists.start_of(self.after))
         key, task_id = self.after or (None, None)
         values = {"owner": owner, "limit": limit, "after_key": key, "after_id": task_id}
         compiled = compile_statement(page, db.Postgres("postgresql://nobody@nowhere/none", 1).dialect)
-        return compiled.sql, compiled.arguments(values | listing.values_of(self.wanted))
+        return compiled.sql, compiled.arguments(values | lists.values_of(self.wanted))
 
 
 PENDING = Filter(states=frozenset((False,)))

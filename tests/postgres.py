@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 import db
-from startup import migrate
+from server.startup import migrate
 
 START_TIMEOUT_S = 60
 

@@ -6,17 +6,18 @@ from typing import get_args
 
 from sqlalchemy.sql.base import Executable
 
-import bulk
-import idempotency
-import listing
-import queries
+from queries import bulk, idempotency, lists, tasks
 from schemas import Order
 
 
 def every_statement() -> list[Executable]:
     return [
-        *(each for module in (queries, bulk, idempotency) for each in constants(module)),
-        *(statement for shape in get_args(listing.Shape) for statement in lists(shape) + bulks(shape)),
+        *(each for module in (tasks, bulk, idempotency) for each in constants(module)),
+        *(
+            statement
+            for shape in get_args(lists.Shape)
+            for statement in list_statements(shape) + bulks(shape)
+        ),
     ]
 
 
@@ -29,19 +30,19 @@ def _runs(value: Executable) -> bool:
     return bool(value.is_select or value.is_dml)
 
 
-def lists(shape: listing.Shape) -> list[Executable]:
+def list_statements(shape: lists.Shape) -> list[Executable]:
     orders = [
         Order(field=field, descending=descending)
         for field in ("created_at", "title", "priority", "due_date")
         for descending in (False, True)
     ]
-    cases = itertools.product(orders, get_args(listing.Start))
+    cases = itertools.product(orders, get_args(lists.Start))
     return [
-        build(shape, order, start) for order, start in cases for build in (listing.page, listing.counted_page)
+        build(shape, order, start) for order, start in cases for build in (lists.page, lists.counted_page)
     ]
 
 
-def bulks(shape: listing.Shape) -> list[Executable]:
+def bulks(shape: lists.Shape) -> list[Executable]:
     return [
         bulk._delete_all(shape),
         bulk._reopen_all(shape),

@@ -14,11 +14,11 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import delete
 
-import accounts
-import tokens
-from attempts import FAILURES_MAX, WINDOW_MIN
+from auth import tokens
+from auth.passwords import Passwords
+from auth.sign_in_throttle import FAILURES_MAX, WINDOW_MIN
 from main import create_app
-from passwords import Passwords
+from queries import accounts
 from services import Services
 from tests.conftest import SECRET, Log, Person, running, settings_for
 from tests.issuer import ORIGIN, document, new_key

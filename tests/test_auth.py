@@ -11,8 +11,7 @@ from fastapi import FastAPI
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-import jwks
-import tokens
+from auth import jwks, tokens
 from main import create_app
 from tests.conftest import SECRET, Person, on_one_database, person, raw_status, running, settings_for
 from tests.issuer import ORIGIN, document, new_key, running_issuer

@@ -16,7 +16,7 @@ from alembic.config import Config
 
 import db
 from main import create_app
-from startup import migrate
+from server.startup import migrate
 from tests import better_auth
 from tests.better_auth import Account, BetterAuth, running_better_auth
 from tests.conftest import Person, running, settings_for

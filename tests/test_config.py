@@ -10,7 +10,7 @@ import limits
 import pytest
 
 import config
-import tokens
+from auth import tokens
 from config import Settings, load_settings
 from tests.conftest import SECRET
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-import tokens
-from connections import REFUSED_MAX
+from auth import tokens
+from server.connections import REFUSED_MAX
 from tests.conftest import SECRET
 from tests.postgres import free_port
 from tests.service import UNMEASURED, Service, running_service

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 import db
-import tokens
+from auth import tokens
 from tests.conftest import SECRET
 from tests.postgres import free_port
 from tests.service import STOP_TIMEOUT_S, UNMEASURED, Service, running_service

@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-import tokens
-from cursors import CursorInvalid, CursorSealer, TaskList
+from auth import tokens
 from schemas import ID_MAX, TaskListQuery
 from tests.conftest import SECRET, on_one_database, raw_status
 from tests.strategies import BOUNDED, JSON, near_misses
+from web.cursors import CursorInvalid, CursorSealer, TaskList
 
 OLDER = "a-secret-that-only-the-tests-know-0000"
 BINDING = "alice?status=pending&sort=title"

@@ -16,7 +16,7 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-import database_url
+from database import urls
 from tests.postgres import Server
 from tests.strategies import BOUNDED, near_misses
 
@@ -28,7 +28,7 @@ HOST = "db.example.com"
 
 
 def arguments(url: str) -> dict[str, Any]:
-    return database_url.parse(url).arguments
+    return urls.parse(url).arguments
 
 
 def with_parameters(parameters: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def with_parameters(parameters: str) -> dict[str, Any]:
 
 
 def test_neons_url_is_read_as_it_comes() -> None:
-    target = database_url.parse(NEON)
+    target = urls.parse(NEON)
 
     context = target.arguments["ssl"]
     assert target.pooled
@@ -137,7 +137,7 @@ def test_the_database_is_percent_decoded(path: str, database: str | None) -> Non
     ],
 )
 def test_a_pooler_is_recognised_and_no_statement_cached(url: str, pooled: bool) -> None:
-    target = database_url.parse(url)
+    target = urls.parse(url)
 
     assert target.pooled is pooled
     assert (target.arguments["statement_cache_size"] == 0) is pooled
@@ -422,7 +422,7 @@ NOT_SECONDS = "has a connect_timeout that is not a number of seconds"
 
 def mistake_in(url: str) -> str:
     with pytest.raises(ValueError, match=r"^(is|has|names|must name) ") as mistake:
-        database_url.parse(url)
+        urls.parse(url)
     return str(mistake.value)
 
 
@@ -560,7 +560,7 @@ URLS = st.builds(
 )
 def test_whatever_a_url_is_its_mistake_is_told_without_the_password(url: str) -> None:
     with contextlib.suppress(ValueError):
-        database_url.parse(url)
+        urls.parse(url)
         return
 
     assert "hunter2" not in mistake_in(url)

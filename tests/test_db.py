@@ -14,18 +14,16 @@ import pytest
 from sqlalchemy import Integer, Select, func, literal, literal_column, select, text
 
 import db
-import failures
-import listing
-import queries
-import sqlite
+from database import failures, sqlite
+from database.fair_share import UNLIMITED
+from database.statements import Deferred, Row, compile_statement
 from errors import NotFound, Overloaded, Unavailable
-from fair_share import UNLIMITED
 from main import create_app
-from queries import Owner
+from queries import lists, tasks
+from queries.tasks import Owner
 from refusals import TaskNotFound
 from schemas import Filter, Order, TaskCreate
-from startup import migrate
-from statements import Deferred, Row, compile_statement
+from server.startup import migrate
 from tests.conftest import Person, pages, person, running, settings_for
 from tests.postgres import Server
 
@@ -203,8 +201,7 @@ def test_statements_are_compiled_once() -> None:
     database = db.connect("postgresql://user@host/name", pool_size=1)
 
     first, again = (
-        compile_statement(Deferred(listing.page, ("all", Order(), "first")), database.dialect)
-        for _ in range(2)
+        compile_statement(Deferred(lists.page, ("all", Order(), "first")), database.dialect) for _ in range(2)
     )
 
     assert again is first
@@ -410,11 +407,11 @@ async def _opened(url: str, timeouts: db.Timeouts | None = None) -> AsyncIterato
 
 
 async def _add(owner: Owner, title: str = "Buy milk", **fields: object) -> None:
-    await queries.create_task(owner, dict(TaskCreate(title=title)) | fields)
+    await tasks.create_task(owner, dict(TaskCreate(title=title)) | fields)
 
 
 async def _titles(owner: Owner) -> list[str]:
-    return [row["title"] for row in await queries.list_tasks(owner, Filter(), Order(), 10_000)]
+    return [row["title"] for row in await tasks.list_tasks(owner, Filter(), Order(), 10_000)]
 
 
 async def _write_at_once(owner: Owner) -> None:
@@ -533,17 +530,17 @@ async def test_transactions_cancelled_at_any_moment_are_whole_or_nothing(owner: 
 
 async def test_transactions_at_the_same_time_all_count(owner: Owner) -> None:
     await _add(owner, description="0")
-    ((task_id,),) = [(row["id"],) for row in await queries.list_tasks(owner, Filter(), Order(), 1)]
+    ((task_id,),) = [(row["id"],) for row in await tasks.list_tasks(owner, Filter(), Order(), 1)]
 
     async def change(number: int) -> None:
         async with owner.transaction() as within:
-            await queries.update_task(within, task_id, {"description": f"first {number}"})
+            await tasks.update_task(within, task_id, {"description": f"first {number}"})
             await asyncio.sleep(0)
-            await queries.update_task(within, task_id, {"description": f"second {number}"})
+            await tasks.update_task(within, task_id, {"description": f"second {number}"})
 
     await asyncio.gather(*map(change, range(20)))
 
-    task = await queries.get_task(owner, task_id)
+    task = await tasks.get_task(owner, task_id)
     assert task is not None
     assert task["version"] == 1 + 2 * 20
 
@@ -578,18 +575,18 @@ CREATE TRIGGER cut_off AFTER UPDATE ON task FOR EACH ROW EXECUTE FUNCTION cut_of
 """
 
 
-@pytest.mark.parametrize(("versions", "tries"), [(None, 1), ([1], queries.SERIES_ATTEMPTS)])
+@pytest.mark.parametrize(("versions", "tries"), [(None, 1), ([1], tasks.SERIES_ATTEMPTS)])
 async def test_a_write_that_may_have_been_done_is_sent_again_only_with_a_version(
     postgres_url: str, versions: list[int] | None, tries: int
 ) -> None:
     server = Server(postgres_url)
     async with _opened(postgres_url) as database:
         owner = Owner("alice", database)
-        task = await queries.create_task(owner, dict(TaskCreate(title="Buy milk")))
+        task = await tasks.create_task(owner, dict(TaskCreate(title="Buy milk")))
         await server.execute(CUT_OFF)
 
         with pytest.raises(Unavailable):
-            await queries.update_task(owner, task["id"], {"title": "changed"}, versions)
+            await tasks.update_task(owner, task["id"], {"title": "changed"}, versions)
 
         counted = select(literal_column("last_value", Integer).label("tries")).select_from(text("tries"))
         assert await database.one(counted) == {"tries": tries}

@@ -14,9 +14,9 @@ import pytest
 
 import db
 from config import Settings
-from heads import HEAD_MAX_BYTES
 from main import create_app
-from startup import migrate
+from server.heads import HEAD_MAX_BYTES
+from server.startup import migrate
 from tests.conftest import SECRET, Person, person, running, settings_for
 from tests.postgres import Server, free_port, own_server
 from tests.service import PROJECT, running_service_on

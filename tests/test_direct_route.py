@@ -8,9 +8,9 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect
 
 from config import Settings
-from middleware import direct_route
-from middleware.direct_route import BODY_MAX_BYTES
 from tests.conftest import Person
+from web import direct_route
+from web.direct_route import BODY_MAX_BYTES
 
 JSON = {"Content-Type": "application/json"}
 

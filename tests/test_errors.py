@@ -7,9 +7,9 @@ from fastapi import FastAPI
 
 import refusals
 from main import create_app
-from problems import problem_of
 from refusals import Refusal
 from tests.conftest import Person, person, running, settings_for
+from web.problems import problem_of
 
 MEMBERS = ["type", "title", "status", "detail", "instance"]
 INTERNAL = re.compile(r"Traceback|\.py|sqlalchemy|asyncpg|sqlite|SELECT|[a-z]Error\b|/home|/usr|pydantic")

@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-import etags
-import queries
+from database.statements import Row
 from errors import Unprocessable
-from statements import Row
+from queries import tasks
 from tests.conftest import Person
+from web import etags
 
 
 @pytest.mark.parametrize(
@@ -233,15 +233,15 @@ async def test_a_task_that_changes_while_if_none_match_is_compared_is_412(
     alice: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = await alice.create()
-    get_task = queries.get_task
+    get_task = tasks.get_task
 
-    async def get_and_lose_the_race(owner: queries.Owner, task_id: int) -> Row | None:
+    async def get_and_lose_the_race(owner: tasks.Owner, task_id: int) -> Row | None:
         monkeypatch.undo()
         row = await get_task(owner, task_id)
         await alice.put(f"/{task_id}", json={"title": "Somebody else's"})
         return row
 
-    monkeypatch.setattr(queries, "get_task", get_and_lose_the_race)
+    monkeypatch.setattr(tasks, "get_task", get_and_lose_the_race)
     answer = await alice.put(f"/{task['id']}", json={"title": "x"}, headers={"If-None-Match": '"2"'})
 
     assert (answer.status_code, answer.json()["etag"]) == (412, '"2"')

@@ -4,9 +4,9 @@ import contextlib
 import asyncpg
 import pytest
 
-import fair_share
+from database import fair_share
+from database.fair_share import FairShare
 from errors import TooManyRequests
-from fair_share import FairShare
 from main import create_app
 from tests.conftest import person, running, settings_for
 

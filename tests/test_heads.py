@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import tokens
-from heads import FIELDS_MAX, HEAD_MAX_BYTES
+from auth import tokens
+from server.heads import FIELDS_MAX, HEAD_MAX_BYTES
 from tests.conftest import SECRET
 from tests.postgres import free_port
 from tests.service import Service, running_service

@@ -10,7 +10,7 @@ import pytest
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-import tokens
+from auth import tokens
 from main import create_app
 from tests.conftest import SECRET, running, settings_for
 

@@ -11,13 +11,13 @@ from sqlalchemy import select
 from sqlalchemy.sql.base import Executable
 
 import db
-import idempotency
-import postgres as postgres_database
+from database import postgres as postgres_database
+from database.statements import Row, compile_statement
 from db import Database, Postgres
 from errors import Unavailable
 from main import create_app
-from queries import Owner
-from statements import Row, compile_statement
+from queries import idempotency
+from queries.tasks import Owner
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-import jwks
-from jwks import FetchedKeys, KeySetInvalid, KeysUnavailable, KeyUnknown, StaticKeys, read_keys
+from auth import jwks
+from auth.jwks import FetchedKeys, KeySetInvalid, KeysUnavailable, KeyUnknown, StaticKeys, read_keys
 from tests.conftest import Clock
 from tests.issuer import Issuer, SigningKey, answer, document, new_key, running_issuer
 

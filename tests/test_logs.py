@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import structlog
 
-import logs
-from logs import BoundedLog
+from observability import logs
+from observability.logs import BoundedLog
 from tests.conftest import Clock, reset_log
 
 

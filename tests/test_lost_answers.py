@@ -10,8 +10,8 @@ import asyncpg
 import httpx
 import pytest
 
-import idempotency
 from main import create_app
+from queries import idempotency
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 from tests.postgres_proxy import Proxy, running_proxy

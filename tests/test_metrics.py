@@ -9,12 +9,12 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-import metrics
+from auth.jwks import FetchedKeys
+from database.pool import Pool
+from database.statements import UNNAMED, compile_statement
 from db import connect
-from jwks import FetchedKeys
 from main import create_app
-from pool import Pool
-from statements import UNNAMED, compile_statement
+from observability import metrics
 from tests.conftest import Log, Person, person, raw_status, running, settings_for
 from tests.issuer import new_key, running_issuer
 from tests.postgres import Server, free_port

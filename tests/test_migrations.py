@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import SQLModel
 
 import db
-from startup import migrate
+from server.startup import migrate
 from tests.postgres import Server
 
 PROJECT = Path(__file__).parent.parent
@@ -165,7 +165,7 @@ async def test_processes_that_start_together_migrate_once(database: db.Database)
         else f"postgresql://postgres@127.0.0.1:{database.target.arguments['port']}"  # type: ignore[attr-defined] # Postgres only
         f"/{database.target.arguments['database']}"  # type: ignore[attr-defined] # Postgres only
     )
-    code = "import db, startup, sys; startup.migrate(db.connect(sys.argv[1], pool_size=1))"
+    code = "import db, sys; from server import startup; startup.migrate(db.connect(sys.argv[1], pool_size=1))"
     starts = [
         await asyncio.create_subprocess_exec(
             sys.executable, "-c", code, url, cwd=PROJECT, stderr=asyncio.subprocess.PIPE

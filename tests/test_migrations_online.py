@@ -15,7 +15,7 @@ from alembic import command
 from sqlalchemy import Engine, event
 
 import db
-import failures
+from database import failures
 from tests.pgbouncer import running_pgbouncer
 from tests.postgres import Server
 from tests.service import PROJECT, environment

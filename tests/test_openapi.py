@@ -12,10 +12,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-import openapi
 from main import create_app
 from schemas import Bulk, TaskCreate
 from tests.conftest import Person, settings_for
+from web import openapi
 
 EVERY_TASK = {"401", "403", "422", "429", "503"}
 BODY = {"408", "413", "415"}

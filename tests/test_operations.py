@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-import metrics
+from observability import metrics
 
 DOCS = Path(__file__).parent.parent / "docs"
 OPERATIONS = (DOCS / "operations.md").read_text()

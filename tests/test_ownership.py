@@ -23,11 +23,9 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList
 from sqlalchemy.sql.selectable import Alias
 
-import bulk
-import idempotency
-import queries
-from listing import OWNED, TASKS, Shape
-from tests.statements import bulks, constants, every_statement, lists
+from queries import bulk, idempotency, tasks
+from queries.lists import OWNED, TASKS, Shape
+from tests.statements import bulks, constants, every_statement, list_statements
 
 KEYS = idempotency._KEYS
 ALIAS = TASKS.alias("other")
@@ -131,10 +129,10 @@ def locks(statement: Executable) -> list[Any]:
 
 
 def test_every_statement_is_bound_to_its_owner() -> None:
-    assert len(constants(queries)) >= 8
+    assert len(constants(tasks)) >= 8
     assert len(constants(bulk)) >= 5
     assert len(constants(idempotency)) >= 3
-    assert all(len(lists(shape)) == 48 and len(bulks(shape)) == 4 for shape in get_args(Shape))
+    assert all(len(list_statements(shape)) == 48 and len(bulks(shape)) == 4 for shape in get_args(Shape))
 
     for statement in every_statement():
         assert bool(breaches(statement)) is any(statement is each for each in _WITHOUT_OWNER), breaches(

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 from pwdlib.hashers.bcrypt import BcryptHasher
 
-from passwords import PER_ADDRESS_MAX, ROUNDS, THREADS, Passwords, TooManyPasswords
+from auth.passwords import PER_ADDRESS_MAX, ROUNDS, THREADS, Passwords, TooManyPasswords
 
 QUICK = 4  # the least that bcrypt can do
 

@@ -6,8 +6,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-import pool as pool_module
-from pool import STATEMENTS_MAX, Pool, PoolBusy
+from database import pool as pool_module
+from database.pool import STATEMENTS_MAX, Pool, PoolBusy
 from tests.postgres import Server
 from tests.postgres_proxy import running_proxy
 

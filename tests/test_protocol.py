@@ -15,9 +15,9 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-import tokens
-from heads import HEAD_MAX_BYTES
-from protocol import OVERLOADED_PAUSE_S, PIPELINED_MAX, WRITE_BUFFER_MAX_BYTES
+from auth import tokens
+from server.heads import HEAD_MAX_BYTES
+from server.protocol import OVERLOADED_PAUSE_S, PIPELINED_MAX, WRITE_BUFFER_MAX_BYTES
 from tests.conftest import SECRET
 from tests.postgres import free_port
 from tests.service import Service, running_service, running_service_on
@@ -28,7 +28,8 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 SCRIPT = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
 # The real times would make the tests slow.
 CODE = """
-import connections, main, protocol
+import main
+from server import connections, protocol
 protocol.HEAD_TIMEOUT_S = 0.5
 protocol.DRAIN_S = 0.5
 protocol.STALL_CHECK_S = 0.1
@@ -331,7 +332,7 @@ def narrow_service(folder: Path, code: str, **settings: str) -> Iterator[tuple[S
 
 def test_a_client_that_has_read_much_may_take_its_time_again(tmp_path: Path) -> None:
     """Though more waits then than before: the next answers have taken the place of what it has read."""
-    code = "import connections, main, protocol\nprotocol.STALL_CHECK_S = 0.1\n"
+    code = "import main\nfrom server import connections, protocol\nprotocol.STALL_CHECK_S = 0.1\n"
     code += "connections.STALL_TIMEOUT_S = 2.0\nmain.main([])"
     with narrow_service(tmp_path, code) as (service, connection):
         connection.sendall(HEALTH + b"\r\n")
@@ -531,7 +532,8 @@ async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
     tmp_path: Path, postgres_url: str, proxies: str
 ) -> None:
     """Unless it is a proxy's, on which the requests of other clients follow."""
-    code = "import main, pool; pool.WAITING_MAX_AT_LEAST = pool.WAITING_MAX_PER_CONNECTION = 0; main.main([])"
+    code = "import main\nfrom database import pool\n"
+    code += "pool.WAITING_MAX_AT_LEAST = pool.WAITING_MAX_PER_CONNECTION = 0\nmain.main([])"
     locked = locked_out(tmp_path, postgres_url, "-c", code, TRUSTED_PROXIES=proxies)
     async with locked as (port, _, locking):
         _, waiting = await _connected(port, list_request())

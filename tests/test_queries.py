@@ -6,10 +6,10 @@ from typing import Any, get_args
 import pytest
 
 import db
-import listing
+from database.statements import Deferred, compile_statement
 from main import create_app
+from queries import lists
 from schemas import Order
-from statements import Deferred, compile_statement
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 from tests.postgres_proxy import running_proxy
@@ -311,7 +311,7 @@ def test_all_lists_together_have_144_statements() -> None:
     dialect = db.connect("postgresql://user@host/name", pool_size=1).dialect
 
     cases = itertools.product(
-        (listing.page, listing.counted_page), get_args(listing.Shape), orders, get_args(listing.Start)
+        (lists.page, lists.counted_page), get_args(lists.Shape), orders, get_args(lists.Start)
     )
     texts = {compile_statement(Deferred(build, tuple(case)), dialect).sql for build, *case in cases}
 

@@ -10,15 +10,15 @@ from typing import Any
 import httpx
 import pytest
 
-import rate_limits
-from attempts import FAILURES_MAX
-from client_addresses import client_address
-from counts import TIMEOUT_S
+from auth.sign_in_throttle import FAILURES_MAX
 from main import create_app
 from tests.conftest import person, running, settings_for
 from tests.postgres import free_port
 from tests.redis_server import running_redis
 from tests.service import printed_token, running_service
+from web import rate_limits
+from web.client_addresses import client_address
+from web.counters import TIMEOUT_S
 
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 ALICE = {"name": "Alice", "email": "alice@example.com", "password": "correct horse battery"}

@@ -12,11 +12,11 @@ from alembic.script import ScriptDirectory
 from fastapi import FastAPI
 
 import db
-import readiness
 from errors import Unavailable
 from main import create_app
-from readiness import AWAY, OUTDATED, Readiness, outdated_revisions
-from startup import migrate
+from server import readiness
+from server.readiness import AWAY, OUTDATED, Readiness, outdated_revisions
+from server.startup import migrate
 from tests.conftest import Log, person, running, settings_for
 from tests.postgres import Server, own_server
 from tests.test_errors import assert_problem

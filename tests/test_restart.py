@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-import tokens
+from auth import tokens
 from tests.conftest import SECRET, pages
 from tests.postgres import free_port
 from tests.service import UNMEASURED, Service, running_service, running_service_on

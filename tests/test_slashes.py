@@ -6,11 +6,11 @@ from typing import Any
 import httpx
 import pytest
 
-import paths
-import tokens
+from auth import tokens
 from tests.conftest import SECRET, Log
 from tests.postgres import free_port
 from tests.service import running_service
+from web import paths
 
 pytestmark = pytest.mark.process
 

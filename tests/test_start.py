@@ -15,8 +15,8 @@ import pytest
 from alembic import command
 
 import db
-import tokens
-from startup import migrate
+from auth import tokens
+from server.startup import migrate
 from tests.conftest import SECRET
 from tests.postgres import Process, free_port, running_process
 from tests.service import Service, running_service
@@ -221,7 +221,7 @@ async def test_a_file_that_another_process_held_is_served_when_that_ends(tmp_pat
 
 async def test_a_signal_before_the_server_listens_for_signals_is_not_lost(tmp_path: Path) -> None:
     code = (
-        "import main, os, run, signal\n"
+        "import main, os, signal\nfrom server import run\n"
         "run._inherited_sockets = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"  # the last that is asked
         "main.main([])"
     )

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-import strict_json
-from strict_json import NotStrictJson
+from web import strict_json
+from web.strict_json import NotStrictJson
 
 
 @pytest.mark.parametrize(

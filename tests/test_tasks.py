@@ -6,11 +6,11 @@ from urllib.parse import quote
 
 import pytest
 
-import tokens
-from cursors import CursorSealer, TaskList
+from auth import tokens
 from main import create_app
 from schemas import Filter, Order
 from tests.conftest import SECRET, Person, pages, person, running, settings_for
+from web.cursors import CursorSealer, TaskList
 
 FIELDS = [
     "id",

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-import telemetry
+from observability import telemetry
 from tests.postgres import free_port
 from tests.service import run, running_service
 from tests.test_access_log import PARENT, TRACE

@@ -9,9 +9,9 @@ from typing import Any
 import asyncpg
 import pytest
 
-import database_url
-from counts import SharedStorage
-from jwks import FetchedKeys, KeysUnavailable
+from auth.jwks import FetchedKeys, KeysUnavailable
+from database import urls
+from web.counters import SharedStorage
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ async def port() -> AsyncIterator[int]:
 
 
 async def _ask_database(port: int, sslmode: str) -> None:
-    target = database_url.parse(f"postgresql://alice@127.0.0.1:{port}/tasks?sslmode={sslmode}")
+    target = urls.parse(f"postgresql://alice@127.0.0.1:{port}/tasks?sslmode={sslmode}")
     with contextlib.suppress(OSError, asyncpg.PostgresError):
         await asyncpg.connect(**target.arguments)
 

@@ -9,12 +9,11 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from jwt.algorithms import HMACAlgorithm
 
-import jwks
 import tests.issuer
-import tokens
+from auth import jwks, tokens
+from auth.tokens import ALGORITHMS, Expectations, TokenInvalid, Verifier
 from tests.conftest import SECRET, Clock
 from tests.issuer import ORIGIN, SigningKey, document, new_key
-from tokens import ALGORITHMS, Expectations, TokenInvalid, Verifier
 
 KEYS = {algorithm: new_key(algorithm) for algorithm in jwks.ALGORITHMS}
 ED, RSA, EC = KEYS["EdDSA"], KEYS["RS256"], KEYS["ES256"]

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 
-import jwks
-import tokens
+from auth import jwks, tokens
+from auth.jwks import FetchedKeys, KeysUnavailable
+from auth.tokens import Claims, TokenExpired, TokenInvalid, Verifier
 from errors import InvalidToken
-from jwks import FetchedKeys, KeysUnavailable
-from openapi import CHALLENGE_PATTERN
 from tests.conftest import SECRET, Clock
 from tests.issuer import Issuer, SigningKey, new_key, running_issuer
-from tokens import Claims, TokenExpired, TokenInvalid, Verifier
+from web.openapi import CHALLENGE_PATTERN
 
 OLDER = "a-secret-that-only-the-tests-know-0000"
 PUBLIC_KEY = """-----BEGIN PUBLIC KEY-----

@@ -1,0 +1,86 @@
+"""What every database can do: run statements, each alone or several in a transaction."""
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from database.fair_share import UNLIMITED
+from database.statements import Compiled, Row, Statement
+from observability import metrics
+from observability.logs import BoundedLog
+
+_log = BoundedLog("database")
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long a database may take, in seconds: to connect, to run a statement, to have a connection free."""
+
+    connect_s: float = 6.0
+    statement_s: float = 4.0
+    wait_s: float = 6.0
+
+
+DEFAULT_TIMEOUTS = Timeouts()
+
+
+class Executor(ABC):
+    """Runs statements. Values are named as its `bindparam`s are."""
+
+    share = UNLIMITED  # of one user
+
+    @abstractmethod
+    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+        """Return every row of *statement*.
+
+        Raises:
+            Unavailable: the database cannot be used right now.
+        """
+
+    async def one(self, statement: Statement, **values: Any) -> Row | None:
+        """Return the first row of *statement*, or None."""
+        rows = await self.all(statement, **values)
+        return rows[0] if rows else None
+
+
+class Database(Executor):
+    """Runs statements, each in a transaction of its own, unless `transaction` holds some together."""
+
+    dialect: Dialect
+    slow_statement_s = inf
+
+    @property
+    @abstractmethod
+    def usage(self) -> dict[str, int]:
+        """How many connections are in which state."""
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Connect ahead of the first request; a database that is away does not keep us from starting."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+    @abstractmethod
+    def transaction(self) -> AbstractAsyncContextManager[Executor]:
+        """Lend a runner whose statements stand or fall together: they fall when the block raises."""
+
+    @abstractmethod
+    def engine(self) -> AsyncEngine:
+        """Return a SQLAlchemy engine on the same database, for migrations."""
+
+    def took(self, compiled: Compiled, seconds: float) -> None:
+        """Note how long a statement has taken; a slow one is named in the log, without its values."""
+        metrics.statement_ran(compiled.name, seconds)
+        if seconds > self.slow_statement_s:
+            _log.warning("slow statement", reason=compiled.name, duration_ms=round(seconds * 1000, 1))
+
+
+def share_of(connections: int) -> int:
+    """Return how many of *connections* one user may occupy: a third, and at least one."""
+    return max(1, connections // 3)

@@ -1,0 +1,285 @@
+"""SQLite by aiosqlite: one connection writes and others read beside it (WAL), each on a thread of its own."""
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import lru_cache, partial
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import aiosqlite
+import orjson
+from sqlalchemy import Connection as EngineConnection
+from sqlalchemy import NullPool, event
+from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from database.base import DEFAULT_TIMEOUTS, Database, Executor, Timeouts, share_of
+from database.failures import translated
+from database.fair_share import FairShare
+from database.pool import PoolBusy
+from database.statements import Compiled, Row, Statement, compile_statement
+from errors import Unavailable
+
+READERS = 4
+WAITING_MAX = 200  # further requests would wait too long, so they are refused at once
+STEPS = 10_000  # of SQLite's virtual machine between two looks at the clock: about a millisecond
+BUSY_TIMEOUT_MS = 5_000  # other processes may be writing to the file
+INTERRUPT_S = 0.05  # between two interrupts of a statement whose request was cancelled
+
+_UNUSABLE_FILE = {
+    sqlite3.SQLITE_NOTADB: "names a file that is not a SQLite database",
+    sqlite3.SQLITE_CORRUPT: "names a SQLite database that is damaged",
+    sqlite3.SQLITE_CANTOPEN: "names a file that cannot be opened",
+}
+
+
+class SQLite(Database):
+    """A file. A statement runs to its end on its thread even when the request behind it is cancelled.
+
+    So writers queue up in order, none fails and none is half done.
+    """
+
+    def __init__(self, url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:
+        self._timeouts = timeouts
+        # As compact as SQLite writes JSON itself, so that equal lists are equal texts.
+        self.dialect = SQLiteDialect_aiosqlite(json_serializer=lambda value: orjson.dumps(value).decode())
+        path = make_url(url).database
+        if not path or path == ":memory:":
+            raise ValueError("must name a file: a database in memory ends with its connection")
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError("names a folder that cannot be made") from error
+        _check_file(self.path)
+        self.share = FairShare(share_of(READERS))
+        self._readers, self._writer = _Connections(timeouts.wait_s), _Connections(timeouts.wait_s)
+
+    async def open(self) -> None:
+        for connections, count in ((self._writer, 1), (self._readers, READERS)):
+            while len(connections.all) < count:
+                connections.add(await self._connect())
+
+    @property
+    def usage(self) -> dict[str, int]:
+        in_use = len(self._writer.all) - self._writer.idle
+        return {"in use": in_use, "idle": 1 - in_use, "waiting": self._writer.waiting}
+
+    @property
+    def connections(self) -> list[aiosqlite.Connection]:
+        """The open connections, the writing one first."""
+        return [*self._writer.all, *self._readers.all]
+
+    async def close(self) -> None:
+        for connections in (self._readers, self._writer):
+            await connections.close()
+
+    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+        compiled = compile_statement(statement, self.dialect)
+        async with (self._readers if compiled.reads else self._writer).lend() as connection:
+            return await self.fetch(connection, compiled, values)
+
+    async def fetch(self, connection: aiosqlite.Connection, compiled: Compiled, values: Row) -> list[Row]:
+        with translated:
+            began = time.perf_counter()
+            try:
+                found = await connection.execute_fetchall(compiled.sql, compiled.arguments(values))
+            finally:
+                self.took(compiled, time.perf_counter() - began)
+        names = [name for name, _ in compiled.columns]
+        return compiled.converted([dict(zip(names, row, strict=True)) for row in found])
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Executor]:
+        async with self._writer.lend() as connection:
+            try:
+                with translated:
+                    await connection.execute("BEGIN IMMEDIATE")
+                yield _Transaction(self, connection)
+                with translated:
+                    await connection.commit()
+            except BaseException:
+                # The thread takes calls in order, so the next write starts after the rollback.
+                await asyncio.shield(asyncio.create_task(connection.rollback()))
+                raise
+
+    def engine(self) -> AsyncEngine:
+        connect = partial(self._connect, patient=True)
+        engine = create_async_engine("sqlite+aiosqlite://", async_creator=connect, poolclass=NullPool)
+        event.listen(engine.sync_engine, "begin", _begin_immediately)
+        return engine
+
+    async def _connect(self, *, patient: bool = False) -> aiosqlite.Connection:
+        statement_s = inf if patient else self._timeouts.statement_s
+        return await aiosqlite.Connection(
+            partial(self._connect_on_its_thread, statement_s), iter_chunk_size=64
+        )
+
+    def _connect_on_its_thread(self, statement_s: float) -> sqlite3.Connection:
+        connection = _Timed(self.path, statement_s)
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        # What PostgreSQL has and SQLite has not: lower case beyond ASCII, order by code point.
+        connection.create_function("lower", 1, _lower, deterministic=True)
+        connection.create_function("has_words", 3, _has_words, deterministic=True)
+        connection.create_collation("C", lambda a, b: (a > b) - (a < b))
+        return connection
+
+
+class _Transaction(Executor):
+    def __init__(self, database: SQLite, connection: aiosqlite.Connection) -> None:
+        self._database = database
+        self._connection = connection
+
+    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+        compiled = compile_statement(statement, self._database.dialect)
+        return await self._database.fetch(self._connection, compiled, values)
+
+
+class _Connections:
+    """Connections of one kind, each lent to one request at a time. Requests wait in order."""
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+        self.all: list[aiosqlite.Connection] = []
+        self._free: asyncio.LifoQueue[aiosqlite.Connection] = asyncio.LifoQueue()
+        self.waiting = 0
+        self._ending: set[asyncio.Task[None]] = set()
+
+    @property
+    def idle(self) -> int:
+        return self._free.qsize()
+
+    def add(self, connection: aiosqlite.Connection) -> None:
+        self.all.append(connection)
+        self._free.put_nowait(connection)
+
+    async def close(self) -> None:
+        self._free = asyncio.LifoQueue()
+        while self.all:
+            await self.all.pop().close()  # each is a thread that would keep the process alive
+
+    def lend(self) -> "_Slot":
+        return _Slot(self)
+
+    async def take(self) -> aiosqlite.Connection:
+        """Return a free connection.
+
+        Raises:
+            Unavailable: none is open, or none was free in time.
+            Overloaded: `WAITING_MAX` requests are waiting already.
+        """
+        if not self.all:
+            raise Unavailable
+        if not self._free.empty():
+            return self._free.get_nowait()
+        with translated:
+            if self.waiting >= WAITING_MAX:
+                raise PoolBusy(f"{self.waiting} requests are waiting for {len(self.all)} connections")
+            self.waiting += 1
+            try:
+                async with asyncio.timeout(self._wait_s):
+                    return await self._free.get()
+            finally:
+                self.waiting -= 1
+
+    def give_back(self, connection: aiosqlite.Connection) -> None:
+        if connection in self.all:  # else all have been closed meanwhile
+            self._free.put_nowait(connection)
+
+    def give_back_when_ended(self, connection: aiosqlite.Connection) -> None:
+        """Interrupt the statement of a cancelled request, and give the connection back when it has ended."""
+        ending = asyncio.create_task(self._end_statement(connection))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+
+    async def _end_statement(self, connection: aiosqlite.Connection) -> None:
+        # The thread takes calls in order, so this one ends after the statement. An interrupt has no effect
+        # before the thread has begun the statement, so it is repeated.
+        ended = asyncio.ensure_future(connection.execute_fetchall("SELECT 1"))
+        with contextlib.suppress(Exception):  # it may have been closed meanwhile
+            while not ended.done():
+                await connection.interrupt()
+                await asyncio.wait({ended}, timeout=INTERRUPT_S)
+            await ended
+        self.give_back(connection)
+
+
+class _Slot:
+    """The right to use one connection until the block ends, or until its statement has if it is cancelled."""
+
+    def __init__(self, connections: _Connections) -> None:
+        self._connections = connections
+
+    async def __aenter__(self) -> aiosqlite.Connection:
+        self._connection = await self._connections.take()
+        return self._connection
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, asyncio.CancelledError):
+            self._connections.give_back_when_ended(self._connection)
+        else:
+            self._connections.give_back(self._connection)
+
+
+class _Timed(sqlite3.Connection):
+    """Ends a statement that takes longer than *statement_s*: `SQLITE_INTERRUPT`."""
+
+    def __init__(self, path: Path, statement_s: float) -> None:
+        # Without an isolation level the driver never opens a transaction on its own account.
+        super().__init__(path, isolation_level=None)
+        self._statement_s = statement_s
+        self._deadline = inf
+        self.set_progress_handler(self._is_late, STEPS)
+
+    def execute(self, *statement: Any) -> sqlite3.Cursor:
+        self._deadline = time.monotonic() + self._statement_s
+        return super().execute(*statement)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._deadline
+
+
+def _check_file(path: Path) -> None:
+    """Read the schema of the database at *path*, if there is one.
+
+    Raises:
+        ValueError: that needs a person, and no time will help.
+    """
+    if not path.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=0)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    except sqlite3.DatabaseError as error:
+        if clause := _UNUSABLE_FILE.get(error.sqlite_errorcode & 0xFF):
+            raise ValueError(f"{clause}: {path}") from error
+
+
+def _begin_immediately(connection: EngineConnection) -> None:
+    # A transaction that reads first and locks later fails where another one wrote in between.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _lower(value: str | None) -> str | None:
+    # Character by character, as PostgreSQL does: Python looks around Σ and makes two characters of İ.
+    return value.replace("\u03a3", "\u03c3").replace("\u0130", "i").lower() if value is not None else None
+
+
+def _has_words(title: str, description: str | None, words: str) -> bool:
+    """Whether *title* or *description* holds each of *words*, a JSON array, in any case."""
+    text = _lower(f"{title} {description or ''}") or ""
+    return all(word in text for word in _lowered(words))
+
+
+@lru_cache(maxsize=64)
+def _lowered(words: str) -> list[str]:
+    return [_lower(word) or "" for word in orjson.loads(words)]

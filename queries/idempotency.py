@@ -1,0 +1,178 @@
+"""Idempotency-Key: the first answer is stored for 24 hours, in the same transaction as its changes."""
+
+import asyncio
+import hashlib
+import json
+import random
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+import structlog
+from sqlalchemy import Integer, Table, bindparam, delete, func, insert, select, true
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from database.base import Database
+from database.statements import named
+from errors import Unavailable
+from models import TIMESTAMP, IdempotencyKey
+from queries.tasks import NOW, Owner
+from refusals import KeyInUse, KeyRefused, KeyReused, TooManyKeys
+
+KEPT = timedelta(hours=24)
+KEYS_MAX = 10_000  # of one user at once: as many as tasks by default
+WEIGHT_BYTES = 5_000  # an answer counts as one key and one more per full 5,000 bytes: at most 50 MB
+SWEEP_S = 60.0  # between two looks for expired keys
+PORTION = 500  # keys removed by one statement: 5 ms, in which SQLite's other writers wait
+PAUSE_S = 0.1  # between two portions: 5,000 keys a second are more than requests can add
+
+_KEYS: Table = IdempotencyKey.__table__  # type: ignore[attr-defined] # SQLModel adds it
+_log = structlog.get_logger("idempotency")
+
+
+async def once(
+    owner: Owner, key: str, request: Any, work: Callable[[Owner], Awaitable[Any]]
+) -> tuple[Any, bool]:
+    """Return what *work* returns, which becomes JSON, or what it returned for *key* before.
+
+    *request* is what makes two requests the same: what the client gave. The second value tells whether the
+    answer is a repetition. *work* runs in a transaction, which is undone when it raises.
+
+    Raises:
+        KeyInUse: the first request is still running.
+        KeyReused: the first request was another one.
+        TooManyKeys: no more can be kept for this user.
+    """
+    # By the standard library: orjson refuses whole numbers of more than 64 bits, which a version may be.
+    fingerprint = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    try:
+        return await _do_or_repeat(owner, key, fingerprint, work)
+    except Exception as error:
+        if not _may_be_answered(error):
+            raise
+    return await _do_or_repeat(owner, key, fingerprint, work)
+
+
+def _may_be_answered(error: Exception) -> bool:
+    """Whether an answer may be kept that the first attempt, which ended in *error*, did not see."""
+    match error:
+        case KeyRefused():
+            return False
+        case Unavailable():
+            return error.lost  # the COMMIT may have been done
+    # The first request may have been answered between our look for its key and our lock. Then this one fails
+    # by that key, or by what the first one did: it may have taken the last place in the list.
+    return True
+
+
+async def _do_or_repeat(
+    owner: Owner, key: str, fingerprint: str, work: Callable[[Owner], Awaitable[Any]]
+) -> tuple[Any, bool]:
+    now = datetime.now(UTC)
+    expiry = now - KEPT
+    async with owner.transaction() as tx:
+        found = await tx.one(_LOCK_AND_FIND, key=key, expiry=expiry)
+        assert found is not None  # noqa: S101 - the lock's row is always there
+        if not found["mine"]:
+            raise KeyInUse
+        if found["expired"]:
+            await tx.one(_REMOVE, key=key, expiry=expiry)
+        elif found["answer"] is not None:
+            if found["fingerprint"] != fingerprint:
+                raise KeyReused
+            return orjson.loads(found["answer"]), True
+        if found["used"] >= KEYS_MAX:
+            raise TooManyKeys
+        content = await work(tx)
+        answer = orjson.dumps(content, option=orjson.OPT_UTC_Z)
+        weight = 1 + len(answer) // WEIGHT_BYTES
+        await tx.one(_KEEP, key=key, fingerprint=fingerprint, answer=answer.decode(), weight=weight, now=now)
+    return content, False
+
+
+async def sweep(database: Database) -> None:
+    """Remove expired keys until cancelled, also those of users who never come back."""
+    await asyncio.sleep(random.uniform(0, SWEEP_S))  # noqa: S311 - so that processes take turns
+    while True:
+        try:
+            more = await remove_expired(database)
+        except Unavailable:  # the database has logged it
+            more = False
+        except Exception:
+            _log.exception("expired keys are not removed")
+            more = False
+        await asyncio.sleep(PAUSE_S if more else SWEEP_S)
+
+
+async def remove_expired(database: Database) -> bool:
+    """Remove the oldest `PORTION` of the expired keys and return whether there may be more."""
+    portion = await database.one(_FIND_PORTION, expiry=datetime.now(UTC) - KEPT)
+    if portion is None or not portion["count"]:
+        return False  # nothing is written, so that a read replica can be asked too
+    # Of two processes that remove the same portion, one waits and then finds nothing.
+    await database.one(_REMOVE_PORTION, expiry=portion["last"])
+    return bool(portion["count"] == PORTION)
+
+
+class _TryLock(FunctionElement[bool]):
+    """Whether the key is ours until the transaction ends; a writer of SQLite has the whole database."""
+
+    type = true().type
+    inherit_cache = True
+
+
+@compiles(_TryLock)
+def _try_lock(element: _TryLock, compiler: SQLCompiler, **options: Any) -> str:
+    owner, key = (compiler.process(part, **options) for part in element.clauses)
+    # A key has no line break, so that no two pairs make the same text.
+    return f"pg_try_advisory_xact_lock(hashtextextended({owner} || chr(10) || {key}, 0))"
+
+
+@compiles(_TryLock, "sqlite")
+def _try_lock_sqlite(_element: _TryLock, _compiler: SQLCompiler, **_: Any) -> str:
+    return "1"
+
+
+_OWNED = _KEYS.c.user_id == bindparam("owner", type_=_KEYS.c.user_id.type)
+_THIS = _KEYS.c.key == bindparam("key", type_=_KEYS.c.key.type)
+_EXPIRED = _KEYS.c.created_at <= bindparam("expiry", type_=TIMESTAMP)
+
+
+def _lock_and_find() -> Any:
+    lock = select(_TryLock(_OWNED.right, _THIS.right).label("mine")).subquery("lock")
+    kept = select(_KEYS, _EXPIRED.label("expired")).where(_OWNED, _THIS).subquery("kept")
+    # As each counts at least once, more of them need not be read to see that there are too many.
+    counted = select(_KEYS.c.weight).where(_OWNED).limit(KEYS_MAX).subquery("counted")
+    used = select(func.coalesce(func.sum(counted.c.weight), 0)).scalar_subquery()
+    return select(
+        lock.c.mine, kept.c.fingerprint, kept.c.answer, kept.c.expired, used.label("used")
+    ).select_from(lock.outerjoin(kept, true()))
+
+
+def _find_portion() -> Any:
+    portion = (
+        select(_KEYS.c.created_at).where(_EXPIRED).order_by(_KEYS.c.created_at).limit(PORTION).subquery()
+    )
+    last = func.max(portion.c.created_at, type_=TIMESTAMP)
+    return select(last.label("last"), func.count().label("count")).select_from(portion)
+
+
+_LOCK_AND_FIND = named("find_answer", _lock_and_find())
+_REMOVE = named("remove_answer", delete(_KEYS).where(_OWNED, _THIS, _EXPIRED))
+_KEEP = named(
+    "keep_answer",
+    insert(_KEYS).values(
+        user_id=_OWNED.right,
+        key=_THIS.right,
+        fingerprint=bindparam("fingerprint", type_=_KEYS.c.fingerprint.type),
+        answer=bindparam("answer", type_=_KEYS.c.answer.type),
+        weight=bindparam("weight", type_=Integer()),
+        created_at=NOW,
+    ),
+)
+# The only statements without an owner: they tell nothing of any user, and remove what no request can read.
+_FIND_PORTION = named("find_expired_answers", _find_portion())
+_REMOVE_PORTION = named("remove_expired_answers", delete(_KEYS).where(_EXPIRED))

@@ -1,0 +1,89 @@
+"""uvicorn as this service needs it: its sockets, its signals and its end."""
+
+import atexit
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.connections import Connections
+from server.protocol import Protocol
+
+STARTUP_FAILURE = 3  # uvicorn's exit code
+SD_LISTEN_FDS_START = 3
+END_S = 0.5  # for threads after the last connection has closed; then the process exits anyway
+
+
+def serve(
+    app: FastAPI,
+    host: str,
+    port: int,
+    connections: Connections,
+    *,
+    proxies: list[str],
+    shutdown_grace_s: int,
+    on_started: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until a signal asks to stop; requests that have begun are finished first.
+
+    *on_started* is called with the address once the service listens.
+    """
+    config = uvicorn.Config(
+        app,
+        host,
+        port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=shutdown_grace_s,
+        server_header=False,
+        http=partial(Protocol, connections=connections),  # type: ignore[arg-type] # it is called and no more
+        ws="none",
+        # By default uvicorn trusts every client on this machine.
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=proxies,
+    )
+    server = _Server(config, on_started)
+    # uvicorn shuts down in order and then raises the signal again; to stop when asked is a success. A signal
+    # before this line ends the process by itself (-15): nothing has been accepted by then.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)
+    server.run(_inherited_sockets())
+    if not server.started:
+        raise SystemExit(STARTUP_FAILURE)
+
+
+class _Server(uvicorn.Server):
+    """Reports its address once it listens, and ends when it has been asked to."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[str], None] | None) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def serve(self, sockets: Any = None) -> None:
+        await super().serve(sockets)
+        # A thread that waits for a lock of SQLite cannot be interrupted, and neither can a look-up of a name.
+        # Ending it loses nothing: the database undoes what has not been committed.
+        leaving = threading.Timer(END_S, os._exit, [0 if self.started else STARTUP_FAILURE])
+        leaving.daemon = True
+        leaving.start()
+        atexit.register(leaving.cancel)  # all threads have ended
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started and self._on_started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._on_started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+
+def _inherited_sockets() -> list[socket.socket] | None:
+    """Return what systemd listens on for us (sd_listen_fds(3)), so that processes may share one address."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    count = int(os.environ.get("LISTEN_FDS", 0))
+    return [socket.socket(fileno=SD_LISTEN_FDS_START + number) for number in range(count)] or None

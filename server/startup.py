@@ -1,0 +1,127 @@
+"""From a database that may be away to one that serves: migrated and connected, tried again until it is."""
+
+import asyncio
+import contextlib
+import gc
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from database import failures
+from database.base import Database
+from server.readiness import Readiness
+
+START_WAIT_S = 1.5  # for the database; then the port opens, and 503 is the answer until it is there
+RETRY_MAX_S = 30.0  # between two attempts to migrate a database that is away
+MIGRATION_WAIT_S = 1.0  # for another process that migrates, before this one says so in the log
+END_S = 0.5  # for closing connections when the service stops
+
+PROJECT_FILE = Path(__file__).parent.parent / "pyproject.toml"  # Alembic is configured there
+
+_log = structlog.get_logger("main")
+
+
+@asynccontextmanager
+async def prepared(
+    database: Database, readiness: Readiness, background: Coroutine[Any, Any, None], *, migrates: bool
+) -> AsyncIterator[None]:
+    """Prepare *database* and run *background* until the block ends.
+
+    The block begins after the first attempt, or after `START_WAIT_S`; later attempts are made beside it.
+    """
+    if migrates:
+        _import_alembic()
+    first_attempt: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    tasks = {
+        asyncio.create_task(_prepare(database, readiness, first_attempt, migrates=migrates)),
+        asyncio.create_task(background),
+    }
+    try:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(first_attempt, START_WAIT_S)
+        gc.freeze()  # what start-up has made stays; the collector need not look at it again and again
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait({*tasks, asyncio.create_task(database.close())}, timeout=END_S)
+
+
+def migrate(database: Database) -> None:
+    """Bring the schema of *database* to head; of several processes one does it and the others wait."""
+    _upgrade(database=database)
+
+
+async def _prepare(
+    database: Database, readiness: Readiness, first_attempt: "asyncio.Future[None]", *, migrates: bool
+) -> None:
+    """Migrate and connect, and try again while the database is unreachable.
+
+    *first_attempt* ends with the first attempt, with the exception if the failure is permanent. By then the
+    caller may have stopped waiting.
+    """
+    migrated, opened = not migrates, False
+    try:
+        for attempt in itertools.count():
+            migrated = migrated or await _succeeds(_migrate(database), "database cannot be migrated yet")
+            opened = opened or await _succeeds(database.open(), "database cannot be opened yet")
+            if attempt == 0:
+                await _log_not_ready(readiness)
+            if not first_attempt.done():
+                first_attempt.set_result(None)
+            if migrated and opened:
+                return
+            await asyncio.sleep(min(2**attempt, RETRY_MAX_S))
+    except Exception as error:
+        if first_attempt.done():
+            _log.exception("migration failed" if not migrated else "database cannot be opened")
+        else:
+            first_attempt.set_exception(error)
+
+
+async def _succeeds(attempt: Awaitable[None], event: str) -> bool:
+    try:
+        await attempt
+    except Exception as error:
+        if not failures.is_transient(error):
+            raise
+        _log.warning(event, reason=type(error).__name__, error=str(error))
+        return False
+    return True
+
+
+async def _log_not_ready(readiness: Readiness) -> None:
+    try:
+        if reason := await readiness.not_ready_reason():
+            _log.error("not ready", reason=reason)
+    except Exception:  # the readiness probe will report it too: no reason not to start
+        _log.exception("not ready")
+
+
+async def _migrate(database: Database) -> None:
+    """Bring the schema to head on this loop, where it can be cancelled: its revision is then undone."""
+    engine = database.engine()
+    try:
+        async with engine.connect() as connection:
+            await connection.run_sync(
+                lambda synchronous: _upgrade(connection=synchronous, wait_s=MIGRATION_WAIT_S)
+            )
+    finally:
+        await engine.dispose()
+
+
+def _upgrade(**attributes: Any) -> None:
+    command, config = _import_alembic()
+    alembic = config.Config(toml_file=PROJECT_FILE)
+    alembic.attributes.update(attributes)
+    command.upgrade(alembic, "head")
+
+
+def _import_alembic() -> tuple[Any, Any]:
+    from alembic import command, config  # 0.3 s, which only a start that migrates pays for
+
+    return command, config

@@ -1,0 +1,162 @@
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from main import create_app
+from queries.quota import USERS_REMEMBERED, TaskLimit
+from tests.conftest import person, running, settings_for
+
+
+def test_a_tenth_of_what_is_left_goes_unchecked() -> None:
+    limit = TaskLimit(100)
+    limit.counted("alice", 50)
+
+    assert [limit.take("alice") for _ in range(6)] == [True] * 5 + [False]
+    assert limit.take("bob") is False
+
+
+def test_near_the_limit_every_task_is_counted() -> None:
+    limit = TaskLimit(100)
+    limit.counted("alice", 91)
+
+    assert limit.take("alice") is False
+
+
+def test_without_a_limit_nobody_is_counted() -> None:
+    assert TaskLimit(0).take("alice") is True
+
+
+def test_only_so_many_users_are_remembered() -> None:
+    limit = TaskLimit(100)
+    for number in range(USERS_REMEMBERED + 1):
+        limit.counted(str(number), 0)
+
+    assert limit.take("0") is False
+    assert limit.take(str(USERS_REMEMBERED)) is True
+
+
+@pytest.mark.parametrize("most", [1, 3, 25])
+async def test_beyond_the_limit_is_409(database_url: str, most: int) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=most))) as client:
+        alice, bob = person("alice", client), person("bob", client)
+        tasks = [await alice.create(str(number)) for number in range(most)]
+
+        refused = await alice.post(json={"title": "one too many"})
+        in_bulk = await alice.post(
+            "/bulk", json={"operations": [{"op": "create", "task": {"title": "one too many"}}]}
+        )
+        of_bob = await bob.post(json={"title": "his first"})
+        await alice.delete(f"/{tasks[0]['id']}")
+        again = await alice.post(json={"title": "in its place"})
+
+        assert (refused.status_code, in_bulk.status_code) == (409, 409)
+        assert refused.json()["detail"] == f"There would be more tasks than the {most} that you may have"
+        assert (of_bob.status_code, again.status_code) == (201, 201)
+        assert len((await alice.get()).json()) == most
+
+
+async def test_what_bulk_creates_counts_for_single_tasks(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=30))) as client:
+        alice = person("alice", client)
+        await alice.create()  # and two more may go unchecked
+
+        create = {"op": "create", "task": {"title": "x"}}
+        filled = await alice.post("/bulk", json={"operations": [create] * 29})
+
+        assert filled.status_code == 200
+        assert (await alice.post(json={"title": "one too many"})).status_code == 409
+
+
+async def test_many_at_once_exceed_the_limit_by_no_more_than_run_at_once(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=10))) as client:
+        alice = person("alice", client)
+
+        for _ in range(5):
+            await asyncio.gather(*(alice.post(json={"title": "x"}) for _ in range(4)))
+
+        assert 10 <= len((await alice.get()).json()) < 14
+
+
+DAILY = {"due_date": "2026-11-21", "recurring": "daily"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PATCH", "/{id}/complete", None),
+        ("PATCH", "/{id}/complete", {"completed": True}),
+        ("PUT", "/{id}", {"completed": True}),
+        ("PATCH", "/{id}", {"completed": True, "title": "changed"}),
+        ("PATCH", "?status=pending", {"completed": True}),
+        ("POST", "/bulk", {"operations": [{"op": "complete", "id": "{id}"}]}),
+        ("POST", "/bulk", {"operations": [{"op": "update", "id": "{id}", "changes": {"completed": True}}]}),
+    ],
+)
+async def test_the_next_of_a_series_counts(
+    database_url: str, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=3))) as client:
+        alice = person("alice", client)
+        task, other = await alice.create(**DAILY), await alice.create()
+        url = path.format(id=task["id"])
+        options = (
+            {} if body is None else {"json": json.loads(json.dumps(body).replace('"{id}"', str(task["id"])))}
+        )
+
+        third = await alice.create()
+        refused = await alice.send(method, url, **options)
+        unchanged = (await alice.get(f"/{task['id']}")).json()
+        await alice.delete(f"/{other['id']}")
+        done = await alice.send(method, url, **options)
+
+        assert refused.status_code == 409
+        assert unchanged == task
+        assert done.status_code == 200
+        assert {each["due_date"] for each in (await alice.get()).json()} == {"2026-11-21", "2026-11-22", None}
+        assert third["id"] in {each["id"] for each in (await alice.get()).json()}
+
+
+async def test_completing_all_again_and_again_makes_no_more_than_the_limit(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=20))) as client:
+        alice = person("alice", client)
+        for _ in range(5):
+            await alice.create(**DAILY)
+
+        answers = [await alice.patch("?status=pending", json={"completed": True}) for _ in range(5)]
+
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 409, 409]
+        assert len((await alice.get()).json()) == 20
+
+
+async def test_what_adds_several_waits_for_its_turn(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=20))) as client:
+        alice = person("alice", client)
+        filling = {"operations": [{"op": "create", "task": {"title": "x"}}] * 10}
+
+        answers = await asyncio.gather(*(alice.post("/bulk", json=filling) for _ in range(8)))
+
+        assert sorted(answer.status_code for answer in answers) == [200] * 2 + [409] * 6
+        assert len((await alice.get()).json()) == 20
+
+
+async def test_what_a_bulk_request_deletes_makes_room_for_what_it_creates(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=2))) as client:
+        alice = person("alice", client)
+        task, _ = await alice.create(), await alice.create()
+        create = {"op": "create", "task": {"title": "in its place"}}
+
+        one = await alice.post("/bulk", json={"operations": [{"op": "delete", "id": task["id"]}, create]})
+        two = await alice.post("/bulk", json={"operations": [create]})
+
+        assert (one.status_code, two.status_code) == (200, 409)
+
+
+async def test_no_limit_is_none(database_url: str) -> None:
+    async with running(create_app(settings_for(database_url, max_tasks_per_user=0))) as client:
+        alice = person("alice", client)
+
+        answers = [await alice.post(json={"title": "x"}) for _ in range(3)]
+
+    assert {answer.status_code for answer in answers} == {201}

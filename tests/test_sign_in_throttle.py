@@ -1,0 +1,74 @@
+import asyncio
+
+import pytest
+from limits.aio.storage import memory
+
+from auth import sign_in_throttle
+from auth.sign_in_throttle import FAILURES_MAX, WINDOW_MIN, Attempts, TooManyAttempts
+from tests.conftest import Clock
+from web import counters
+from web.counters import LocalStorage
+
+ALICE = ("alice@example.com", "192.0.2.1")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(sign_in_throttle, "time", clock)
+    monkeypatch.setattr(counters, "time", clock)
+    monkeypatch.setattr(memory, "time", clock)
+    return clock
+
+
+async def _exhaust(counted: Attempts) -> None:
+    for _ in range(FAILURES_MAX):
+        await counted.count(*ALICE)
+
+
+async def test_one_attempt_more_is_too_many_until_the_window_ends(clock: Clock) -> None:
+    counted = Attempts(LocalStorage())
+    await _exhaust(counted)
+
+    clock.now += 60
+    for _ in range(3):
+        with pytest.raises(TooManyAttempts) as refused:
+            await counted.count(*ALICE)
+        assert refused.value.retry_after_s == (WINDOW_MIN - 1) * 60
+
+    clock.now += refused.value.retry_after_s
+    await counted.count(*ALICE)
+
+
+@pytest.mark.parametrize("other", [("bob@example.com", ALICE[1]), (ALICE[0], "192.0.2.2")])
+async def test_attempts_at_something_else_are_not_affected(other: tuple[str, str]) -> None:
+    counted = Attempts(LocalStorage())
+    await _exhaust(counted)
+
+    await counted.count(*other)
+
+
+async def test_attempts_made_at_once_are_each_counted() -> None:
+    counted = Attempts(LocalStorage())
+
+    made = await asyncio.gather(*(counted.count(*ALICE) for _ in range(50)), return_exceptions=True)
+
+    assert made.count(None) == FAILURES_MAX
+
+
+async def test_a_success_forgets_the_failures() -> None:
+    counted = Attempts(LocalStorage())
+    await _exhaust(counted)
+
+    await counted.forget(*ALICE)
+
+    await _exhaust(counted)
+
+
+async def test_no_address_is_kept() -> None:
+    storage = LocalStorage()
+
+    await Attempts(storage).count(*ALICE)
+
+    assert len(storage.storage) == 1
+    assert "alice" not in repr(storage.storage)

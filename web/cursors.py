@@ -1,0 +1,130 @@
+"""Where a page of a list ends, sealed in a cursor for that list only, and the link to the next."""
+
+import base64
+import binascii
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any, get_args
+from urllib.parse import quote
+
+import orjson
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESSIV
+from starlette.types import Scope
+
+from models import Priority
+from schemas import ID_MAX, Filter, Order, Position
+from web.paths import quoted_path
+
+
+class CursorInvalid(ValueError):
+    """The cursor is not one that we gave for this list."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskList:
+    """What a cursor is good for: one user's tasks that match the filters, in this order."""
+
+    user_id: str
+    filters: Filter
+    order: Order
+
+    @property
+    def binding(self) -> str:
+        # A set has no order of its own, and all processes must agree.
+        states, others = sorted(self.filters.states), self.filters._replace(states=frozenset())
+        return f"{self.user_id}\n{states}\n{others}\n{self.order}"
+
+
+class CursorSealer:
+    """Writes with the newest secret and reads what any of *secrets* has sealed.
+
+    AES-SIV (RFC 5297) needs no nonce, so none can repeat; equal positions of one list have equal cursors.
+    """
+
+    def __init__(self, secrets: Sequence[str]) -> None:
+        # A key of its own: what signs a token never seals anything else.
+        self._keys = [AESSIV(hashlib.sha512(b"cursor:" + secret.encode()).digest()) for secret in secrets]
+
+    def write(self, position: Sequence[Any], binding: str) -> str:
+        """Return *position*, the sort key and id of a page's last task, as a cursor for *binding*."""
+        payload = orjson.dumps([_Time.dump(part) for part in position])
+        sealed = self._keys[0].encrypt(payload, [_associated(binding)])
+        return base64.urlsafe_b64encode(sealed).decode().rstrip("=")
+
+    def read(self, cursor: str, binding: str) -> list[Any]:
+        """Return the position in *cursor*.
+
+        Raises:
+            CursorInvalid: it was changed, or made for another user, filter or order, or holds no position.
+        """
+        try:
+            sealed = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+            return [_Time.load(part) for part in orjson.loads(self._open(sealed, _associated(binding)))]
+        except (binascii.Error, KeyError, TypeError, ValueError) as error:
+            raise CursorInvalid from error
+
+    def position(self, cursor: str, tasks: TaskList) -> Position:
+        """Return the position in *cursor*, after which the next page of *tasks* begins.
+
+        Raises:
+            CursorInvalid: as `read`, or no such list can have that position.
+        """
+        match self.read(cursor, tasks.binding):
+            # Sealed or not: what goes into a statement is checked.
+            case [key, int(task_id)] if _is_key(key, tasks.order) and _is_id(task_id):
+                return Position(key, task_id)
+        raise CursorInvalid
+
+    def link_to_next(self, scope: Scope, last: dict[str, Any], tasks: TaskList) -> str:
+        """Return a `Link` (RFC 8288) to the page after the task *last*; other parameters stay as sent."""
+        cursor = self.write((last[tasks.order.field], last["id"]), tasks.binding)
+        sent = scope["query_string"].decode("latin-1").split("&")
+        kept = [parameter for parameter in sent if parameter and not parameter.startswith("cursor=")]
+        query = quote("&".join([*kept, f"cursor={cursor}"]), safe="%&=+,:/?-._~!$'()*;@")
+        return f'<{quoted_path(scope)}?{query}>; rel="next"'
+
+    def _open(self, sealed: bytes, binding: bytes) -> bytes:
+        for key in self._keys:
+            with contextlib.suppress(InvalidTag):
+                return key.decrypt(sealed, [binding])
+        raise CursorInvalid
+
+
+def _is_id(task_id: int) -> bool:
+    return type(task_id) is int and 1 <= task_id <= ID_MAX  # True is an int too
+
+
+def _is_key(key: object, order: Order) -> bool:
+    match order.field:
+        case "title":
+            return isinstance(key, str)
+        case "priority":
+            return key is None or key in get_args(Priority)
+        case "due_date":
+            return key is None or type(key) is date
+    return isinstance(key, datetime)
+
+
+class _Time:
+    """JSON has no times and days: they travel as `{"t": ...}`, to the microsecond, and `{"d": ...}`."""
+
+    @staticmethod
+    def dump(part: Any) -> Any:
+        if isinstance(part, datetime):
+            return {"t": part.isoformat()}
+        return {"d": part.isoformat()} if isinstance(part, date) else part
+
+    @staticmethod
+    def load(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        return datetime.fromisoformat(part["t"]) if "t" in part else date.fromisoformat(part["d"])
+
+
+def _associated(binding: str) -> bytes:
+    # Never empty: older versions of OpenSSL take no empty text.
+    return b"list:" + binding.encode(errors="surrogatepass")
