@@ -18,8 +18,9 @@ sys.path.insert(0, str(HERE.parent))
 import asyncpg
 
 import db
-from queries import tasks
-from schemas import Filter, Order
+from queries import lists
+from queries.owner import Owner
+from schemas import Filter, Order, Position
 from tests.plans import DUE, DUE_LAST, LISTS, OWNER, RARE, TASKS, List, filled, nodes, plan
 from tests.postgres import running_server
 
@@ -68,18 +69,19 @@ async def plans(url: str) -> None:
 async def pages(url: str, rounds: int) -> None:
     """Run the pages in turn, and compare the medians."""
     database = db.connect(url, pool_size=1)
-    owner = tasks.Owner(OWNER, database)
+    owner = Owner(OWNER, database)
     print(f"\npages of {PAGE_SIZE}, ms (times of page 1)")
     for name, order in (("the default list", Order()), ("sort=due_date", DUE), ("sort=-due_date", DUE_LAST)):
-        rows = await tasks.list_tasks(owner, Filter(), order, TASKS)
+        rows = await lists.list_tasks(owner, Filter(), order, TASKS)
+        last = {page: rows[(page - 1) * PAGE_SIZE - 1] for page in PAGES if page > 1}
         starts = [
-            tasks.position(rows[(page - 1) * PAGE_SIZE - 1], order) if page > 1 else None for page in PAGES
+            Position(last[page][order.field], last[page]["id"]) if page in last else None for page in PAGES
         ]
         taken: dict[int, list[float]] = {page: [] for page in PAGES}
         for _ in range(rounds):
             for page, after in zip(PAGES, starts, strict=True):
                 start = time.perf_counter()
-                found = await tasks.list_tasks(owner, Filter(), order, PAGE_SIZE + 1, after)
+                found = await lists.list_tasks(owner, Filter(), order, PAGE_SIZE + 1, after)
                 taken[page].append((time.perf_counter() - start) * 1000)
                 assert len(found) >= PAGE_SIZE
         medians = {page: statistics.median(times) for page, times in taken.items()}

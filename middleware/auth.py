@@ -10,7 +10,7 @@ from auth.tokens import Claims, TokenInvalid
 from errors import Forbidden, InvalidToken, Unauthorized, Unavailable
 from observability import metrics
 from observability.logs import BoundedLog
-from queries.tasks import Owner
+from queries.owner import Owner
 from services import services_of
 from web.request_state import request_id, state_of
 

@@ -28,9 +28,9 @@ from sqlalchemy.types import NULLTYPE
 from database.arrays import AnyOf, Member, list_of, records
 from database.statements import Deferred, Row, named
 from models import BIG_ID, PRIORITY
-from queries import lists
-from queries.lists import COLUMNS, OWNED, TASKS
-from queries.tasks import NEXT_IS_OPEN, STORED, Owner, new_task, successor, touched, touched_row
+from queries.filters import Shape, conditions, shape_of, values_of
+from queries.owner import COLUMNS, OWNED, TASKS, Owner
+from queries.rows import NEXT_IS_OPEN, STORED, new_task, successor, touched, touched_row
 from refusals import OperationRefused, Refusal, TaskNotFound, TooManyTasks, VersionConflict
 from schemas import Complete, Create, Delete, Filter, Operation, Update
 
@@ -75,8 +75,8 @@ async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) ->
 
 async def delete_tasks(owner: Owner, filters: Filter) -> int:
     """Delete the tasks that match *filters* and return how many there were."""
-    statement = Deferred(_delete_all, (lists.shape_of(filters),))
-    return len(await owner.all(statement, **lists.values_of(filters)))
+    statement = Deferred(_delete_all, (shape_of(filters),))
+    return len(await owner.all(statement, **values_of(filters)))
 
 
 async def complete_tasks(owner: Owner, filters: Filter, *, completed: bool) -> int:
@@ -85,7 +85,7 @@ async def complete_tasks(owner: Owner, filters: Filter, *, completed: bool) -> i
     Raises:
         TooManyTasks: the next tasks of their series would be too many.
     """
-    shape, values = lists.shape_of(filters), lists.values_of(filters)
+    shape, values = shape_of(filters), values_of(filters)
     now = datetime.now(UTC)
     if not completed:
         return len(await owner.all(Deferred(_reopen_all, (shape,)), now=now, **values))
@@ -100,7 +100,7 @@ async def complete_tasks(owner: Owner, filters: Filter, *, completed: bool) -> i
 
 
 class _Workbench:
-    """Rows as the operations leave them, by the same rules as the statements of `queries/tasks.py`."""
+    """Rows as the operations leave them, by the same rules as the statements of `tasks.py`."""
 
     def __init__(self, rows: Sequence[Row], room: int, tasks_max: int) -> None:
         self.rows = {row["id"]: row for row in rows}
@@ -212,26 +212,26 @@ _RECORDS = records("records")
 _MEMBERS = {name: Member(_RECORDS.c.value, name, TASKS.c[name].type) for name in STORED}
 
 
-def _locked(shape: lists.Shape) -> list[ColumnElement[bool]]:
+def _locked(shape: Shape) -> list[ColumnElement[bool]]:
     """Return what is true of the tasks in a list of *shape*, which are locked by it.
 
     It is always in the order of their ids, so that no two requests wait for one another.
     """
-    ids = select(TASKS.c.id).where(*lists.conditions(shape)).order_by(TASKS.c.id).with_for_update()
+    ids = select(TASKS.c.id).where(*conditions(shape)).order_by(TASKS.c.id).with_for_update()
     return [OWNED, TASKS.c.id.in_(ids)]
 
 
-def _delete_all(shape: lists.Shape) -> Executable:
+def _delete_all(shape: Shape) -> Executable:
     statement = delete(TASKS).where(*_locked(shape)).returning(TASKS.c.id)
     return named("delete_tasks", statement)
 
 
-def _reopen_all(shape: lists.Shape) -> Executable:
+def _reopen_all(shape: Shape) -> Executable:
     statement = update(TASKS).where(*_locked(shape), TASKS.c.completed)
     return named("reopen_tasks", statement.values(touched(false())).returning(TASKS.c.id))
 
 
-def _complete_all(shape: lists.Shape, in_series: bool) -> Executable:
+def _complete_all(shape: Shape, in_series: bool) -> Executable:
     condition = NEXT_IS_OPEN if in_series else not_(NEXT_IS_OPEN)
     statement = update(TASKS).where(*_locked(shape), not_(TASKS.c.completed), condition)
     if not in_series:

@@ -19,7 +19,8 @@ from database.base import Database
 from database.statements import named
 from errors import Unavailable
 from models import TIMESTAMP, IdempotencyKey
-from queries.tasks import NOW, Owner
+from queries.owner import Owner
+from queries.rows import NOW
 from refusals import KeyInUse, KeyRefused, KeyReused, TooManyKeys
 
 KEPT = timedelta(hours=24)

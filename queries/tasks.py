@@ -1,90 +1,40 @@
 """Every statement about single tasks. Each starts from the owner, takes one round trip and is built once."""
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
 from datetime import UTC, date, datetime
-from typing import Any, get_args
+from typing import Any
 
 from sqlalchemy import (
     Boolean,
     ColumnElement,
     Integer,
-    String,
     and_,
     bindparam,
     case,
-    column,
     delete,
-    false,
     func,
     insert,
-    literal,
     not_,
-    null,
     or_,
     select,
     true,
-    union_all,
     update,
 )
 from sqlalchemy.sql.base import Executable
 
-from database.arrays import AnyOf, Elements, list_of
-from database.base import Database, Executor
-from database.statements import Deferred, Row, Statement, named
+from database.arrays import AnyOf, list_of
+from database.statements import Row, named
 from errors import Unavailable
-from models import BIG_ID, DAY, TAG_MAX, TIMESTAMP, Priority, TaskFields, TaskKey
-from queries import lists
-from queries.lists import COLUMNS, OWNED, TASKS
-from queries.quota import NO_LIMIT, TaskLimit
-from queries.recurrence import next_due_date
+from models import BIG_ID
+from queries.owner import COLUMNS, OWNED, TASKS, Owner
+from queries.rows import NEXT_IS_OPEN, STORED, WRITABLE, new_task, successor, touched
 from refusals import TaskNotFound, TooManyTasks, VersionConflict
-from schemas import STATS_TAGS_MAX, Filter, Order, Position
 
-WRITABLE = tuple(TaskFields.model_fields)
-STORED = tuple(column.name for column in TASKS.c if column.name not in TaskKey.model_fields)
 SERIES_ATTEMPTS = 3  # others may change the task between two statements, but not for ever
 
-NOW = bindparam("now", type_=TIMESTAMP)
 _THIS = TASKS.c.id == bindparam("task_id", type_=BIG_ID)
 _VERSIONS = bindparam("versions", type_=list_of(Integer()))
 _EXPECTED = or_(_VERSIONS.is_(None), AnyOf(TASKS.c.version, _VERSIONS))
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """A verified user, the database that keeps their tasks, and how many. Every statement starts from one."""
-
-    user_id: str
-    db: Executor
-    limit: TaskLimit = NO_LIMIT
-
-    async def one(self, statement: Statement, **values: Any) -> Row | None:
-        rows = await self.all(statement, **values)
-        return rows[0] if rows else None
-
-    async def all(self, statement: Statement, **values: Any) -> list[Row]:
-        share, user_id = self.db.share, self.user_id
-        await share.enter(user_id)
-        try:
-            return await self.db.all(statement, owner=user_id, **values)
-        finally:
-            share.leave(user_id)
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator["Owner"]:
-        """Lend the same owner for statements that stand or fall together, within a transaction or as one."""
-        if not isinstance(self.db, Database):
-            yield self
-            return
-        share, user_id = self.db.share, self.user_id
-        await share.enter(user_id)
-        try:
-            async with self.db.transaction() as executor:
-                yield replace(self, db=executor)
-        finally:
-            share.leave(user_id)
 
 
 async def create_task(owner: Owner, fields: Mapping[str, Any]) -> Row:
@@ -158,92 +108,6 @@ async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | No
         if versions is not None:
             await _expected_task(owner, task_id, versions)
         raise TaskNotFound
-
-
-async def list_tasks(
-    owner: Owner, filters: Filter, order: Order, limit: int, after: Position | None = None
-) -> list[Row]:
-    """Return up to *limit* tasks of *owner* that come after the position *after*."""
-    return await _page(owner, lists.page, filters, order, limit, after)
-
-
-async def list_and_count_tasks(
-    owner: Owner, filters: Filter, order: Order, limit: int, after: Position | None = None
-) -> tuple[list[Row], int]:
-    """Return the page as `list_tasks` does, and how many tasks all pages hold together."""
-    rows = await _page(owner, lists.counted_page, filters, order, limit, after)
-    total = rows[0]["total"]
-    # The count stands beside every task, and alone when the page is empty.
-    tasks = [{name: row[name] for name in row if name != "total"} for row in rows if row["id"] is not None]
-    return tasks, total
-
-
-async def count_tasks(owner: Owner, today: date | None) -> dict[str, Any]:
-    """Return how many tasks there are of each kind, as `schemas.Stats` has it."""
-    rows = await owner.all(_COUNT, today=today)
-    tags = {row["tag"]: row["count"] for row in rows if row["tag"] is not None}
-    kinds = [row | {"priority": row["priority"] or "none"} for row in rows if row["tag"] is None]
-
-    def total(**values: Any) -> int:
-        return sum(row["count"] for row in kinds if all(row[name] == value for name, value in values.items()))
-
-    return {
-        "total": total(),
-        "pending": total(completed=False),
-        "completed": total(completed=True),
-        "overdue": None if today is None else total(overdue=True),
-        "priorities": {name: total(priority=name) for name in get_args(Priority)},
-        "tags": tags,
-    }
-
-
-def new_task(fields: Mapping[str, Any], now: datetime, anchor_day: int | None = None) -> Row:
-    """Return a new row with *fields*, without its id and its owner."""
-    due_date: date | None = fields["due_date"]
-    return {
-        **{name: fields[name] for name in WRITABLE},
-        "completed_at": now if fields["completed"] else None,
-        "version": 1,
-        "created_at": now,
-        "updated_at": now,
-        "anchor_day": anchor_day or (due_date and due_date.day),
-        "has_successor": False,
-    }
-
-
-def touched_row(task: Row, changes: dict[str, Any], now: datetime) -> Row:
-    """Return *task* with *changes*, each of which is one, and with what every change sets (see `touched`)."""
-    after = task | changes | {"version": task["version"] + 1, "updated_at": now}
-    if "completed" in changes:
-        after["completed_at"] = now if after["completed"] else None
-    return after
-
-
-def touched(
-    completed: ColumnElement[bool], changed: ColumnElement[bool] | None = None
-) -> dict[str, ColumnElement[Any]]:
-    """Return what every change of a task sets, as columns of an UPDATE.
-
-    *completed* is the state that it leaves; *changed* tells whether it changes the task at all (by default
-    it does).
-    """
-    task = TASKS.c
-    return {
-        "completed": completed,
-        "completed_at": case((task.completed == completed, task.completed_at), (completed, NOW)),
-        "version": task.version + (literal(1) if changed is None else case((changed, 1), else_=0)),
-        "updated_at": NOW if changed is None else case((changed, NOW), else_=task.updated_at),
-    }
-
-
-def successor(task: Row, now: datetime) -> Row | None:
-    """Return the next task of a series after *task*, if the calendar goes on, as `new_task` does."""
-    anchor_day = task["anchor_day"] or task["due_date"].day
-    due_date = next_due_date(task["due_date"], task["recurring"], anchor_day)
-    if due_date is None:
-        return None
-    day = anchor_day if task["recurring"] == "monthly" else None
-    return new_task(task | {"due_date": due_date, "completed": False}, now, day)
 
 
 async def _change(
@@ -344,21 +208,6 @@ async def _insert(owner: Owner, values: Mapping[str, Any]) -> Row:
     return row
 
 
-async def _page(
-    owner: Owner,
-    build: Callable[..., Executable],
-    filters: Filter,
-    order: Order,
-    limit: int,
-    after: Position | None,
-) -> list[Row]:
-    statement = Deferred(build, (lists.shape_of(filters), order, lists.start_of(after)))
-    key, task_id = after or (None, None)
-    return await owner.all(
-        statement, limit=limit, after_key=key, after_id=task_id, **lists.values_of(filters)
-    )
-
-
 def _changing(changes: Mapping[str, Any]) -> dict[str, Any]:
     due_date: date | None = changes.get("due_date")
     return {
@@ -437,42 +286,6 @@ def _toggle_statement() -> Executable:
     )
 
 
-# A task of a series that has no successor yet.
-NEXT_IS_OPEN = and_(
-    TASKS.c.has_successor == false(), TASKS.c.recurring.is_not(None), TASKS.c.due_date.is_not(None)
-)
-
-
-def _count_statement() -> Executable:
-    task = TASKS.c
-    today = bindparam("today", type_=DAY)
-    overdue = func.coalesce(and_(not_(task.completed), task.due_date < today), false())
-    kinds = (
-        select(
-            null().label("tag"),
-            task.completed,
-            task.priority,
-            overdue.label("overdue"),
-            func.count().label("count"),
-        )
-        .where(OWNED)
-        .group_by(task.completed, task.priority, overdue)
-    )
-    each = Elements(task.tags).table_valued(column("value", String(TAG_MAX)), name="value")
-    used = (
-        select(each.c.value.label("tag"), func.count().label("count"))
-        .select_from(TASKS.join(each, true()))
-        .where(OWNED)
-        .group_by(each.c.value)
-        .order_by(func.count().desc(), each.c.value)
-        .limit(STATS_TAGS_MAX)
-        .subquery("used")
-    )
-    tags = select(used.c.tag, null(), null(), null(), used.c.count)
-    return union_all(kinds, tags)
-
-
-_COUNT = named("count_tasks", _count_statement())
 _INSERT = named("create_task", insert(TASKS).values(**_NEW_ROW).returning(*COLUMNS))
 _INSERT_WITHIN_LIMIT = named("create_task_within_limit", _insert_within_limit())
 _SELECT_ONE = named("get_task", select(*COLUMNS).where(OWNED, _THIS))

@@ -26,8 +26,8 @@ from errors import (
 )
 from middleware.auth import OwnerDep
 from models import IDEMPOTENCY_KEY_MAX
-from queries import bulk, idempotency, tasks
-from queries.tasks import Owner
+from queries import bulk, idempotency, lists, stats, tasks
+from queries.owner import Owner
 from refusals import Refusal, VersionConflict
 from schemas import (
     ID_MAX,
@@ -140,10 +140,10 @@ async def list_tasks(
     headers = {}
     # One more than asked for tells whether there is a next page.
     if query.count:
-        rows, total = await tasks.list_and_count_tasks(owner, filters, order, query.limit + 1, after)
+        rows, total = await lists.list_and_count_tasks(owner, filters, order, query.limit + 1, after)
         headers["X-Total-Count"] = str(total)
     else:
-        rows = await tasks.list_tasks(owner, filters, order, query.limit + 1, after)
+        rows = await lists.list_tasks(owner, filters, order, query.limit + 1, after)
     body, length = _page(rows[: query.limit])
     if len(rows) > length:
         headers["Link"] = services.cursors.link_to_next(request.scope, rows[length - 1], task_list)
@@ -258,7 +258,7 @@ async def delete_task(
 @router.get("/stats", response_model=Stats)
 async def get_stats(owner: OwnerDep, query: Annotated[StatsQuery, Query()]) -> Response:
     """Count your tasks."""
-    return _json(await tasks.count_tasks(owner, query.today))
+    return _json(await stats.count_tasks(owner, query.today))
 
 
 @router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS, Conflict))

@@ -11,7 +11,7 @@ import asyncpg
 
 import db
 from database.statements import compile_statement
-from queries import lists
+from queries import filters, lists
 from schemas import Filter, Order, Position
 from server.startup import migrate
 from tests.postgres import Server
@@ -44,8 +44,8 @@ class List:
     after: Position | None = None
 
     @property
-    def shape(self) -> lists.Shape:
-        return lists.shape_of(self.wanted)
+    def shape(self) -> filters.Shape:
+        return filters.shape_of(self.wanted)
 
     def compiled(self, owner: str = OWNER, limit: int = LIMIT) -> tuple[str, list[Any]]:
         """Return the statement and its arguments as the service sends them."""
@@ -53,7 +53,7 @@ class List:
         key, task_id = self.after or (None, None)
         values = {"owner": owner, "limit": limit, "after_key": key, "after_id": task_id}
         compiled = compile_statement(page, db.Postgres("postgresql://nobody@nowhere/none", 1).dialect)
-        return compiled.sql, compiled.arguments(values | lists.values_of(self.wanted))
+        return compiled.sql, compiled.arguments(values | filters.values_of(self.wanted))
 
 
 PENDING = Filter(states=frozenset((False,)))

@@ -6,16 +6,16 @@ from typing import get_args
 
 from sqlalchemy.sql.base import Executable
 
-from queries import bulk, idempotency, lists, tasks
+from queries import bulk, filters, idempotency, lists, stats, tasks
 from schemas import Order
 
 
 def every_statement() -> list[Executable]:
     return [
-        *(each for module in (tasks, bulk, idempotency) for each in constants(module)),
+        *(each for module in (tasks, stats, bulk, idempotency) for each in constants(module)),
         *(
             statement
-            for shape in get_args(lists.Shape)
+            for shape in get_args(filters.Shape)
             for statement in list_statements(shape) + bulks(shape)
         ),
     ]
@@ -30,7 +30,7 @@ def _runs(value: Executable) -> bool:
     return bool(value.is_select or value.is_dml)
 
 
-def list_statements(shape: lists.Shape) -> list[Executable]:
+def list_statements(shape: filters.Shape) -> list[Executable]:
     orders = [
         Order(field=field, descending=descending)
         for field in ("created_at", "title", "priority", "due_date")
@@ -42,7 +42,7 @@ def list_statements(shape: lists.Shape) -> list[Executable]:
     ]
 
 
-def bulks(shape: lists.Shape) -> list[Executable]:
+def bulks(shape: filters.Shape) -> list[Executable]:
     return [
         bulk._delete_all(shape),
         bulk._reopen_all(shape),

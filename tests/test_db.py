@@ -20,7 +20,7 @@ from database.statements import Deferred, Row, compile_statement
 from errors import NotFound, Overloaded, Unavailable
 from main import create_app
 from queries import lists, tasks
-from queries.tasks import Owner
+from queries.owner import Owner
 from refusals import TaskNotFound
 from schemas import Filter, Order, TaskCreate
 from server.startup import migrate
@@ -411,7 +411,7 @@ async def _add(owner: Owner, title: str = "Buy milk", **fields: object) -> None:
 
 
 async def _titles(owner: Owner) -> list[str]:
-    return [row["title"] for row in await tasks.list_tasks(owner, Filter(), Order(), 10_000)]
+    return [row["title"] for row in await lists.list_tasks(owner, Filter(), Order(), 10_000)]
 
 
 async def _write_at_once(owner: Owner) -> None:
@@ -530,7 +530,7 @@ async def test_transactions_cancelled_at_any_moment_are_whole_or_nothing(owner: 
 
 async def test_transactions_at_the_same_time_all_count(owner: Owner) -> None:
     await _add(owner, description="0")
-    ((task_id,),) = [(row["id"],) for row in await tasks.list_tasks(owner, Filter(), Order(), 1)]
+    ((task_id,),) = [(row["id"],) for row in await lists.list_tasks(owner, Filter(), Order(), 1)]
 
     async def change(number: int) -> None:
         async with owner.transaction() as within:

@@ -7,6 +7,7 @@ import pytest
 from database.statements import Row
 from errors import Unprocessable
 from queries import tasks
+from queries.owner import Owner
 from tests.conftest import Person
 from web import etags
 
@@ -235,7 +236,7 @@ async def test_a_task_that_changes_while_if_none_match_is_compared_is_412(
     task = await alice.create()
     get_task = tasks.get_task
 
-    async def get_and_lose_the_race(owner: tasks.Owner, task_id: int) -> Row | None:
+    async def get_and_lose_the_race(owner: Owner, task_id: int) -> Row | None:
         monkeypatch.undo()
         row = await get_task(owner, task_id)
         await alice.put(f"/{task_id}", json={"title": "Somebody else's"})

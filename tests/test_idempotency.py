@@ -17,7 +17,7 @@ from db import Database, Postgres
 from errors import Unavailable
 from main import create_app
 from queries import idempotency
-from queries.tasks import Owner
+from queries.owner import Owner
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 

@@ -24,7 +24,8 @@ from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList
 from sqlalchemy.sql.selectable import Alias
 
 from queries import bulk, idempotency, tasks
-from queries.lists import OWNED, TASKS, Shape
+from queries.filters import Shape
+from queries.owner import OWNED, TASKS
 from tests.statements import bulks, constants, every_statement, list_statements
 
 KEYS = idempotency._KEYS

@@ -14,7 +14,9 @@ from sqlalchemy.sql.base import Executable
 import db
 from database.statements import Row, compile_statement
 from main import create_app
-from queries import bulk, idempotency, tasks
+from queries import bulk, idempotency, lists
+from queries.owner import Owner
+from queries.rows import new_task
 from schemas import Filter, Order, Position, TaskCreate
 from server.startup import migrate
 from tests.conftest import person, running, settings_for
@@ -93,7 +95,7 @@ async def test_pages_by_due_date_go_through_every_task_once(url: str, descending
     database = db.connect(url, pool_size=1)
     rows: list[Row] = []
     after = None
-    while page := await tasks.list_tasks(tasks.Owner(OWNER, database), Filter(), order, 777, after):
+    while page := await lists.list_tasks(Owner(OWNER, database), Filter(), order, 777, after):
         rows += page
         after = Position(page[-1]["due_date"], page[-1]["id"])
     await database.close()
@@ -107,9 +109,9 @@ async def test_pages_by_due_date_go_through_every_task_once(url: str, descending
 async def test_a_search_is_planned_for_its_words_however_often_it_is_sent(url: str, word: str) -> None:
     wanted = List("search", Filter(words=(word,)))
     database = db.Postgres(url, 1)
-    owner = tasks.Owner(OWNER, database)
+    owner = Owner(OWNER, database)
     for _ in range(20):
-        assert await tasks.list_tasks(owner, wanted.wanted, wanted.order, LIMIT)
+        assert await lists.list_tasks(owner, wanted.wanted, wanted.order, LIMIT)
 
     counted = "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement = $1"
     counts = await database.pool.fetch(counted, [wanted.compiled()[0]])
@@ -188,7 +190,7 @@ def test_sqlite_does_little_for_each_task_that_a_bulk_request_leaves_alone(
     migrate(database)
     compiled = compile_statement(statement, database.dialect)
     ids = list(range(1, 101))
-    row = tasks.new_task(TaskCreate(title="New").model_dump(), datetime.now(UTC))
+    row = new_task(TaskCreate(title="New").model_dump(), datetime.now(UTC))
     records = bulk._json({**row, "id": task_id} for task_id in ids)
     arguments = compiled.arguments({"owner": OWNER, "ids": ids, "records": records})
 

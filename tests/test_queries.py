@@ -8,7 +8,7 @@ import pytest
 import db
 from database.statements import Deferred, compile_statement
 from main import create_app
-from queries import lists
+from queries import filters, lists
 from schemas import Order
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
@@ -311,7 +311,7 @@ def test_all_lists_together_have_144_statements() -> None:
     dialect = db.connect("postgresql://user@host/name", pool_size=1).dialect
 
     cases = itertools.product(
-        (lists.page, lists.counted_page), get_args(lists.Shape), orders, get_args(lists.Start)
+        (lists.page, lists.counted_page), get_args(filters.Shape), orders, get_args(lists.Start)
     )
     texts = {compile_statement(Deferred(build, tuple(case)), dialect).sql for build, *case in cases}
 

@@ -1,0 +1,53 @@
+"""Whose tasks a statement is about: each starts with `OWNED` and is run by an `Owner`."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Table, bindparam
+
+from database.base import Database, Executor
+from database.statements import Row, Statement
+from models import Task
+from queries.quota import NO_LIMIT, TaskLimit
+from schemas import TaskOut
+
+TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
+COLUMNS = tuple(TASKS.c[name] for name in TaskOut.model_fields)
+OWNED = TASKS.c.user_id == bindparam("owner", type_=TASKS.c.user_id.type)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A verified user, the database that keeps their tasks, and how many. Every statement starts from one."""
+
+    user_id: str
+    db: Executor
+    limit: TaskLimit = NO_LIMIT
+
+    async def one(self, statement: Statement, **values: Any) -> Row | None:
+        rows = await self.all(statement, **values)
+        return rows[0] if rows else None
+
+    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+        share, user_id = self.db.share, self.user_id
+        await share.enter(user_id)
+        try:
+            return await self.db.all(statement, owner=user_id, **values)
+        finally:
+            share.leave(user_id)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator["Owner"]:
+        """Lend the same owner for statements that stand or fall together, within a transaction or as one."""
+        if not isinstance(self.db, Database):
+            yield self
+            return
+        share, user_id = self.db.share, self.user_id
+        await share.enter(user_id)
+        try:
+            async with self.db.transaction() as executor:
+                yield replace(self, db=executor)
+        finally:
+            share.leave(user_id)

@@ -1,0 +1,70 @@
+"""The rules of a row, in SQL for one task and in memory for many: what it begins with, what a change sets."""
+
+from collections.abc import Mapping
+from datetime import date, datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, bindparam, case, false, literal
+
+from database.statements import Row
+from models import TIMESTAMP, TaskFields, TaskKey
+from queries.owner import TASKS
+from queries.recurrence import next_due_date
+
+WRITABLE = tuple(TaskFields.model_fields)
+STORED = tuple(column.name for column in TASKS.c if column.name not in TaskKey.model_fields)
+
+NOW = bindparam("now", type_=TIMESTAMP)
+# A task of a series that has no successor yet.
+NEXT_IS_OPEN = and_(
+    TASKS.c.has_successor == false(), TASKS.c.recurring.is_not(None), TASKS.c.due_date.is_not(None)
+)
+
+
+def new_task(fields: Mapping[str, Any], now: datetime, anchor_day: int | None = None) -> Row:
+    """Return a new row with *fields*, without its id and its owner."""
+    due_date: date | None = fields["due_date"]
+    return {
+        **{name: fields[name] for name in WRITABLE},
+        "completed_at": now if fields["completed"] else None,
+        "version": 1,
+        "created_at": now,
+        "updated_at": now,
+        "anchor_day": anchor_day or (due_date and due_date.day),
+        "has_successor": False,
+    }
+
+
+def touched_row(task: Row, changes: dict[str, Any], now: datetime) -> Row:
+    """Return *task* with *changes*, each of which is one, and with what every change sets (see `touched`)."""
+    after = task | changes | {"version": task["version"] + 1, "updated_at": now}
+    if "completed" in changes:
+        after["completed_at"] = now if after["completed"] else None
+    return after
+
+
+def touched(
+    completed: ColumnElement[bool], changed: ColumnElement[bool] | None = None
+) -> dict[str, ColumnElement[Any]]:
+    """Return what every change of a task sets, as columns of an UPDATE.
+
+    *completed* is the state that it leaves; *changed* tells whether it changes the task at all (by default
+    it does).
+    """
+    task = TASKS.c
+    return {
+        "completed": completed,
+        "completed_at": case((task.completed == completed, task.completed_at), (completed, NOW)),
+        "version": task.version + (literal(1) if changed is None else case((changed, 1), else_=0)),
+        "updated_at": NOW if changed is None else case((changed, NOW), else_=task.updated_at),
+    }
+
+
+def successor(task: Row, now: datetime) -> Row | None:
+    """Return the next task of a series after *task*, if the calendar goes on, as `new_task` does."""
+    anchor_day = task["anchor_day"] or task["due_date"].day
+    due_date = next_due_date(task["due_date"], task["recurring"], anchor_day)
+    if due_date is None:
+        return None
+    day = anchor_day if task["recurring"] == "monthly" else None
+    return new_task(task | {"due_date": due_date, "completed": False}, now, day)
