@@ -59,8 +59,8 @@ def _serve(create_app: AppFactory, settings: Settings) -> None:
         settings.host,
         settings.port,
         Connections(
-            most=settings.max_connections,
-            most_per_client=settings.max_connections_per_address,
+            limit=settings.max_connections,
+            limit_per_client=settings.max_connections_per_address,
             proxies=settings.proxies,
         ),
         proxies=settings.proxies,

@@ -18,14 +18,15 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from auth.tokens import ALGORITHMS
+from database.base import DEFAULT_TIMEOUTS
+
 SECRET_MIN = 32
 # Better Auth falls back to this one when nobody sets a secret: everybody knows it.
 _PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # noqa: S105 - refused below
 # As browsers write it: lower case, no path, no user, a port in digits (RFC 6454, section 6.2).
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
-_ALGORITHMS = frozenset(
-    "HS256 EdDSA Ed25519 ES256 ES384 ES512 RS256 RS384 RS512 PS256 PS384 PS512".split()  # noqa: SIM905 - one line reads better
-)
+_ALGORITHMS = frozenset(ALGORITHMS)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _RATE = re.compile(r"off|[1-9]\d{0,8}/([1-9]\d{0,3} ?)?(second|minute|hour|day)s?")
 # As in a Host header without its port (RFC 9110, section 7.2); a star stands for names below a domain.
@@ -166,9 +167,9 @@ class Settings(BaseModel):
     environment: Annotated[Literal["development", "production"], BeforeValidator(_lower)] = "development"
     database_url: str | None = Field(None, repr=False)
     database_pool_size: int = Field(10, ge=1, le=1000)
-    database_connect_timeout_s: float = Field(6, gt=0, le=60)
-    database_statement_timeout_s: float = Field(4, gt=0, le=300)
-    database_wait_s: float = Field(6, gt=0, le=60)
+    database_connect_timeout_s: float = Field(DEFAULT_TIMEOUTS.connect_s, gt=0, le=60)
+    database_statement_timeout_s: float = Field(DEFAULT_TIMEOUTS.statement_s, gt=0, le=300)
+    database_wait_s: float = Field(DEFAULT_TIMEOUTS.wait_s, gt=0, le=60)
     migrate_on_start: bool | None = None
     data_dir: Path = Path("data")
     better_auth_secret: Annotated[str, AfterValidator(_secret)] | None = Field(None, repr=False)

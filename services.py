@@ -14,10 +14,10 @@ import db
 from auth import jwks, tokens
 from auth.local_accounts import LocalAccounts
 from auth.passwords import Passwords
-from auth.sign_in_throttle import Attempts
+from auth.sign_in_throttle import SignInThrottle
 from config import Settings
 from observability import metrics
-from queries.quota import TaskLimit
+from queries.quota import TaskQuota
 from server.readiness import Readiness
 from web import counters
 from web.cursors import CursorSealer
@@ -36,7 +36,7 @@ class Services:
     readiness: Readiness
     keys: Keys | None
     verifier: tokens.Verifier
-    task_limit: TaskLimit
+    task_quota: TaskQuota
     cursors: CursorSealer
     counters: counters.Counters
     rate_limits: RateLimits
@@ -70,7 +70,7 @@ class Services:
             readiness=Readiness(database),
             keys=keys,
             verifier=_verifier(settings, keys),
-            task_limit=TaskLimit(settings.max_tasks_per_user),
+            task_quota=TaskQuota(settings.max_tasks_per_user),
             cursors=CursorSealer(settings.cursor_secrets),
             counters=storage,
             rate_limits=RateLimits(
@@ -135,5 +135,5 @@ def _local_accounts(settings: Settings, counters: Storage) -> LocalAccounts:
         return tokens.issue(user_id, settings.secrets[0], lifetime_s, **settings.own_claims, **claims)
 
     return LocalAccounts(
-        Passwords(), Attempts(counters), issue, settings.jwt_expiration_s, settings.session_max_age_s
+        Passwords(), SignInThrottle(counters), issue, settings.jwt_expiration_s, settings.session_max_age_s
     )

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from starlette.requests import Request
 
 from auth.passwords import Passwords, TooManyPasswords
-from auth.sign_in_throttle import Attempts
+from auth.sign_in_throttle import SignInThrottle
 from database.statements import Row
 from errors import Unavailable
 from web.client_addresses import client_address
@@ -25,7 +25,7 @@ class LocalAccounts:
     """
 
     passwords: Passwords
-    attempts: Attempts
+    throttle: SignInThrottle
     issue: Callable[..., str] = field(repr=False)  # it holds the secret
     token_lifetime_s: int
     session_max_age_s: int

@@ -20,7 +20,7 @@ class TooManyAttempts(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Attempts:
+class SignInThrottle:
     """Counts every attempt before it is made, so that it sees those made at once; a success forgets them."""
 
     def __init__(self, storage: Storage) -> None:

@@ -1,7 +1,6 @@
 """Bearer tokens (JWT, RFC 7519): verified with shared secrets or an issuer's public keys, and issued."""
 
 import base64
-import binascii
 import hashlib
 import math
 import time
@@ -13,10 +12,10 @@ import jwt
 from jwt.algorithms import HMACAlgorithm
 
 from auth import jwks
+from models import USER_ID_MAX
 from web import strict_json
 
 TOKEN_MAX_BYTES = 16 * 1024  # an avatar in the payload has been seen to make 27 kB; 16 KiB is generous
-SUBJECT_MAX = 255
 # Better Auth signs other things with the same secret: a token of another typ is not for us. `application/`
 # may stand before it (RFC 7515, section 4.1.9).
 _TYPES = {"jwt", "at+jwt", "application/jwt", "application/at+jwt"}
@@ -176,7 +175,7 @@ class Verifier:
         if "sub" not in payload:
             raise TokenInvalid("Token has no sub claim, which must be the user's id")
         subject = payload["sub"]
-        if not isinstance(subject, str) or not 0 < len(subject) <= SUBJECT_MAX:
+        if not isinstance(subject, str) or not 0 < len(subject) <= USER_ID_MAX:
             raise TokenInvalid("Token names no user")
         if not subject.isprintable() or not subject.strip():
             raise TokenInvalid("Token names no user")
@@ -204,11 +203,12 @@ _HS256 = HMACAlgorithm(HMACAlgorithm.SHA256)
 
 
 def _decode(part: str) -> bytes:
-    """Decode base64url without padding, refusing every spelling but the canonical one."""
-    try:
-        raw = base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
-    except binascii.Error as error:
-        raise ValueError("is not base64url") from error
+    """Decode base64url without padding.
+
+    Raises:
+        ValueError: *part* is not base64url, or not its canonical spelling.
+    """
+    raw = base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
     if base64.urlsafe_b64encode(raw).rstrip(b"=") != part.encode():
         raise ValueError("is not canonical base64url")
     return raw

@@ -21,9 +21,9 @@ _log = BoundedLog("database")
 class Timeouts:
     """How long a database may take, in seconds: to connect, to run a statement, to have a connection free."""
 
-    connect_s: float = 6.0
-    statement_s: float = 4.0
-    wait_s: float = 6.0
+    connect_s: float = 6
+    statement_s: float = 4
+    wait_s: float = 6
 
 
 DEFAULT_TIMEOUTS = Timeouts()

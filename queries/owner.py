@@ -10,7 +10,7 @@ from sqlalchemy import Table, bindparam
 from database.base import Database, Executor
 from database.statements import Row, Statement
 from models import Task
-from queries.quota import NO_LIMIT, TaskLimit
+from queries.quota import NO_LIMIT, TaskQuota
 from schemas import TaskOut
 
 TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
@@ -24,7 +24,7 @@ class Owner:
 
     user_id: str
     db: Executor
-    limit: TaskLimit = NO_LIMIT
+    limit: TaskQuota = NO_LIMIT
 
     async def one(self, statement: Statement, **values: Any) -> Row | None:
         rows = await self.all(statement, **values)

@@ -4,7 +4,7 @@ RECOUNT_SHARE = 10
 USERS_REMEMBERED = 10_000
 
 
-class TaskLimit:
+class TaskQuota:
     """Counts a user's tasks seldom: each count admits a tenth of what is left before the next one.
 
     Single inserts at the same moment do not see one another and may go a little beyond the limit; what adds
@@ -31,4 +31,4 @@ class TaskLimit:
         self._unchecked[user_id] = max(0, (self.tasks_max - count) // RECOUNT_SHARE)
 
 
-NO_LIMIT = TaskLimit(0)
+NO_LIMIT = TaskQuota(0)

@@ -41,7 +41,6 @@ from errors import (
     Unauthorized,
     Unavailable,
     Unprocessable,
-    UnsupportedMediaType,
     responses,
 )
 from middleware.auth import bearer_token, refusal, verify
@@ -64,7 +63,7 @@ from schemas import (
 )
 from services import services_of
 from web.client_addresses import client_address
-from web.direct_route import DirectRoute, read_body
+from web.direct_route import BODY_PROBLEMS, JSON, DirectRoute, read_body
 from web.request_state import request_id
 
 PASSWORD_MIN, PASSWORD_MAX = 8, 128
@@ -137,7 +136,6 @@ LocalAccountsDep = Annotated[LocalAccounts, Depends(_local_accounts)]
 CallerDep = Annotated[Caller, Depends(_caller)]
 CallerIfAnyDep = Annotated[Caller | None, Depends(_caller_if_any)]
 
-BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 BY_TOKEN: dict[str, Any] = {"security": [{"bearer": []}]}
 BY_TOKEN_IF_ANY: dict[str, Any] = {"security": [{}, *BY_TOKEN["security"]]}
 BY_FORM: dict[str, Any] = {
@@ -283,7 +281,7 @@ async def _sign_in(local: LocalAccounts, request: Request, email: str, password:
     try:
         # Nothing is counted that bcrypt does not slow down: so the counts, too, are bounded.
         with local.slot(request):
-            await local.attempts.count(*about)
+            await local.throttle.count(*about)
             is_right = await local.passwords.check(password, account["password_hash"] if account else None)
     except TooManyAttempts as error:
         _log_failure(request, "too many attempts")
@@ -291,7 +289,7 @@ async def _sign_in(local: LocalAccounts, request: Request, email: str, password:
     if account is None or not is_right:
         _log_failure(request, "wrong password" if account else "unknown e-mail")
         raise InvalidEmailOrPassword
-    await local.attempts.forget(*about)
+    await local.throttle.forget(*about)
     return account
 
 
@@ -336,4 +334,4 @@ def _with_session(answer: SignedUp) -> Response:
 
 def _json(answer: BaseModel | None, headers: dict[str, str] | None = None) -> Response:
     content = answer.model_dump_json(by_alias=True) if answer else "null"
-    return Response(content, 200, headers, "application/json")
+    return Response(content, 200, headers, JSON)

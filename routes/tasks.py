@@ -11,16 +11,13 @@ from starlette.convertors import Convertor, register_url_convertor
 from database.statements import Row
 from errors import (
     Conflict,
-    ContentTooLarge,
     Forbidden,
     NotFound,
     PreconditionFailed,
     QuotaExceeded,
-    RequestTimeout,
     Unauthorized,
     Unavailable,
     Unprocessable,
-    UnsupportedMediaType,
     invalid_parameter,
     responses,
 )
@@ -52,7 +49,7 @@ from schemas import (
 from services import ServicesDep
 from web import etags
 from web.cursors import CursorInvalid, CursorSealer, TaskList
-from web.direct_route import DirectRoute
+from web.direct_route import BODY_PROBLEMS, JSON, DirectRoute
 from web.openapi import MERGE_PATCH, header
 from web.paths import PartConvertor, quoted_path
 from web.problems import problem_of
@@ -96,9 +93,7 @@ IdempotencyKey = Annotated[
 ]
 MergePatch = Annotated[TaskUpdate, Body(media_type=MERGE_PATCH)]
 
-BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
-JSON = "application/json"
 PAGE_MAX_BYTES = 1024 * 1024  # an answer is held whole until its client has read it
 
 

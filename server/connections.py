@@ -37,8 +37,8 @@ class Transport(Protocol):
 class Connections:
     """Counts open connections, in all and by client, and the bytes that their clients have not read."""
 
-    def __init__(self, *, most: int, most_per_client: int, proxies: list[str]) -> None:
-        self._most, self._most_per_client = most, most_per_client
+    def __init__(self, *, limit: int, limit_per_client: int, proxies: list[str]) -> None:
+        self._limit, self._limit_per_client = limit, limit_per_client
         self._proxies = [ipaddress.ip_network(proxy) for proxy in proxies]
         self._open: Counter[str] = Counter()
         self._total = 0
@@ -60,10 +60,10 @@ class Connections:
             NoMoreConnections: the process has as many as it may have.
             TooManyConnections: the client has.
         """
-        if self._total >= self._most:
+        if self._total >= self._limit:
             raise NoMoreConnections
         if client is not None:
-            if self._open[client] >= self._most_per_client:
+            if self._open[client] >= self._limit_per_client:
                 raise TooManyConnections
             self._open[client] += 1
         self._total += 1

@@ -7,13 +7,13 @@ PROJECT = Path(__file__).parent.parent
 
 # As in CLAUDE.md: each floor imports only from floors below.
 FLOORS = [
-    {"config", "errors", "observability", "refusals", "tls"},
+    {"errors", "observability", "refusals", "tls"},
     {"database"},
     {"db", "models"},
     {"schemas"},
     {"web"},
     {"auth", "queries"},
-    {"server"},
+    {"config", "server"},
     {"commands", "migrations", "services"},
     {"middleware"},
     {"routes"},

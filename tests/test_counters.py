@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from auth.sign_in_throttle import FAILURES_MAX, Attempts, TooManyAttempts
+from auth.sign_in_throttle import FAILURES_MAX, SignInThrottle, TooManyAttempts
 from tests.redis_server import Redis, running_redis
 from web import counters
 from web.counters import KEYS_MAX, KEYS_SWEPT_MIN, TIMEOUT_S, LocalStorage, SharedStorage
@@ -71,7 +71,7 @@ async def test_failed_attempts_are_counted_together_and_forgotten_together(
     redis: Redis, shared: SharedStorage
 ) -> None:
     other = SharedStorage(redis.url)
-    here, there = Attempts(shared), Attempts(other)
+    here, there = SignInThrottle(shared), SignInThrottle(other)
     for _ in range(FAILURES_MAX):
         await here.count("alice@example.com")
 

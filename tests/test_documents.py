@@ -162,3 +162,11 @@ def test_readme_maps_every_module() -> None:
 
     assert mapped >= modules | {f"{path.name}/" for path in packages}
     assert {name for name in mapped if not any(PROJECT.glob(f"**/{name}"))} == set()
+
+
+def test_documents_name_files_that_exist() -> None:
+    files = {path.relative_to(PROJECT).as_posix() for path in PROJECT.glob("*/**/*.*")}
+    for document in (*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md")):
+        text = document.read_text()
+        named = set(re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|json|yml|lua))`", text))
+        assert named <= files, (document.name, named - files)

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 
 from main import create_app
-from queries.quota import USERS_REMEMBERED, TaskLimit
+from queries.quota import USERS_REMEMBERED, TaskQuota
 from tests.conftest import person, running, settings_for
 
 
 def test_a_tenth_of_what_is_left_goes_unchecked() -> None:
-    limit = TaskLimit(100)
+    limit = TaskQuota(100)
     limit.counted("alice", 50)
 
     assert [limit.take("alice") for _ in range(6)] == [True] * 5 + [False]
@@ -18,18 +18,18 @@ def test_a_tenth_of_what_is_left_goes_unchecked() -> None:
 
 
 def test_near_the_limit_every_task_is_counted() -> None:
-    limit = TaskLimit(100)
+    limit = TaskQuota(100)
     limit.counted("alice", 91)
 
     assert limit.take("alice") is False
 
 
 def test_without_a_limit_nobody_is_counted() -> None:
-    assert TaskLimit(0).take("alice") is True
+    assert TaskQuota(0).take("alice") is True
 
 
 def test_only_so_many_users_are_remembered() -> None:
-    limit = TaskLimit(100)
+    limit = TaskQuota(100)
     for number in range(USERS_REMEMBERED + 1):
         limit.counted(str(number), 0)
 

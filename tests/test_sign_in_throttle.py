@@ -4,7 +4,7 @@ import pytest
 from limits.aio.storage import memory
 
 from auth import sign_in_throttle
-from auth.sign_in_throttle import FAILURES_MAX, WINDOW_MIN, Attempts, TooManyAttempts
+from auth.sign_in_throttle import FAILURES_MAX, WINDOW_MIN, SignInThrottle, TooManyAttempts
 from tests.conftest import Clock
 from web import counters
 from web.counters import LocalStorage
@@ -21,13 +21,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-async def _exhaust(counted: Attempts) -> None:
+async def _exhaust(counted: SignInThrottle) -> None:
     for _ in range(FAILURES_MAX):
         await counted.count(*ALICE)
 
 
 async def test_one_attempt_more_is_too_many_until_the_window_ends(clock: Clock) -> None:
-    counted = Attempts(LocalStorage())
+    counted = SignInThrottle(LocalStorage())
     await _exhaust(counted)
 
     clock.now += 60
@@ -42,14 +42,14 @@ async def test_one_attempt_more_is_too_many_until_the_window_ends(clock: Clock) 
 
 @pytest.mark.parametrize("other", [("bob@example.com", ALICE[1]), (ALICE[0], "192.0.2.2")])
 async def test_attempts_at_something_else_are_not_affected(other: tuple[str, str]) -> None:
-    counted = Attempts(LocalStorage())
+    counted = SignInThrottle(LocalStorage())
     await _exhaust(counted)
 
     await counted.count(*other)
 
 
 async def test_attempts_made_at_once_are_each_counted() -> None:
-    counted = Attempts(LocalStorage())
+    counted = SignInThrottle(LocalStorage())
 
     made = await asyncio.gather(*(counted.count(*ALICE) for _ in range(50)), return_exceptions=True)
 
@@ -57,7 +57,7 @@ async def test_attempts_made_at_once_are_each_counted() -> None:
 
 
 async def test_a_success_forgets_the_failures() -> None:
-    counted = Attempts(LocalStorage())
+    counted = SignInThrottle(LocalStorage())
     await _exhaust(counted)
 
     await counted.forget(*ALICE)
@@ -68,7 +68,7 @@ async def test_a_success_forgets_the_failures() -> None:
 async def test_no_address_is_kept() -> None:
     storage = LocalStorage()
 
-    await Attempts(storage).count(*ALICE)
+    await SignInThrottle(storage).count(*ALICE)
 
     assert len(storage.storage) == 1
     assert "alice" not in repr(storage.storage)

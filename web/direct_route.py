@@ -23,6 +23,7 @@ from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMe
 from web import strict_json
 
 JSON = "application/json"
+BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)  # of every route that reads a body
 NOT_ENCODED = "The request body must not be compressed"
 BODY_MAX_BYTES = 64 * 1024
 # 64 KiB in that time is 105 kbit/s. It is less than a request's deadline, so it is the client's 408.

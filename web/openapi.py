@@ -7,14 +7,15 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from schemas import ID_MAX
+from web.direct_route import JSON
 from web.problems import PROBLEM_SCHEMA
+from web.request_state import REQUEST_ID_PATTERN
 
 _PROJECT_FILE = Path(__file__).parent.parent / "pyproject.toml"
 LICENSE = {"name": "MIT", "identifier": "MIT"}
 SERVERS: list[dict[str, Any]] = [{"url": "/", "description": "The origin that serves this document."}]
 MERGE_PATCH = "application/merge-patch+json"
-_LARGEST = 2**63 - 1
-_JSON = "application/json"
 _TASK = {"$ref": "#/components/schemas/TaskOut"}
 CHALLENGE_PATTERN = r'^Bearer( error="invalid_token", error_description="[ !#-\[\]-~]+")?$'
 
@@ -22,7 +23,7 @@ HEADERS: dict[str, dict[str, Any]] = {
     "Accept-Patch": {
         "required": True,
         "description": "The media types that a patch may have.",
-        "example": f"{MERGE_PATCH}, {_JSON}",
+        "example": f"{MERGE_PATCH}, {JSON}",
         "schema": {"type": "string"},
     },
     "ETag": {
@@ -60,7 +61,7 @@ HEADERS: dict[str, dict[str, Any]] = {
         "required": True,
         "description": "The request's id: the client's own if it sent a plain one.",
         "example": "4c0b5e0d6d3f4f0e9a4a3ce2b6c1a7d8",
-        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._~+/=:-]{1,128}$"},
+        "schema": {"type": "string", "pattern": f"^{REQUEST_ID_PATTERN}$"},
     },
     "X-Total-Count": {
         "description": "How many tasks all pages hold together, if `count=true` asked for it.",
@@ -127,7 +128,7 @@ def complete(document: dict[str, Any]) -> None:
             _drop_null(parameter["schema"])
         content = operation.get("requestBody", {}).get("content", {})
         if MERGE_PATCH in content:
-            content[_JSON] = content[MERGE_PATCH]
+            content[JSON] = content[MERGE_PATCH]
         for status, answer in operation["responses"].items():
             for name in _headers(operation, status, answer):
                 answer.setdefault("headers", {}).update(header(name))
@@ -147,7 +148,7 @@ def _write_whole_numbers(schema: Any) -> None:
     elif isinstance(schema, dict):
         for name, value in schema.items():
             if isinstance(value, float) and value.is_integer():
-                schema[name] = min(int(value), _LARGEST)
+                schema[name] = min(int(value), ID_MAX)
             else:
                 _write_whole_numbers(value)
 
@@ -162,7 +163,7 @@ def _parameters(operation: dict[str, Any]) -> set[str]:
 
 
 def _is_task(answer: dict[str, Any]) -> bool:
-    return bool(answer.get("content", {}).get(_JSON, {}).get("schema") == _TASK)
+    return bool(answer.get("content", {}).get(JSON, {}).get("schema") == _TASK)
 
 
 def _headers(operation: dict[str, Any], status: str, answer: dict[str, Any]) -> Iterator[str]:

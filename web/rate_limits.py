@@ -23,9 +23,9 @@ class Limit:
 
     def __init__(self, name: str, text: str, storage: Storage) -> None:
         item = limits.parse(text)
-        self._name, self._most, self._window_s = name, item.amount, item.get_expiry()
+        self._name, self._limit, self._window_s = name, item.amount, item.get_expiry()
         self._storage = storage
-        self._policy = (b"ratelimit-policy", f'"{name}";q={self._most};w={self._window_s}'.encode())
+        self._policy = (b"ratelimit-policy", f'"{name}";q={self._limit};w={self._window_s}'.encode())
 
     async def count(self, scope: Scope, key: str) -> None:
         """Count the request of *scope*, whose answer will say what is left.
@@ -35,10 +35,10 @@ class Limit:
         """
         window, passed_s = divmod(time.time() + crc32(key.encode()), self._window_s)
         number = await self._storage.incr(f"{self._name}/{key}/{window:.0f}", self._window_s)
-        left, reset_s = max(0, self._most - number), math.ceil(self._window_s - passed_s)
+        left, reset_s = max(0, self._limit - number), math.ceil(self._window_s - passed_s)
         told = f'"{self._name}";r={left};t={reset_s}'.encode()
         state_of(scope)["rate_limit"] = (self._policy, (b"ratelimit", told))
-        if number > self._most:
+        if number > self._limit:
             metrics.rate_limited(self._name)
             raise QuotaExceeded(self._name, retry_after_s=reset_s)
 
