@@ -60,7 +60,7 @@ requests_in_flight = Gauge("http_requests_in_flight", "Requests that are being a
 _refused_tokens = Labelled("tokens_refused", "Tokens that were not accepted, by reason.", "reason")
 _failed_sign_ins = Labelled("sign_ins_failed", "Sign-ins to local accounts that failed, by reason.", "reason")
 _rate_limited = Labelled("requests_rate_limited", "Requests refused for their number, by limit.", "limit")
-_key_fetches = Labelled("key_fetches", "SignInThrottle to fetch the issuer's keys, by outcome.", "outcome")
+_key_fetches = Labelled("key_fetches", "Attempts to fetch the issuer's keys, by outcome.", "outcome")
 _unavailable = Labelled("database_unavailable", "Statements that could not be run, by reason.", "reason")
 _statements = Timed(
     "database_statement_duration_seconds", "Time from sending a statement to its rows.", "statement"
