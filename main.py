@@ -9,14 +9,8 @@ from fastapi import FastAPI
 
 import commands
 from config import Settings, load_settings
-from middleware.access_log import AccessLogMiddleware
-from middleware.allowed_hosts import AllowedHostsMiddleware
-from middleware.cors import ProblemCORSMiddleware
-from middleware.deadline import DeadlineMiddleware
-from middleware.head import HeadMiddleware
-from middleware.rate_limit import RateLimitMiddleware
-from middleware.security_headers import SecurityHeadersMiddleware
-from middleware.slashes import SlashesMiddleware
+from middleware.access_log import AccessLog
+from middleware.front import FrontMiddleware
 from observability import telemetry
 from queries import idempotency
 from routes import accounts, docs, health, metrics, tasks
@@ -75,16 +69,15 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
     if settings.docs:
         docs.install(app)
 
-    # The last added is the outermost.
-    app.add_middleware(SlashesMiddleware)
-    app.add_middleware(RateLimitMiddleware, rate_limits=services.rate_limits)
-    if settings.hosts:
-        app.add_middleware(AllowedHostsMiddleware, hosts=settings.hosts)
-    app.add_middleware(HeadMiddleware)
-    app.add_middleware(DeadlineMiddleware, deadline_s=settings.request_deadline_s)
-    app.add_middleware(AccessLogMiddleware, lines=settings.access_log, measures=settings.metrics)
-    app.add_middleware(SecurityHeadersMiddleware)
-    app.add_middleware(ProblemCORSMiddleware, origins=settings.origins)
+    app.add_middleware(
+        FrontMiddleware,
+        routes=app,
+        rate_limits=services.rate_limits,
+        deadline_s=settings.request_deadline_s,
+        origins=settings.origins,
+        hosts=settings.hosts,
+        access_log=AccessLog(lines=settings.access_log, measures=settings.metrics),
+    )
     return app
 
 

@@ -1,1 +1,1 @@
-"""Pure ASGI layers around the application, and the dependency that reads the caller. None imports another."""
+"""The front, which every request passes, its parts, and the dependency that reads the caller."""

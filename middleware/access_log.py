@@ -1,4 +1,4 @@
-"""An id for every request, one line and one measurement of it, and the last word when a handler crashes."""
+"""One line and one measurement for every request."""
 
 import re
 import time
@@ -6,12 +6,9 @@ from typing import Any
 from urllib.parse import quote
 
 import structlog
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
-import errors
 from observability import logs, metrics
-from web import problems
 from web.request_state import request_id, state_of
 
 PATH_LOGGED_MAX = 500
@@ -22,67 +19,44 @@ _TRACEPARENT = re.compile(
 )
 
 
-class AccessLogMiddleware:
-    def __init__(self, app: ASGIApp, *, lines: bool = True, measures: bool = True) -> None:
-        self.app = app
+class AccessLog:
+    def __init__(self, *, lines: bool = True, measures: bool = True) -> None:
         self._lines, self._measures = lines, measures
         self._log = structlog.get_logger("access").bind()  # bound once: it costs more than the line
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        started = time.perf_counter()
-        identifier = request_id(scope)
-        logs.request_id.set(identifier)
-        method, path = scope["method"], scope["path"]
+    def start(self, scope: Scope) -> float:
+        """Count the request of *scope* as in flight and return when it began."""
+        logs.request_id.set(request_id(scope))
         if self._measures:
             metrics.requests_in_flight.inc()
-        status: int | None = None
-        size_bytes = 0
+        return time.perf_counter()
 
-        async def send_and_watch(message: Message) -> None:
-            nonlocal status, size_bytes
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", identifier.encode()),
-                    *state_of(scope).get("rate_limit", ()),  # here, so that crashes carry them too
-                ]
-            else:
-                size_bytes += len(message.get("body", b""))
-            await send(message)
+    def crashed(self, scope: Scope, path: str) -> None:
+        """Log the exception that is being handled."""
+        self._log.exception("crash", method=scope["method"], path=_plain(path), **_identity(scope))
 
-        try:
-            await self.app(scope, receive, send_and_watch)
-        except ClientDisconnect:
-            status = 499  # as nginx says it: there is nobody left to answer
-        except Exception:
-            self._log.exception("crash", method=method, path=_plain(path), **_identity(scope))
-            if status is not None:
-                raise  # half an answer has left: the server must cut it off
-            await problems.render(scope, errors.InternalError())(scope, receive, send_and_watch)
-        finally:
-            duration_s, route = time.perf_counter() - started, _route(scope)
-            status = status or 499  # cancelled: the client has gone, as above
-            if self._measures:
-                metrics.requests_in_flight.dec()
-                metrics.request_answered(route or UNMATCHED, method, status, duration_s)
-            if self._lines:
-                self._log.info(
-                    "request",
-                    method=method,
-                    path=_plain(path),
-                    route=route,
-                    status=status,
-                    duration_ms=round(duration_s * 1000, 2),
-                    bytes=size_bytes,
-                    **_identity(scope),
-                )
+    def answered(
+        self, scope: Scope, path: str, route: str | None, status: int, size_bytes: int, started: float
+    ) -> None:
+        """Measure the request, which *path* was sent with, and write its line."""
+        duration_s = time.perf_counter() - started
+        if self._measures:
+            metrics.requests_in_flight.dec()
+            metrics.request_answered(route or UNMATCHED, scope["method"], status, duration_s)
+        if self._lines:
+            self._log.info(
+                "request",
+                method=scope["method"],
+                path=_plain(path),
+                route=route,
+                status=status,
+                duration_ms=round(duration_s * 1000, 2),
+                bytes=size_bytes,
+                **_identity(scope),
+            )
 
 
-def _route(scope: Scope) -> str | None:
+def route_of(scope: Scope) -> str | None:
     """Return the template of the route that was chosen, its prefix included; None for static files too."""
     context = scope.get("fastapi", {}).get("effective_route_context")
     return context.path_format if context else None

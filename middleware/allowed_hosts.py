@@ -2,12 +2,11 @@
 
 import ipaddress
 import re
+from collections.abc import Sequence
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 import errors
-from web import problems
-from web.paths import is_probe
 
 # RFC 9110, section 7.2: a name or address, an IPv6 one in brackets, and perhaps a port.
 _HOST = re.compile(r"([^\[\]:@/?#\s]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
@@ -21,25 +20,16 @@ class WrongHost(errors.Problem):
     sentence = "The Host header must name this service, once"
 
 
-class AllowedHostsMiddleware:
-    """Refuses what was sent to another host. Health checks go by address, so theirs may be any.
+class AllowedHosts:
+    """Names, addresses, and `*.example.com` for all names below `example.com`."""
 
-    *hosts* are names, addresses, and `*.example.com` for all names below `example.com`.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
-        self.app = app
+    def __init__(self, hosts: Sequence[str]) -> None:
         self._exact = {_name(host) for host in hosts}
         self._suffixes = tuple(host[1:] for host in hosts if host.startswith("*."))
         self._ours: set[bytes] = set()  # spellings that were found to be ours; others are not kept
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_probe(scope["raw_path"]) or self._is_ours(scope):
-            await self.app(scope, receive, send)
-            return
-        await problems.render(scope, WrongHost())(scope, receive, send)
-
-    def _is_ours(self, scope: Scope) -> bool:
+    def admit(self, scope: Scope) -> bool:
+        """Return whether *scope* was sent to one of them. The caller admits probes, which go by address."""
         sent = [value for name, value in scope["headers"] if name == b"host"]
         if len(sent) != 1:
             return False

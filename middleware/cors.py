@@ -1,13 +1,14 @@
-"""CORS for the configured origins: outermost, so that errors and crashes carry its headers too."""
+"""CORS for the configured origins: every answer carries its headers, errors and crashes too."""
+
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 import errors
 from web import problems
-from web.request_state import request_id
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 REQUEST_HEADERS = (
@@ -45,39 +46,34 @@ class PreflightRefused(errors.Problem):
     status = 400
 
 
-class ProblemCORSMiddleware(CORSMiddleware):
-    """Starlette's middleware with its refusals as problems, and an id on every preflight answer."""
+class CORS(CORSMiddleware):
+    """Starlette's rules, with refusals as problems. No layer: the front asks it."""
 
-    def __init__(self, app: ASGIApp, origins: list[str]) -> None:
+    def __init__(self, origins: Sequence[str]) -> None:
         super().__init__(
-            app,
+            _no_app,
             allow_origins=origins,
             allow_methods=METHODS,
             allow_headers=REQUEST_HEADERS,
             expose_headers=EXPOSED_HEADERS,
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        if not any(name == b"origin" for name, _ in scope["headers"]):
-            await self.app(scope, receive, _varying(send))  # no browser asks
-            return
-        headers = Headers(scope=scope)
-        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-            answer = self._preflight(scope, headers)
-            answer.headers["X-Request-ID"] = request_id(scope)
-            await answer(scope, receive, send)
-            return
-        await self.simple_response(scope, receive, send, headers)
+    def add_headers(self, message: Message, request_headers: Headers) -> None:
+        """Add to the start of an answer what a browser looks for."""
+        headers = MutableHeaders(scope=message)
+        headers.update(self.simple_headers)
+        origin = request_headers["origin"]
+        if not self.allow_all_origins and self.is_allowed_origin(origin=origin):
+            self.allow_explicit_origin(headers, origin)
+        else:
+            headers["Vary"] = ", ".join([*headers.getlist("Vary"), "Origin"])
 
     @staticmethod
     def allow_explicit_origin(headers: MutableHeaders, origin: str) -> None:
         CORSMiddleware.allow_explicit_origin(headers, origin)
         headers.update(_CREDENTIALS)
 
-    def _preflight(self, scope: Scope, headers: Headers) -> Response:
+    def preflight(self, scope: Scope, headers: Headers) -> Response:
         answer = self.preflight_response(headers)
         if answer.status_code < 400:
             if answer.headers["access-control-allow-origin"] != "*":
@@ -90,12 +86,5 @@ class ProblemCORSMiddleware(CORSMiddleware):
         return refusal
 
 
-def _varying(send: Send) -> Send:
-    """Tell caches that another origin may get other headers."""
-
-    async def send_with_vary(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), (b"vary", b"Origin")]
-        await send(message)
-
-    return send_with_vary
+async def _no_app(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    raise NotImplementedError

@@ -1,6 +1,10 @@
 """What every answer tells browsers not to do."""
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from collections.abc import Iterable
+
+from starlette.types import Scope
+
+Field = tuple[bytes, bytes]
 
 CONTENT_POLICY = b"content-security-policy"
 HSTS = (b"strict-transport-security", b"max-age=31536000")  # a year; other names are not ours to decide on
@@ -13,31 +17,24 @@ ALWAYS = (
 )
 
 
-class SecurityHeadersMiddleware:
-    """Adds them to every answer; a page brings a content policy of its own, all else may load nothing."""
+def security_headers(scope: Scope, own: Iterable[Field]) -> tuple[Field, ...]:
+    """Return what to add to an answer with the headers *own*.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        added = _ADDED[scope["scheme"] == "https", scope["path"].startswith("/api/")]
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = message.get("headers", ())
-                brings_policy = any(name == CONTENT_POLICY for name, _ in own)
-                message["headers"] = [*own, *added] if brings_policy else [*own, *added, NOTHING]
-            await send(message)
-
-        await self.app(scope, receive, send_with_headers)
+    A page brings a content policy of its own; everything else may load nothing.
+    """
+    is_private = scope["path"].startswith("/api/")
+    brings_policy = not is_private and any(name == CONTENT_POLICY for name, _ in own)
+    return _ADDED[scope["scheme"] == "https", is_private, brings_policy]
 
 
-# By whether the request came by https, and whether the answer is about somebody's tasks or account.
+# By whether the request came by https, whether the answer is about somebody's tasks or account, and whether
+# it has a content policy.
 _ADDED = {
-    (is_https, is_private): ALWAYS + (HSTS,) * is_https + (NO_STORE,) * is_private
+    (is_https, is_private, brings_policy): ALWAYS
+    + (HSTS,) * is_https
+    + (NO_STORE,) * is_private
+    + (NOTHING,) * (not brings_policy)
     for is_https in (False, True)
     for is_private in (False, True)
+    for brings_policy in (False, True)
 }

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Iterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,12 @@ import routes.accounts
 from auth import tokens
 from config import Settings
 from main import create_app
+from middleware.front import FrontMiddleware
 from observability import logs
 from tests import service
 from tests.postgres import Server, running_server
+from web.counters import LocalStorage
+from web.rate_limits import RateLimits
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # clients would mix with the service's log
 
@@ -225,6 +228,22 @@ def settings_for(database_url: str, **changes: Any) -> Settings:
         }
         | changes
     )
+
+
+SCOPE = {
+    "type": "http",
+    "scheme": "http",
+    "path": "/",
+    "raw_path": b"/",
+    "headers": [],
+    "client": ("127.0.0.1", 1),
+}
+
+
+def front(app: Any, *, deadline_s: float = 10, origins: Sequence[str] = ()) -> Any:
+    """Put the front before an ASGI application that is not ours."""
+    limits = RateLimits(LocalStorage(), user="off", anonymous="off")
+    return FrontMiddleware(app, rate_limits=limits, deadline_s=deadline_s, origins=origins)
 
 
 @asynccontextmanager

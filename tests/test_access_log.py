@@ -6,7 +6,7 @@ import pytest
 from fastapi import FastAPI
 
 from main import create_app
-from tests.conftest import Log, Person, person, running, settings_for
+from tests.conftest import Log, Person, front, person, running, settings_for
 
 
 async def test_every_answer_carries_an_id(client: httpx.AsyncClient, alice: Person) -> None:
@@ -151,13 +151,11 @@ async def test_lines_can_be_switched_off(database_url: str, log: Log) -> None:
 
 
 async def test_half_an_answer_is_cut_off(app: FastAPI) -> None:
-    from middleware.access_log import AccessLogMiddleware
-
     async def half(scope: object, receive: object, send: httpx.ASGITransport) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator] # ASGI by hand
         raise RuntimeError("the cause")
 
-    transport = httpx.ASGITransport(AccessLogMiddleware(half))  # type: ignore[arg-type] # ASGI by hand
+    transport = httpx.ASGITransport(front(half))
     async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
         with pytest.raises(RuntimeError, match="the cause"):
             await client.get("/")

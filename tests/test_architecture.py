@@ -21,7 +21,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 PACKAGES = {path.parent.name for path in PROJECT.glob("*/__init__.py")} - {"bench", "tests"}
-INDEPENDENT = {"middleware", "routes"}  # their modules do not import one another
+INDEPENDENT = {"routes"}  # their modules do not import one another
 READERS_OF_CONFIG = {"main.py", "commands.py", "services.py", "migrations/env.py"}
 
 

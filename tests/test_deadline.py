@@ -7,14 +7,11 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from middleware.access_log import AccessLogMiddleware
-from middleware.cors import ProblemCORSMiddleware
-from middleware.deadline import DeadlineMiddleware
+from tests.conftest import SCOPE, front
 
 
 def client_of(handler: Any, deadline_s: float = 0.1) -> httpx.AsyncClient:
-    app: Any = DeadlineMiddleware(handler, deadline_s=deadline_s)
-    app = ProblemCORSMiddleware(AccessLogMiddleware(app), origins=["https://app.example.com"])
+    app = front(handler, deadline_s=deadline_s, origins=["https://app.example.com"])
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 
@@ -52,8 +49,8 @@ async def test_nobody_waits_for_a_handler_that_cannot_be_cancelled() -> None:
         sent.append((time.monotonic(), message))
 
     started = time.monotonic()
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
-    await DeadlineMiddleware(stubborn, deadline_s=0.1)(scope, asyncio.Event().wait, send)  # type: ignore[arg-type] # nobody receives
+    scope = {**SCOPE, "method": "GET"}
+    await front(stubborn, deadline_s=0.1)(scope, asyncio.Event().wait, send)  # nobody receives
 
     assert [message["type"] for _, message in sent] == ["http.response.start", "http.response.body"]
     assert sent[0][1]["status"] == 503

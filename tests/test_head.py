@@ -4,8 +4,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 from starlette.types import Message
 
-from middleware.head import HeadMiddleware
-from tests.conftest import Person
+from tests.conftest import SCOPE, Person, front
 
 
 @pytest.mark.parametrize(
@@ -53,8 +52,8 @@ async def test_no_byte_of_a_body_is_sent() -> None:
     async def receive() -> Message:
         return {"type": "http.request"}
 
-    scope = {"type": "http", "method": "HEAD"}
-    await HeadMiddleware(Response("a body"))(scope, receive, send)  # a client would drop it too
+    scope = {**SCOPE, "method": "HEAD"}
+    await front(Response("a body"))(scope, receive, send)  # a client would drop it too
 
     assert [message.get("body", b"") for message in sent] == [b"", b""]
     assert (b"content-length", b"6") in sent[0]["headers"]

@@ -51,14 +51,14 @@ class DirectRoute(APIRoute):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._answer = self.get_route_handler()
+        self.answer = self.get_route_handler()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The framework's opens exit stacks that no dependency of ours uses, and catches what the
         # application catches anyway: 5 % of a request.
         if self.methods and scope["method"] not in self.methods:
             raise HTTPException(405)
-        response = await self._answer(Request(scope, receive, send))
+        response = await self.answer(Request(scope, receive, send))
         await response(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

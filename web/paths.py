@@ -41,6 +41,20 @@ class PartConvertor(StringConvertor):
         return value.replace(_SLASH, "/")
 
 
+def normalize(scope: Scope) -> bool:
+    """Keep encoded slashes and drop one at the end; return False if nothing can be at the path of *scope*.
+
+    `/api/alice/tasks/` is answered as `/api/alice/tasks`: a redirect would repeat the Host header that a
+    stranger sent. `/api/alice/tasks%0A` is nothing, though `$`, with which the patterns of the routes end,
+    would take it. The path is changed in place.
+    """
+    if b"%2" in scope["raw_path"] and b"%2F" in scope["raw_path"].upper():  # the first test is the faster
+        scope["path"] = decode(scope["raw_path"])
+    if scope["path"].endswith("/") and scope["path"] != "/":
+        scope["path"] = scope["path"][:-1]
+    return not scope["path"].endswith("\n")
+
+
 def quoted_path(scope: Scope) -> str:
     """Return the path of *scope* as a client has to send it."""
     return "%2F".join(quote(part) for part in scope["path"].split(_SLASH))

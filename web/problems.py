@@ -53,22 +53,31 @@ def render(scope: Scope, error: HTTPException) -> Response:
     return Response(orjson.dumps(problem), error.status_code, dict(error.headers or {}), MEDIA_TYPE)
 
 
+KNOWN = (HTTPException, Refusal, RequestValidationError)  # everything else is a crash
+
+
+def answer(scope: Scope, error: Exception) -> Response:
+    """Return the answer to an error that is one of `KNOWN`."""
+    match error:
+        case Refusal():
+            return render(scope, problem_of(error))
+        case RequestValidationError():
+            return render(scope, unprocessable(error))
+        case HTTPException():
+            return render(scope, error)
+    raise TypeError(f"no answer to {type(error).__name__}")
+
+
 def install(app: FastAPI) -> None:
-    """Let *app* answer every error, its own and the framework's, through `render`."""
+    """Let *app* answer every known error, its own and the framework's, as a problem."""
 
-    @app.exception_handler(HTTPException)
-    async def _http(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 405:
+    async def handle(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 405:
             error.headers = {"Allow": ", ".join(_allowed(app, request.scope["path"]))}
-        return render(request.scope, error)
+        return answer(request.scope, error)
 
-    @app.exception_handler(Refusal)
-    async def _refusal(request: Request, refusal: Refusal) -> Response:
-        return render(request.scope, problem_of(refusal))
-
-    @app.exception_handler(RequestValidationError)
-    async def _validation(request: Request, error: RequestValidationError) -> Response:
-        return render(request.scope, unprocessable(error))
+    for kind in KNOWN:
+        app.add_exception_handler(kind, handle)
 
 
 def problem_of(refusal: Refusal) -> Problem:
