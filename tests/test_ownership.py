@@ -23,7 +23,7 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList
 from sqlalchemy.sql.selectable import Alias
 
-from queries import bulk, idempotency, tasks
+from queries import bulk, idempotency, stats, tasks
 from queries.filters import Shape
 from queries.owner import OWNED, TASKS
 from tests.statements import bulks, constants, every_statement, list_statements
@@ -130,7 +130,7 @@ def locks(statement: Executable) -> list[Any]:
 
 
 def test_every_statement_is_bound_to_its_owner() -> None:
-    assert len(constants(tasks)) >= 8
+    assert len([*constants(tasks), *constants(stats)]) >= 8
     assert len(constants(bulk)) >= 5
     assert len(constants(idempotency)) >= 3
     assert all(len(list_statements(shape)) == 48 and len(bulks(shape)) == 4 for shape in get_args(Shape))
