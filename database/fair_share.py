@@ -18,15 +18,21 @@ class FairShare:
         self._taken: dict[str, int] = {}
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
+    def take(self, user_id: str) -> bool:
+        """Take a slot of *user_id* and return True, or return False if all are taken."""
+        taken = self._taken.get(user_id, 0)
+        if taken >= self._per_user:
+            return False
+        self._taken[user_id] = taken + 1
+        return True
+
     async def enter(self, user_id: str) -> None:
         """Take a slot of *user_id*; while all are taken, wait for the next one that is given back.
 
         Raises:
             TooManyRequests: `WAITING_MAX` requests of the user are waiting already.
         """
-        taken = self._taken.get(user_id, 0)
-        if taken < self._per_user:
-            self._taken[user_id] = taken + 1
+        if self.take(user_id):
             return
         waiting = self._waiting.setdefault(user_id, deque())
         if len(waiting) >= WAITING_MAX:

@@ -48,23 +48,20 @@ class Connection:
         """Run one statement, return its rows and tell *took* how many seconds that took, or failing did."""
         began = time.perf_counter()
         try:
-            return await self._fetch(sql, arguments)
+            statement = self._statements.pop(sql, None) or await self.raw.prepare(sql)
+            self._statements[sql] = statement
+            if len(self._statements) > STATEMENTS_MAX:
+                del self._statements[next(iter(self._statements))]  # the driver closes what nothing refers to
+            try:
+                rows: list[Any] = await statement.fetch(*arguments)
+            except asyncpg.InvalidCachedStatementError:
+                # A migration changed the table below us. The server refused before it did anything.
+                statement = self._statements[sql] = await self.raw.prepare(sql)
+                rows = await statement.fetch(*arguments)
+            return rows
         finally:
             if took:
                 took(time.perf_counter() - began)
-
-    async def _fetch(self, sql: str, arguments: list[Any]) -> list[Any]:
-        statement = self._statements.pop(sql, None) or await self.raw.prepare(sql)
-        self._statements[sql] = statement
-        if len(self._statements) > STATEMENTS_MAX:
-            del self._statements[next(iter(self._statements))]  # the driver closes what nothing refers to
-        try:
-            rows: list[Any] = await statement.fetch(*arguments)
-        except asyncpg.InvalidCachedStatementError:
-            # A migration changed the table below us. The server refused before it did anything.
-            statement = self._statements[sql] = await self.raw.prepare(sql)
-            rows = await statement.fetch(*arguments)
-        return rows
 
     @property
     def idle_s(self) -> float:

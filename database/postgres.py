@@ -15,7 +15,7 @@ from database.base import DEFAULT_TIMEOUTS, Database, Executor, Timeouts, share_
 from database.failures import is_transient_error, translated, unavailable
 from database.fair_share import FairShare
 from database.pool import Connection, Pool
-from database.statements import Compiled, Row, Statement, compile_statement
+from database.statements import Row, Statement, compile_statement
 from errors import Unavailable
 
 CANCEL_S = 0.5  # how much longer the client waits for a statement than the server
@@ -50,18 +50,15 @@ class Postgres(Database):
 
     async def all(self, statement: Statement, **values: Any) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
+        arguments, took = compiled.arguments(values), partial(self.took, compiled)
         try:
-            return await self.fetch(self.pool, compiled, values)
+            with translated:
+                records = await self.pool.fetch(compiled.sql, arguments, took)
         except Unavailable as error:
             if not error.lost or not compiled.reads:  # a write may have been done
                 raise
-            return await self.fetch(self.pool, compiled, values)
-
-    async def fetch(self, connection: "Pool | Connection", compiled: Compiled, values: Row) -> list[Row]:
-        with translated:
-            records = await connection.fetch(
-                compiled.sql, compiled.arguments(values), partial(self.took, compiled)
-            )
+            with translated:
+                records = await self.pool.fetch(compiled.sql, arguments, took)
         return compiled.converted([dict(record.items()) for record in records])
 
     @asynccontextmanager
@@ -116,4 +113,8 @@ class _Transaction(Executor):
 
     async def all(self, statement: Statement, **values: Any) -> list[Row]:
         compiled = compile_statement(statement, self._database.dialect)
-        return await self._database.fetch(self._connection, compiled, values)
+        with translated:
+            records = await self._connection.fetch(
+                compiled.sql, compiled.arguments(values), partial(self._database.took, compiled)
+            )
+        return compiled.converted([dict(record.items()) for record in records])

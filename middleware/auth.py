@@ -82,12 +82,13 @@ def bearer_token(request: Request) -> str:
     Raises:
         Unauthorized: there is none, more than one, or another scheme.
     """
-    values = request.headers.getlist("authorization")
+    values = [value for name, value in request.scope["headers"] if name == b"authorization"]
     if not values:
         raise Unauthorized
     if len(values) > 1:
         raise Unauthorized("There is more than one Authorization header")
-    scheme, _, token = values[0].partition(" ")
+    sent: str = values[0].decode("latin-1")
+    scheme, _, token = sent.partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise Unauthorized("The Authorization header must be: Bearer <token>")
     return token.strip()

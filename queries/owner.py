@@ -32,7 +32,8 @@ class Owner:
 
     async def all(self, statement: Statement, **values: Any) -> list[Row]:
         share, user_id = self.db.share, self.user_id
-        await share.enter(user_id)
+        if not share.take(user_id):  # without a coroutine where nothing has to wait
+            await share.enter(user_id)
         try:
             return await self.db.all(statement, owner=user_id, **values)
         finally:

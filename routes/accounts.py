@@ -62,8 +62,9 @@ from schemas import (
     Token,
 )
 from services import services_of
+from web.answers import JSONAnswer
 from web.client_addresses import client_address
-from web.direct_route import BODY_PROBLEMS, JSON, DirectRoute, read_body
+from web.direct_route import BODY_PROBLEMS, DirectRoute, read_body
 from web.request_state import request_id
 
 PASSWORD_MIN, PASSWORD_MAX = 8, 128
@@ -334,4 +335,4 @@ def _with_session(answer: SignedUp) -> Response:
 
 def _json(answer: BaseModel | None, headers: dict[str, str] | None = None) -> Response:
     content = answer.model_dump_json(by_alias=True) if answer else "null"
-    return Response(content, 200, headers, JSON)
+    return JSONAnswer(content.encode(), 200, headers)

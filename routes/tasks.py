@@ -48,8 +48,9 @@ from schemas import (
 )
 from services import ServicesDep
 from web import etags
+from web.answers import JSONAnswer
 from web.cursors import CursorInvalid, CursorSealer, TaskList
-from web.direct_route import BODY_PROBLEMS, JSON, DirectRoute
+from web.direct_route import BODY_PROBLEMS, DirectRoute
 from web.openapi import MERGE_PATCH, header
 from web.paths import PartConvertor, quoted_path
 from web.problems import problem_of
@@ -142,7 +143,7 @@ async def list_tasks(
     body, length = _page(rows[: query.limit])
     if len(rows) > length:
         headers["Link"] = services.cursors.link_to_next(request.scope, rows[length - 1], task_list)
-    return Response(body, 200, headers, JSON)
+    return JSONAnswer(body, 200, headers)
 
 
 @router.post(
@@ -355,7 +356,7 @@ def _task(row: Row, status: int = 200, headers: dict[str, str] | None = None) ->
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(_dump(content), status, headers, JSON)
+    return JSONAnswer(_dump(content), status, headers)
 
 
 def _dump(content: Any) -> bytes:

@@ -9,7 +9,7 @@ import inspect
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import lru_cache
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 from urllib.parse import parse_qsl
 
 from fastapi import HTTPException, Request, Response, params
@@ -21,8 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMediaType
 from web import strict_json
+from web.answers import JSON
 
-JSON = "application/json"
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)  # of every route that reads a body
 NOT_ENCODED = "The request body must not be compressed"
 BODY_MAX_BYTES = 64 * 1024
@@ -32,7 +32,16 @@ ANNOUNCED_MAX = 20  # digits of a Content-Length, which has 64 bits
 QUERIES_REMEMBERED = 1024
 QUERY_REMEMBERED_MAX_BYTES = 128  # longer ones seldom come twice
 
-Reader = Callable[[Request], Awaitable[Any]]
+Reader = Callable[[Request], Any]
+
+
+class Parameter(NamedTuple):
+    """How a parameter of an endpoint is read, and where mistakes in it are."""
+
+    name: str
+    place: tuple[str, ...]
+    read: Reader
+    waits: bool = False  # its reader is a coroutine function
 
 
 class DirectRoute(APIRoute):
@@ -63,13 +72,13 @@ class DirectRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         endpoint = self.endpoint
-        readers = _readers(endpoint)
+        parameters = _parameters(endpoint)
 
         async def handle(request: Request) -> Response:
             values, mistakes = {}, []
-            for name, place, read in readers:
+            for name, place, read, waits in parameters:
                 try:
-                    values[name] = await read(request)
+                    values[name] = await read(request) if waits else read(request)
                 except ValidationError as error:
                     mistakes += [{**mistake, "loc": (*place, *mistake["loc"])} for mistake in error.errors()]
             if mistakes:
@@ -80,29 +89,31 @@ class DirectRoute(APIRoute):
         return handle
 
 
-def _readers(endpoint: Callable[..., Any]) -> list[tuple[str, tuple[str, ...], Reader]]:
-    """Return how each parameter of *endpoint* is read: its name, where mistakes are, and the reader."""
+def _parameters(endpoint: Callable[..., Any]) -> list[Parameter]:
+    """Return how each parameter of *endpoint* is read, dependencies first."""
     hints = get_type_hints(endpoint, include_extras=True)
-    dependencies: list[tuple[str, tuple[str, ...], Reader]] = []
-    readers: list[tuple[str, tuple[str, ...], Reader]] = []
+    dependencies: list[Parameter] = []
+    others: list[Parameter] = []
     for name, parameter in inspect.signature(endpoint).parameters.items():
         hint = hints[name]
         extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
         if dependency := _first(params.Depends, extras):
-            dependencies.append((name, (), _dependency_reader(dependency.dependency)))
+            reader = _dependency_reader(dependency.dependency)
+            dependencies.append(Parameter(name, (), reader, waits=True))
         elif _first(params.Path, extras):
-            readers.append((name, ("path", name), _path_reader(name, hint)))
+            others.append(Parameter(name, ("path", name), _path_reader(name, hint)))
         elif _first(params.Query, extras):
-            readers.append((name, ("query",), _query_reader(hint)))
+            others.append(Parameter(name, ("query",), _query_reader(hint)))
         elif hint is Request:
-            readers.append((name, (), _request_reader))
+            others.append(Parameter(name, (), _request_reader))
         elif _first(params.Header, extras):
-            readers.append((name, (), _header_reader(name)))
+            others.append(Parameter(name, (), _header_reader(name)))
         else:
             body = _first(params.Body, extras)
             patch_type = body.media_type if body and body.media_type != JSON else None
-            readers.append((name, ("body",), _body_reader(hint, parameter.default, patch_type)))
-    return dependencies + readers
+            reader = _body_reader(hint, parameter.default, patch_type)
+            others.append(Parameter(name, ("body",), reader, waits=True))
+    return dependencies + others
 
 
 def _first(kind: type[Any], extras: tuple[Any, ...]) -> Any:
@@ -118,14 +129,14 @@ def _dependency_reader(dependency: Callable[..., Awaitable[Any]]) -> Reader:
     return read
 
 
-async def _request_reader(request: Request) -> Request:
+def _request_reader(request: Request) -> Request:
     return request
 
 
 def _path_reader(name: str, hint: Any) -> Reader:
     validate = TypeAdapter(hint).validate_python
 
-    async def read(request: Request) -> Any:
+    def read(request: Request) -> Any:
         return validate(request.path_params[name])
 
     return read
@@ -148,7 +159,7 @@ def _query_reader(hint: Any) -> Reader:
             values[several] = [value for name, value in sent if name == several]
         return validate(values)
 
-    async def read(request: Request) -> Any:
+    def read(request: Request) -> Any:
         query = request.scope["query_string"]
         if len(query) > QUERY_REMEMBERED_MAX_BYTES or b"cursor=" in query:
             return parse.__wrapped__(query)
@@ -168,7 +179,7 @@ def _refuse_repeated(names: list[str]) -> None:
 def _header_reader(name: str) -> Reader:
     field = name.replace("_", "-").encode()
 
-    async def read(request: Request) -> str | None:
+    def read(request: Request) -> str | None:
         found = [value for header, value in request.scope["headers"] if header == field]
         return b", ".join(found).decode("latin-1") if found else None
 

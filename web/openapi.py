@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from schemas import ID_MAX
-from web.direct_route import JSON
+from web.answers import JSON
 from web.problems import PROBLEM_SCHEMA
 from web.request_state import REQUEST_ID_PATTERN
 
