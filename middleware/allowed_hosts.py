@@ -1,4 +1,4 @@
-"""Refuses requests for unknown hosts: pages whose own name resolves to this service (DNS rebinding)."""
+"""Refuses requests whose Host header does not name this service, which prevents DNS rebinding."""
 
 import ipaddress
 import re
