@@ -14,7 +14,7 @@ from database.statements import Row
 from errors import Unavailable
 from web.client_addresses import client_address
 
-YEAR_9999_ENDS = 253_402_300_799  # `exp` may lie beyond, and `datetime` cannot represent that
+YEAR_9999_ENDS = 253_402_300_799  # where `datetime` ends; `exp` and JWT_EXPIRATION may lie beyond
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Connection:
 
 @dataclass
 class _Outage:
-    """A period in which connecting fails. *error* is the latest failure; *over*: one is available."""
+    """A period in which connecting fails, its latest *error*, and *over*, set once a connection is free."""
 
     error: Exception
     since: float = field(default_factory=time.monotonic)
