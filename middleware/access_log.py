@@ -1,4 +1,4 @@
-"""An id for every request, one line and one measurement of it, and the last word when a handler crashes."""
+"""Gives every request an id, a log line and a measurement, and answers 500 when a handler crashes."""
 
 import re
 import time
@@ -26,7 +26,7 @@ class AccessLogMiddleware:
     def __init__(self, app: ASGIApp, *, lines: bool = True, measures: bool = True) -> None:
         self.app = app
         self._lines, self._measures = lines, measures
-        self._log = structlog.get_logger("access").bind()  # bound once: it costs more than the line
+        self._log = structlog.get_logger("access").bind()  # bound once: binding costs more than the line
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,15 +57,15 @@ class AccessLogMiddleware:
         try:
             await self.app(scope, receive, send_and_watch)
         except ClientDisconnect:
-            status = 499  # as nginx says it: there is nobody left to answer
+            status = 499  # nginx's code for a client that has disconnected
         except Exception:
             self._log.exception("crash", method=method, path=_plain(path), **_identity(scope))
             if status is not None:
-                raise  # half an answer has left: the server must cut it off
+                raise  # the response has begun, so the server must cut it off
             await problems.render(scope, errors.InternalError())(scope, receive, send_and_watch)
         finally:
             duration_s, route = time.perf_counter() - started, _route(scope)
-            status = status or 499  # cancelled: the client has gone, as above
+            status = status or 499  # cancelled, because the client has disconnected
             if self._measures:
                 metrics.requests_in_flight.dec()
                 metrics.request_answered(route or UNMATCHED, method, status, duration_s)
@@ -83,13 +83,13 @@ class AccessLogMiddleware:
 
 
 def _route(scope: Scope) -> str | None:
-    """Return the template of the route that was chosen, its prefix included; None for static files too."""
+    """Return the matched route's template with its prefix; None for static files or without a match."""
     context = scope.get("fastapi", {}).get("effective_route_context")
     return context.path_format if context else None
 
 
 def _identity(scope: Scope) -> dict[str, Any]:
-    """Return the request's id, whose it is by a verified token, and the trace that it belongs to."""
+    """Return the request's id, the user of its verified token, and its trace id."""
     state = state_of(scope)
     identity: dict[str, Any] = {"request_id": state["request_id"]}
     if "user_id" in state:
@@ -103,10 +103,10 @@ def _trace_id(scope: Scope) -> str | None:
     sent = [value for name, value in scope["headers"] if name == b"traceparent"]
     if len(sent) != 1 or not (found := _TRACEPARENT.fullmatch(sent[0])):
         return None
-    # Only version 0 ends with the flags.
+    # In version 00 nothing may follow the flags.
     return None if sent[0].startswith(b"00") and found[2] else found[1].decode()
 
 
 def _plain(path: str) -> str:
-    """Return *path* in characters that no terminal obeys, and not too many of them."""
+    """Return *path* shortened and quoted, so that it cannot control a terminal."""
     return quote(path[:PATH_LOGGED_MAX], safe="/:@!$&'()*+,;=-._~")

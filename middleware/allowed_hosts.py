@@ -1,4 +1,4 @@
-"""Only requests to a name of ours: a page that makes its own name point here gets nothing (DNS rebinding)."""
+"""Refuses requests whose Host header does not name this service, which prevents DNS rebinding."""
 
 import ipaddress
 import re
@@ -22,7 +22,7 @@ class WrongHost(errors.Problem):
 
 
 class AllowedHostsMiddleware:
-    """Refuses what was sent to another host. Health checks go by address, so theirs may be any.
+    """Refuses requests for other hosts. Health checks may name any host: probes connect by address.
 
     *hosts* are names, addresses, and `*.example.com` for all names below `example.com`.
     """
@@ -31,7 +31,7 @@ class AllowedHostsMiddleware:
         self.app = app
         self._exact = {_name(host) for host in hosts}
         self._suffixes = tuple(host[1:] for host in hosts if host.startswith("*."))
-        self._ours: set[bytes] = set()  # spellings that were found to be ours; others are not kept
+        self._ours: set[bytes] = set()  # accepted spellings; refused ones are not kept
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_probe(scope["raw_path"]) or self._is_ours(scope):
@@ -53,7 +53,7 @@ class AllowedHostsMiddleware:
 
 
 def _name(host: str) -> str:
-    """Return *host* without its port and spelt in one way; nothing of what is no host."""
+    """Return *host* normalised and without its port; "" if it is malformed."""
     if not (parts := _HOST.fullmatch(host)):
         return ""
     name: str = parts[1].lower()

@@ -37,7 +37,7 @@ EXPOSED_HEADERS = (
 )
 
 
-# Better Auth's client always includes credentials, and a browser then insists on this. We read no cookies.
+# Better Auth's client always includes credentials, for which browsers require this. We read no cookies.
 _CREDENTIALS = {"Access-Control-Allow-Credentials": "true"}
 
 
@@ -46,7 +46,7 @@ class PreflightRefused(errors.Problem):
 
 
 class ProblemCORSMiddleware(CORSMiddleware):
-    """Starlette's middleware with its refusals as problems, and an id on every preflight answer."""
+    """Starlette's middleware, with problems for its refusals and an id in every preflight response."""
 
     def __init__(self, app: ASGIApp, origins: list[str]) -> None:
         super().__init__(
@@ -62,7 +62,7 @@ class ProblemCORSMiddleware(CORSMiddleware):
             await self.app(scope, receive, send)
             return
         if not any(name == b"origin" for name, _ in scope["headers"]):
-            await self.app(scope, receive, _varying(send))  # no browser asks
+            await self.app(scope, receive, _varying(send))  # not a CORS request
             return
         headers = Headers(scope=scope)
         if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:

@@ -1,4 +1,4 @@
-"""No request takes longer than its deadline: it is answered 503 then, whatever its handler is waiting for."""
+"""Answers 503 once a request has reached its deadline, whatever its handler is waiting for."""
 
 import asyncio
 
@@ -31,7 +31,7 @@ class DeadlineMiddleware:
         def expire() -> None:
             nonlocal answering
             if started:
-                return  # an answer that has begun is left to the server's own limits
+                return  # the server's own limits apply to a response that has begun
             problem = problems.render(scope, errors.Unavailable())
             answering = asyncio.ensure_future(problem(scope, receive, send))
             handler.cancel()

@@ -17,7 +17,7 @@ class HeadMiddleware:
                 message = {**message, "body": b""}
             await send(message)
 
-        inner = {**scope, "method": "GET"}  # the server asks its own for the method
+        inner = {**scope, "method": "GET"}  # a copy: the server reads the method from its own
         try:
             await self.app(inner, receive, send_without_body)
         finally:

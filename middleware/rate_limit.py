@@ -10,10 +10,10 @@ from web.request_state import state_of
 
 
 class RateLimitMiddleware:
-    """Counts a request for its client's address, unless it was counted for a user: it had no valid token.
+    """Charges a request to its client's address unless it was charged to a user, i.e. had a valid token.
 
-    What costs more than an answer, a password above all, counts itself before it begins. The headers are
-    written by the access log, which also answers crashes.
+    Expensive requests, above all those with a password, are counted by their routes before the work begins.
+    The access log writes the headers, because it also answers crashes.
     """
 
     def __init__(self, app: ASGIApp, rate_limits: RateLimits) -> None:

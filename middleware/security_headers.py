@@ -1,9 +1,9 @@
-"""What every answer tells browsers not to do."""
+"""Response headers that restrict what browsers may do."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CONTENT_POLICY = b"content-security-policy"
-HSTS = (b"strict-transport-security", b"max-age=31536000")  # a year; other names are not ours to decide on
+HSTS = (b"strict-transport-security", b"max-age=31536000")  # a year; subdomains may not be ours
 NO_STORE = (b"cache-control", b"no-store")
 NOTHING = (CONTENT_POLICY, b"default-src 'none'; frame-ancestors 'none'")
 ALWAYS = (
@@ -14,7 +14,7 @@ ALWAYS = (
 
 
 class SecurityHeadersMiddleware:
-    """Adds them to every answer; a page brings a content policy of its own, all else may load nothing."""
+    """Adds them to every response. A page brings its own content policy; everything else may load nothing."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -35,7 +35,7 @@ class SecurityHeadersMiddleware:
         await self.app(scope, receive, send_with_headers)
 
 
-# By whether the request came by https, and whether the answer is about somebody's tasks or account.
+# By whether the request came by https, and whether its path is below /api/: tasks and accounts are private.
 _ADDED = {
     (is_https, is_private): ALWAYS + (HSTS,) * is_https + (NO_STORE,) * is_private
     for is_https in (False, True)

@@ -1,7 +1,7 @@
-"""Slashes of a path: an encoded one belongs to its part (`web/paths.py`), and one at the end means nothing.
+"""Slashes of a path: an encoded one belongs to its part (`web/paths.py`), and one at the end is ignored.
 
-`/api/alice/tasks/` is answered as `/api/alice/tasks`: a redirect would repeat the Host header that a stranger
-sent. `/api/alice/tasks%0A` is nothing, though `$`, with which the patterns of the routes end, would take it.
+`/api/alice/tasks/` is answered like `/api/alice/tasks`, because a redirect would repeat the client's Host
+header. `/api/alice/tasks%0A` is a 404, although the `$` that ends the routes' patterns would match it.
 """
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -15,9 +15,9 @@ class SlashesMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The path is changed in place: the log reads the route that the router adds.
+        # The scope is changed in place, because the access log reads the route that the router adds to it.
         if scope["type"] == "http":
-            # The first test spares nearly every request the second.
+            # The first test is cheap and usually false.
             if b"%2" in scope["raw_path"] and b"%2F" in scope["raw_path"].upper():
                 scope["path"] = paths.decode(scope["raw_path"])
             if scope["path"].endswith("/") and scope["path"] != "/":
