@@ -41,7 +41,7 @@ def execute(create_app: AppFactory, arguments: list[str]) -> None:
 
 
 def load_app(create_app: AppFactory, settings: Settings) -> FastAPI:
-    """Configure logging and build the application, or end the start with a sentence."""
+    """Configure logging and build the application, or print a mistake in the settings and exit."""
     logs.configure(settings.resolved_log_level, settings.resolved_log_format)
     try:
         return create_app(settings, traces=_exports_traces())
@@ -99,6 +99,6 @@ def _token(user_id: str, settings: Settings) -> str:
 
 
 def _document(create_app: AppFactory) -> str:
-    """Return the OpenAPI document: the same with all settings, so none are read and no secret is kept."""
+    """Return the OpenAPI document without local accounts. No settings are read, and no secret is kept."""
     settings = Settings(database_url="sqlite:///never-opened.db", better_auth_secret=secrets.token_hex())
     return openapi.write(create_app(settings).openapi())

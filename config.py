@@ -22,9 +22,9 @@ from auth.tokens import ALGORITHMS
 from database.base import DEFAULT_TIMEOUTS
 
 SECRET_MIN = 32
-# Better Auth falls back to this one when nobody sets a secret: everybody knows it.
+# Better Auth falls back to this one if no secret is set, so it is publicly known.
 _PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # noqa: S105 - refused below
-# As browsers write it: lower case, no path, no user, a port in digits (RFC 6454, section 6.2).
+# An origin as browsers write it: lower case, no path, no user, a port in digits (RFC 6454, section 6.2).
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 _ALGORITHMS = frozenset(ALGORITHMS)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -95,10 +95,10 @@ def _base_address(value: str) -> str:
 def _is_address(value: str) -> bool:
     try:
         parts = urlsplit(value)
-        named = parts.hostname and parts.port != 0 and "@" not in parts.netloc  # it goes into the log
-    except ValueError:  # brackets that do not close, a port that is no number up to 65535
+        named = parts.hostname and parts.port != 0 and "@" not in parts.netloc  # the URL is logged
+    except ValueError:  # unclosed brackets, or a port that is not a number up to 65535
         return False
-    # urlsplit drops line feeds and tabs, so what it has read may not be what is fetched.
+    # urlsplit drops line feeds and tabs, so its result may differ from the URL that is fetched.
     written = value.isprintable() and not any(
         character.isspace() or character in "\\#" for character in value
     )
@@ -162,7 +162,7 @@ def _origins(value: str) -> list[str]:
 
 
 class Settings(BaseModel):
-    """What can be set. Given by hand, as tests do, it reads no environment."""
+    """The settings. Constructed directly, as in tests, they read no environment."""
 
     environment: Annotated[Literal["development", "production"], BeforeValidator(_lower)] = "development"
     database_url: str | None = Field(None, repr=False)
@@ -183,7 +183,7 @@ class Settings(BaseModel):
     cursor_secret: Annotated[str, AfterValidator(_secret)] | None = Field(None, repr=False)
     jwt_leeway_s: float = Field(10, ge=0, le=300)
     jwt_expiration: Annotated[str, AfterValidator(_duration)] = "7d"
-    # A stolen token can be renewed for as long, unless its user ends the sessions.
+    # A stolen token can be renewed for this long, unless its user ends the sessions.
     session_max_age: Annotated[str, AfterValidator(_duration)] = "30d"
     max_tasks_per_user: int = Field(10_000, ge=0)
     delete_status: Literal["204", "200"] = "204"
@@ -193,13 +193,13 @@ class Settings(BaseModel):
     shutdown_grace_s: int = Field(10, ge=0, le=3600)
     allowed_hosts: Annotated[str, AfterValidator(_host_list)] = "*"
     trusted_proxies: Annotated[str, AfterValidator(_network_list)] | None = None
-    # A connection is an open file, of which a process usually may have 1,024.
+    # A connection is an open file, and a process may usually have 1,024 of these.
     max_connections: int = Field(900, ge=1, le=1_000_000)
-    # A browser opens six: 40 of them behind one address at the same moment.
+    # A browser opens six, so this is enough for 40 browsers behind one address.
     max_connections_per_address: int = Field(256, ge=1, le=1_000_000)
-    # A front end that loads ten things at once may do so every second.
+    # Enough for a front end that loads ten things every second.
     rate_limit: Annotated[str, BeforeValidator(_lower), AfterValidator(_rate)] = "600/minute"
-    # All who share an office's address can sign in within the minute; each wrong token is one of them.
+    # Enough for all users behind an office's address to sign in within a minute. Invalid tokens count too.
     rate_limit_anonymous: Annotated[str, BeforeValidator(_lower), AfterValidator(_rate)] = "120/minute"
     rate_limit_storage_url: Annotated[str, AfterValidator(_redis_address)] | None = Field(None, repr=False)
     docs: bool = True
@@ -238,7 +238,7 @@ class Settings(BaseModel):
 
     @property
     def embedded(self) -> bool:
-        """Whether everything lies in `data_dir`: development without a database given."""
+        """Whether everything is kept in `data_dir`: in development, if no database is configured."""
         return self.environment == "development" and not self.database_url
 
     @property
@@ -264,14 +264,14 @@ class Settings(BaseModel):
 
     @property
     def keeps_accounts(self) -> bool:
-        """Whether people may sign up here."""
+        """Whether this service keeps local accounts."""
         if self.local_accounts is None:
             return self.unconfigured
         return self.local_accounts
 
     @property
     def unconfigured(self) -> bool:
-        """Whether everything is embedded and nobody has said who signs tokens."""
+        """Whether everything is embedded and no setting names a secret or an issuer."""
         said = self.better_auth_secret or self.better_auth_secrets or self.has_keys
         return self.embedded and not said and "HS256" in self.algorithms
 
@@ -297,7 +297,7 @@ class Settings(BaseModel):
 
     @property
     def issuers(self) -> frozenset[str]:
-        """What `iss` must be one of in tokens that are signed with the issuer's keys."""
+        """The accepted values of `iss` in tokens that are signed with the issuer's keys."""
         return self.given_issuers or self._better_auth_origin
 
     @property
@@ -306,7 +306,7 @@ class Settings(BaseModel):
 
     @property
     def given_issuers(self) -> frozenset[str]:
-        """What `iss` must be one of in tokens that are signed with a secret; empty for any or none."""
+        """The accepted values of `iss` in tokens that are signed with a secret; empty for any or none."""
         return _listed(self.jwt_issuer)
 
     @property
@@ -315,7 +315,7 @@ class Settings(BaseModel):
 
     @property
     def own_claims(self) -> dict[str, str]:
-        """What a token made here must say to be accepted here."""
+        """The claims that a token issued here needs to be accepted here."""
         expected = {"iss": self.given_issuers, "aud": self.given_audiences}
         return {name: min(values) for name, values in expected.items() if values}
 
@@ -346,7 +346,7 @@ class Settings(BaseModel):
 
     @property
     def hosts(self) -> list[str]:
-        """What a Host header may name; empty for anything."""
+        """The hosts that a Host header may name; empty for any."""
         hosts = _parts(self.allowed_hosts.lower())
         return [] if "*" in hosts else hosts
 
@@ -378,14 +378,14 @@ def load_settings() -> Settings:
     except UnicodeDecodeError:
         refuse([".env: is not UTF-8"])
     try:
-        _ = settings.secrets  # makes the embedded one, if there is to be one
+        _ = settings.secrets  # creates the embedded secret, if it is used
     except OSError as error:
         refuse([f"DATA_DIR: {error.filename} cannot be used: {error.strerror}"])
     return settings
 
 
 def refuse(sentences: list[str]) -> NoReturn:
-    """End the start: a mistake in the settings needs a person, not a traceback."""
+    """Print *sentences* for the operator and exit with code 2; a traceback would not help."""
     for sentence in sentences:
         print(sentence, file=sys.stderr)  # noqa: T201 - logging is not set up yet
     raise SystemExit(2)
@@ -403,8 +403,8 @@ def _sentences(mistake: object) -> list[str]:
 
 
 def _stretched(database_url: str) -> str:
-    """Return a secret that all processes of one database share, and that is slow to guess a password by."""
-    # 16 MiB and some 50 ms for each guess (RFC 7914); the salt is fixed, or the processes would not agree.
+    """Return a secret that all processes of one database share; guessing the password from it is slow."""
+    # 16 MiB and some 50 ms for each guess (RFC 7914); the salt is fixed, so that all processes agree.
     return hashlib.scrypt(database_url.encode(), salt=b"task-backend:cursors", n=2**14, r=8, p=1).hex()
 
 
@@ -417,7 +417,7 @@ def _embedded_secret(data_dir: Path) -> str:
             draft.write(secrets.token_urlsafe(32))
             draft.flush()
             os.fsync(draft.fileno())
-            with contextlib.suppress(FileExistsError):  # another process was first: its secret counts
+            with contextlib.suppress(FileExistsError):  # another process was first, and its secret is used
                 os.link(draft.name, path)
     secret = path.read_text(errors="replace").strip()
     if len(secret) < SECRET_MIN or secret == _PUBLIC_SECRET:

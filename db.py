@@ -1,4 +1,4 @@
-"""The door to the database: from its URL to one object that runs statements, a round trip each."""
+"""Turns a database's URL into an object that runs statements, one round trip each."""
 
 from sqlalchemy.exc import ArgumentError
 

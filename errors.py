@@ -1,4 +1,4 @@
-"""The problems that a request can be answered with (RFC 9457); `web/problems.py` renders them."""
+"""The problems that requests are answered with (RFC 9457); `web/problems.py` renders them."""
 
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 from starlette.exceptions import HTTPException
 
 MEDIA_TYPE = "application/problem+json"
-# The names of RFC 9110, which Python's table knows only from 3.13 on.
+# The names of RFC 9110, which Python has only from 3.13 on.
 _TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 NOTHING_HERE = "There is nothing at this address"
 SENTENCES_MAX = 10
@@ -77,7 +77,7 @@ class NotFound(Problem):
 
 
 class Conflict(Problem):
-    """What is asked for cannot be done now."""
+    """The request conflicts with the present state."""
 
     status = 409
     sentence = "There would be more tasks than you may have"
@@ -104,7 +104,7 @@ class UnsupportedMediaType(Problem):
 
 
 class Unprocessable(Problem):
-    """Mistakes in what was sent, each named."""
+    """Mistakes in the request, each named."""
 
     status = 422
 
@@ -137,7 +137,7 @@ class QuotaExceeded(TooManyRequests):
 class Unavailable(Problem):
     """The database or the issuer cannot be reached; the request may succeed in *retry_after_s* seconds.
 
-    `lost` tells that a connection broke in the middle of a statement: nobody knows whether it was done.
+    `lost`: a connection broke during a statement, which may or may not have been committed.
     """
 
     status = 503
@@ -149,13 +149,13 @@ class Unavailable(Problem):
 
 
 class Overloaded(Unavailable):
-    """More is asked for than can be done in time."""
+    """There are more requests than can be answered in time."""
 
     sentence = "The service is busy. Please try again."
 
 
 class NotMigrated(Unavailable):
-    """The database lacks tables or columns of ours, until somebody migrates it."""
+    """The database lacks tables or columns of ours until it is migrated."""
 
 
 def invalid_parameter(name: str, detail: str) -> Unprocessable:
@@ -177,7 +177,7 @@ def responses(*problems: type[Problem]) -> dict[int | str, dict[str, Any]]:
 
 
 def title(status: int) -> str:
-    """Return the name of *status*, the same with every Python."""
+    """Return the name of *status*, which is the same in every version of Python."""
     return _TITLES.get(status) or HTTPStatus(status).phrase
 
 

@@ -1,4 +1,4 @@
-"""The service: what is mounted and in which order."""
+"""The service: its routes and middleware, in their order."""
 
 import sys
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Tables, and the rules of their fields, which requests follow too."""
+"""Tables, and the rules of their fields, which also apply to requests."""
 
 import contextlib
 import re
@@ -58,7 +58,7 @@ IDEMPOTENCY_KEY_MAX = 255
 Priority = Literal["urgent", "high", "medium", "low", "none"]
 Recurring = Literal["daily", "weekly", "monthly"]
 ACCOUNT_ID_LENGTH = 32
-NAME_MAX = 255  # it stands in every token
+NAME_MAX = 255  # every token contains it
 EMAIL_MAX = 254  # RFC 5321, section 4.5.3.1.3, without the angle brackets
 IMAGE_MAX = 2048
 # Better Auth's (zod's) rule. Only ASCII, so that lower case is the same for every program.
@@ -77,14 +77,14 @@ SQLModel.metadata.naming_convention = MetaData(
     }
 ).naming_convention
 
-# BIGINT makes no rowid on SQLite; there INTEGER has 64 bits anyway.
+# On SQLite only INTEGER makes a rowid, and it has 64 bits anyway.
 BIG_ID = BigInteger().with_variant(Integer(), "sqlite")
 
-# PostgreSQL's driver gives aware UTC times by itself; SQLite stores no offset, so a decorator puts it back.
+# PostgreSQL's driver returns aware UTC times; SQLite stores no offset, so a decorator restores it.
 TIMESTAMP: TypeEngine[datetime] = DateTime(timezone=True).with_variant(UTCDateTime(), "sqlite")
 
 
-# An array where there are arrays, JSON on SQLite.
+# An array on PostgreSQL, JSON on SQLite.
 TEXTS: TypeEngine[Any] = ARRAY(Text()).with_variant(JSON(), "sqlite")
 
 
@@ -145,7 +145,7 @@ def _now(_element: Now, _compiler: SQLCompiler, **_: Any) -> str:
 
 @compiles(Now, "sqlite")
 def _now_sqlite(_element: Now, _compiler: SQLCompiler, **_: Any) -> str:
-    # As long as the times that we write: they are compared as text.
+    # With six digits of the second, like the times that we write, because they are compared as text.
     return "(strftime('%Y-%m-%d %H:%M:%f000', 'now'))"
 
 
@@ -178,7 +178,7 @@ class Length:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        # What must not be empty is stripped before it is counted.
+        # Text that must not be empty is stripped before its length is checked.
         pattern = r"^[^\u0000]*[^\s\u0000][^\u0000]*$" if self.shortest else r"^[^\u0000]*$"
         limits = {"maxLength": self.longest, "pattern": pattern}
         return handler(schema) | ({"minLength": self.shortest} if self.shortest else {}) | limits
@@ -193,7 +193,7 @@ class Length:
 
 
 def is_storable(value: str) -> bool:
-    """Whether PostgreSQL can keep *value*; SQLite is held to the same."""
+    """Whether PostgreSQL can store *value*; the same rule applies on SQLite."""
     try:
         return b"\0" not in value.encode()
     except UnicodeEncodeError:
@@ -215,7 +215,7 @@ def _each_once(tags: list[str]) -> list[str]:
 
 
 def _day(value: object) -> object:
-    """Take a day as it is written, and no time or number that could be read as one."""
+    """Accept only a day as it is written, and no time or number that pydantic would convert to one."""
     if value is None or type(value) is date:
         return value
     with contextlib.suppress(ValueError):
@@ -242,14 +242,14 @@ Image = Annotated[str, Length(0, IMAGE_MAX)]
 
 
 class TaskKey(SQLModel):
-    """Whose task, and which; every statement starts from the owner."""
+    """The id and the owner of a task; every statement starts from the owner."""
 
     id: int = Field(primary_key=True, sa_type=BIG_ID, sa_column_args=[Identity()])
     user_id: str = Field(sa_type=String(USER_ID_MAX))
 
 
 class TaskFields(SQLModel):
-    """What a client may write."""
+    """The fields that a client may write."""
 
     title: Title = Field(sa_type=String(TITLE_MAX), description="Stripped of the white space around it.")
     description: Description | None = Field(default=None, sa_type=String(DESCRIPTION_MAX))
@@ -279,7 +279,7 @@ class TaskFields(SQLModel):
 
 
 class TaskState(SQLModel):
-    """What the server keeps about a task."""
+    """The fields that the server sets."""
 
     completed_at: datetime | None = Field(sa_type=TIMESTAMP, description="When it was completed, if it is.")
     version: int = Field(
@@ -290,9 +290,9 @@ class TaskState(SQLModel):
 
 
 class TaskSeries(SQLModel):
-    """What the server remembers of a series and tells nobody."""
+    """The fields that the server keeps for a series and never returns."""
 
-    # The day of the month that was meant: after 31 January and 28 February comes 31 March.
+    # The intended day of the month: after 31 January and 28 February comes 31 March.
     anchor_day: int | None = Field(default=None, sa_type=SmallInteger)
     # A task that is reopened and completed again gets no second successor.
     has_successor: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
@@ -322,7 +322,7 @@ class IdempotencyKey(SQLModel, table=True):
 
 
 class Account(SQLModel):
-    """What the owner of an account may know of it; the names and types are Better Auth's."""
+    """The fields that an account's owner may see; the names and types are Better Auth's."""
 
     id: str = Field(primary_key=True, sa_type=String(ACCOUNT_ID_LENGTH))
     name: Name = Field(sa_type=String(NAME_MAX))
@@ -334,7 +334,7 @@ class Account(SQLModel):
 
 
 class LocalAccount(Account, table=True):
-    """Somebody who signs in here. Better Auth's tables, which may stand beside it, have other names."""
+    """An account of this service. Better Auth's tables, which may be beside this one, have other names."""
 
     __tablename__ = "local_account"
 

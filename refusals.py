@@ -1,10 +1,10 @@
-"""What the queries refuse, in the domain's terms. `web/problems.py` has the answer to each."""
+"""The refusals that queries raise, in the domain's terms. `web/problems.py` has the answer to each."""
 
 from typing import Any
 
 
 class Refusal(Exception):
-    """A request that cannot be carried out as things are; nothing has been changed."""
+    """A request that cannot be carried out in the present state; nothing has been changed."""
 
 
 class TaskNotFound(Refusal):

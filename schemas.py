@@ -36,7 +36,7 @@ from models import (
     Title,
 )
 
-LIMIT_MAX = 1000  # also the default: a front end that does not page would lose what a shorter list leaves out
+LIMIT_MAX = 1000  # also the default: a front end without paging would miss what a shorter list leaves out
 SEARCH_MAX = 200
 WORDS_MAX = 8  # each is looked for in every task of the user
 REPEATED_MAX = 100
@@ -51,7 +51,7 @@ Sort = Literal[
 
 
 def _true_or_false(value: object) -> bool:
-    """Take `True` as well, which is how Python clients write it, and nothing else that means yes."""
+    """Accept true and false in any case, as Python clients send `True`, and no other word for them."""
     match str(value).lower():
         case "true":
             return True
@@ -61,7 +61,7 @@ def _true_or_false(value: object) -> bool:
 
 
 def digits(value: object) -> object:
-    """Take a whole number as it is written in ASCII digits; Python would read `1_0` and ` 1` too."""
+    """Accept a whole number only in ASCII digits; Python would read `1_0` and ` 1` too."""
     if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,4000}", value):
         raise PydanticCustomError("int_parsing", "must be a whole number")
     return value
@@ -167,7 +167,7 @@ def _tag(operation: object) -> str:
     return f"<{name}>" if isinstance(name, str) else ""
 
 
-# The tags appear in the place of a mistake, where errors.py leaves out what stands in angle brackets.
+# The tags appear in the place of a mistake, where web/problems.py drops the parts in angle brackets.
 Operation = Annotated[
     Annotated[Create, Tagged("<create>")]
     | Annotated[Update, Tagged("<update>")]
@@ -306,7 +306,7 @@ class Health(BaseModel):
 
 
 class Filter(NamedTuple):
-    """Which tasks; what is empty or None filters nothing."""
+    """The filters of a list. An empty one, or None, filters nothing."""
 
     states: frozenset[bool] = frozenset((False, True))
     words: tuple[str, ...] = ()
@@ -318,7 +318,7 @@ class Filter(NamedTuple):
 
 
 class Order(NamedTuple):
-    """By which field, and then by id. Null comes last in either direction."""
+    """The field to sort by; ties break by id. Null comes last in either direction."""
 
     field: str = "created_at"
     descending: bool = True
@@ -384,7 +384,7 @@ class TaskFilter(BaseModel):
 
 
 class TaskSelection(TaskFilter):
-    """Which tasks to change or to delete. A misspelt filter would select too many, so it is a mistake."""
+    """The tasks to change or delete. A misspelt filter is refused, because it would select too many."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,4 @@
-"""What all requests share, built once from the settings and reached through a dependency."""
+"""The objects that all requests share, built once from the settings and reached through a dependency."""
 
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ _log = structlog.get_logger("main")
 
 @dataclass(frozen=True)
 class Services:
-    """`local_accounts` is None where nobody can sign up; `metrics_token` where none is needed."""
+    """`local_accounts` is None if they are switched off, `metrics_token` if none is needed."""
 
     database: db.Database
     readiness: Readiness
@@ -85,7 +85,7 @@ class Services:
         )
 
     async def open(self, stack: AsyncExitStack) -> None:
-        """Open all but the database, and close on *stack* what is open."""
+        """Open everything except the database, and register on *stack* how it is closed."""
         if self.local_accounts:
             stack.callback(self.local_accounts.passwords.close)
         if self.keys:
@@ -96,7 +96,7 @@ class Services:
         if self.metrics_address:
             try:
                 stack.callback(metrics.serve(*self.metrics_address))
-            except OSError as error:  # another worker has the port: no reason not to serve
+            except OSError as error:  # another worker has the port; serve requests anyway
                 _log.error("metrics are not served", port=self.metrics_address[1], reason=error.strerror)
 
 

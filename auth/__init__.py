@@ -1,4 +1,4 @@
-"""Who a caller is: tokens, the issuer's keys, passwords, local accounts.
+"""Authentication: tokens, the issuer's keys, passwords, local accounts.
 
-Comparing a caller with a path is `middleware/auth.py`.
+`middleware/auth.py` compares the caller with the user in the path.
 """

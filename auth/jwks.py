@@ -21,13 +21,13 @@ from web import strict_json
 
 FETCH_TIMEOUT_S = 3.0
 DOCUMENT_MAX_BYTES = 256 * 1024
-# Rotation publishes old and new keys together, so both times only bound how long a removed key lives.
+# An issuer publishes old and new keys together, so these times only bound how long a withdrawn key works.
 FRESH_S = 300.0
 # A busy service renews its keys after FRESH_S in the background. After more idle time than this a request
 # waits for the renewal, since a key may have been withdrawn hours ago.
 IDLE_MAX_S = 2 * FRESH_S
-STALE_MAX_S = 24 * 3600.0  # how long keys serve while their issuer is away
-COOL_DOWN_S = 5.0  # between fetches for unknown key ids, however many are asked for; and after a failure
+STALE_MAX_S = 24 * 3600.0  # how long keys are used while their issuer is unreachable
+COOL_DOWN_S = 5.0  # between two fetches for unknown key ids, and after a failed fetch
 RETRY_AFTER_S = 5
 RSA_BITS_MIN = 2048
 
@@ -44,7 +44,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "PS384": RSAPSSAlgorithm(RSAPSSAlgorithm.SHA384),
     "PS512": RSAPSSAlgorithm(RSAPSSAlgorithm.SHA512),
 }
-# Which algorithms a key is for follows from what it is, never from what a token says.
+# A key's algorithms follow from its type and curve, never from a token's header.
 _OF_CURVE = {
     "Ed25519": ("EdDSA", "Ed25519"),
     "P-256": ("ES256",),
@@ -69,7 +69,7 @@ class KeyUnknown(Exception):
 
 
 class KeysUnavailable(Exception):
-    """There are no keys to ask, or none recent enough to say that one does not exist."""
+    """The last fetch failed, and no recent key has the id asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,11 @@ class KeySet:
 
 
 def read_keys(document: bytes) -> KeySet:
-    """Return the signature keys of *document*, a JWK Set, without those that are not for us.
+    """Return the signature keys of *document*, a JWK Set.
 
-    These are keys for encryption, or of a type, curve or algorithm that we do not know. Entries that are
-    invalid are skipped too (RFC 7517, section 5), and counted: a set with a mistake in it still withdraws
-    the keys that it lacks.
+    Keys for encryption and keys of an unknown type, curve or algorithm are left out. Invalid entries are
+    skipped too (RFC 7517, section 5), and counted: a set with a mistake in it still withdraws the keys that
+    it lacks.
 
     Raises:
         KeySetInvalid: the document is not a key set.
@@ -128,7 +128,7 @@ def read_keys(document: bytes) -> KeySet:
 
 
 def _read_entry(entry: object) -> list[tuple[str, Key]]:
-    """Return the id and the key of *entry*, or nothing if it is not for us."""
+    """Return the id and the key of *entry*, or an empty list for a key that `read_keys` leaves out."""
     if not isinstance(entry, dict):
         raise KeyInvalid("a key is not an object")
     if entry.get("use", "sig") != "sig" or entry.get("kty") not in ("OKP", "EC", "RSA", "oct"):
@@ -144,7 +144,7 @@ def _read_entry(entry: object) -> list[tuple[str, Key]]:
 
 
 def _is_unknown(name: object, known: Container[str]) -> bool:
-    return isinstance(name, str) and name not in known  # what is no text is malformed, not unknown
+    return isinstance(name, str) and name not in known  # a value that is not text is malformed, not unknown
 
 
 def _read_key(entry: Mapping[str, Any]) -> Key:
@@ -164,7 +164,7 @@ def _read_key(entry: Mapping[str, Any]) -> Key:
 
 
 class StaticKeys:
-    """Keys that were given with the settings, where a mistake is for the operator to mend."""
+    """Keys from the settings. A mistake in them stops the start, so that the operator corrects it."""
 
     def __init__(self, document: bytes) -> None:
         found = read_keys(document)
@@ -178,7 +178,7 @@ class StaticKeys:
         """There is nothing to fetch."""
 
     async def close(self) -> None:
-        """There is nothing to end."""
+        """There is nothing to close."""
 
     async def key(self, kid: str) -> Key:
         if kid not in self._keys:
@@ -187,9 +187,9 @@ class StaticKeys:
 
 
 class FetchedKeys:
-    """The keys at an address, renewed in the background while they are asked for.
+    """The keys at a URL, renewed in the background while requests use them.
 
-    A known key is returned at once, unless nothing has been asked of the issuer for `IDLE_MAX_S`.
+    A known key is returned at once, unless the last fetch ended more than `IDLE_MAX_S` ago.
     """
 
     def __init__(self, url: str) -> None:
@@ -205,7 +205,7 @@ class FetchedKeys:
 
     async def open(self) -> None:
         """Begin to fetch the keys, without waiting for them."""
-        # No redirects: the address is a setting, and nothing else decides where keys come from.
+        # No redirects: only the setting decides where keys come from.
         context = tls.with_minimum_version(httpx.create_ssl_context())
         self._client = httpx.AsyncClient(verify=context, timeout=FETCH_TIMEOUT_S, follow_redirects=False)
         self._begin_fetch()
@@ -218,11 +218,11 @@ class FetchedKeys:
             await self._client.aclose()
 
     async def key(self, kid: str) -> Key:
-        """Return the key *kid*; "" is the only key of a set, if it has no id.
+        """Return the key with the id *kid*; "" means the only key of a set, if that key has no id.
 
         Raises:
-            KeyUnknown: the issuer has answered within `COOL_DOWN_S` and has no such key.
-            KeysUnavailable: the issuer cannot be asked.
+            KeyUnknown: the issuer answered within the last `COOL_DOWN_S` and has no such key.
+            KeysUnavailable: the keys cannot be fetched.
         """
         if kid in self._found.keys:
             if time.monotonic() - self._fetched_at <= FRESH_S:
@@ -234,7 +234,7 @@ class FetchedKeys:
                 return self._found.keys[kid]
         for _ in range(2):  # a fetch that was under way may have begun before the key was made
             if fetching := self._begin_fetch(seeking=True):
-                await asyncio.shield(fetching)  # requests share it, and one that ends must not end it
+                await asyncio.shield(fetching)  # shared: cancelling one request must not cancel it
             if self._knows(kid):
                 return self._found.keys[kid]
         raise KeysUnavailable if self._failed else KeyUnknown
@@ -243,10 +243,10 @@ class FetchedKeys:
         return kid in self._found.keys and time.monotonic() - self._fetched_at < STALE_MAX_S
 
     def _begin_fetch(self, *, seeking: bool = False) -> "asyncio.Task[None] | None":
-        """Return the fetch that is under way, or begin one; None if that has to wait.
+        """Return the running fetch, or begin one; None while fetches are throttled.
 
-        After a failed fetch there is none for `COOL_DOWN_S`. Otherwise only look-ups of unknown key ids,
-        *seeking*, are throttled; the fetch at start and renewals do not count.
+        After a failed fetch none begins for `COOL_DOWN_S`. Otherwise only look-ups of unknown key ids,
+        *seeking*, are throttled; the fetch at startup and renewals do not count.
         """
         if self._fetching is not None and not self._fetching.done():
             return self._fetching

@@ -1,4 +1,4 @@
-"""Sessions of local accounts: which tokens a sign-in leads to, and until when."""
+"""Sessions of local accounts: the tokens that a sign-in yields, and how long they can be renewed."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,14 +14,14 @@ from database.statements import Row
 from errors import Unavailable
 from web.client_addresses import client_address
 
-YEAR_9999_ENDS = 253_402_300_799  # nothing keeps `exp` and JWT_EXPIRATION from going beyond
+YEAR_9999_ENDS = 253_402_300_799  # where `datetime` ends; `exp` and JWT_EXPIRATION may lie beyond
 
 
 @dataclass(frozen=True)
 class LocalAccounts:
-    """What signing up and in needs beside the database; *issue* makes a token of an id and further claims.
+    """What sign-up and sign-in need besides the database. *issue* makes a token from an id and other claims.
 
-    A session is all tokens that come from one sign-in: each carries its time, and none outlives its end.
+    A session is all tokens from one sign-in: each carries its time, and none outlives `session_max_age_s`.
     """
 
     passwords: Passwords
@@ -32,12 +32,12 @@ class LocalAccounts:
 
     @property
     def first_lifetime_s(self) -> int:
-        """How long the token lives that answers a sign-in."""
+        """The lifetime of the token that a sign-in returns."""
         return min(self.token_lifetime_s, self.session_max_age_s)
 
     def first_token(self, account: Row) -> str:
         now, ended_at = datetime.now(UTC), account["sessions_ended_at"]
-        # Another process's clock may be ahead: what begins after an end must also look so.
+        # `ended_at` may come from a clock that is ahead of ours, and a new session must begin after it.
         began_at = max(now, ended_at + timedelta(microseconds=1)) if ended_at else now
         return self._token(account, began_at.timestamp(), self.first_lifetime_s)
 
@@ -76,7 +76,7 @@ class LocalAccounts:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who is calling: an account, by a token that is still good."""
+    """The calling account and its token, which is still valid."""
 
     account: Row
     token: str = field(repr=False)

@@ -1,4 +1,4 @@
-"""Adds the members that clients of Better Auth and OAuth expect to our problems."""
+"""Adds to our problem details the members that Better Auth's and OAuth's clients expect."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -15,7 +15,7 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class BetterAuthProblem(Problem):
-    """A refusal that Better Auth has too; `message` is its wording where `detail` has another."""
+    """A problem that Better Auth has too. `message` is its wording, where that differs from `detail`."""
 
     code: str
     message: str | None = None
@@ -62,7 +62,7 @@ class UserAlreadyExists(BetterAuthProblem):
 
 
 class OAuthProblem(Problem):
-    """A refusal of RFC 6749, section 5.2."""
+    """An error of RFC 6749, section 5.2."""
 
     status = 400
     code: str
@@ -92,21 +92,21 @@ class NotAForm(UnsupportedMediaType):
 
 
 def better_auth_members(problem: Problem) -> dict[str, str]:
-    """Return what Better Auth's client hands on."""
+    """Return the members that Better Auth's client passes on to the front end."""
     is_mistake = isinstance(problem, Unprocessable)
     code = "VALIDATION_ERROR" if is_mistake else title(problem.status_code).upper().replace(" ", "_")
     return {"message": problem.detail, "code": code}
 
 
 def oauth_members(problem: Problem) -> dict[str, str]:
-    """Return what RFC 6749, section 5.2, wants."""
-    # The first asks to come back, as section 4.1.2.1 has it; the other codes are problems of their own above.
+    """Return the members that RFC 6749, section 5.2, requires."""
+    # `temporarily_unavailable` comes from section 4.1.2.1; the other codes have classes above.
     error = "temporarily_unavailable" if problem.status_code in (429, 503) else "invalid_request"
     return {"error": error, "error_description": problem.detail}
 
 
 def extending(handle: Handler, members: Callable[[Problem], dict[str, str]]) -> Handler:
-    """Return *handle* with *members* in every problem, where it does not bring its own."""
+    """Return *handle* with *members* added to every problem that it raises; a problem's own members win."""
 
     async def handle_and_extend(request: Request) -> Response:
         try:

@@ -1,4 +1,4 @@
-"""How often somebody may fail, by what the caller says it is about."""
+"""Limits failed sign-ins, counted by a key such as e-mail and client address."""
 
 import hashlib
 import math
@@ -21,14 +21,14 @@ class TooManyAttempts(Exception):
 
 
 class SignInThrottle:
-    """Counts every attempt before it is made, so that it sees those made at once; a success forgets them."""
+    """Counts an attempt before it is made, so that concurrent ones count too; a success clears the count."""
 
     def __init__(self, storage: Storage) -> None:
         self._limiter = FixedWindowRateLimiter(storage)
         self._limit = RateLimitItemPerMinute(FAILURES_MAX, WINDOW_MIN)
 
     async def count(self, *about: str) -> None:
-        """Count an attempt at *about*.
+        """Count an attempt; *about* is the key.
 
         Raises:
             TooManyAttempts: too many have failed.
@@ -43,5 +43,5 @@ class SignInThrottle:
 
 
 def _key(about: tuple[str, ...]) -> str:
-    """Return a name that is short and tells nobody's address."""
+    """Return a short hash, from which no e-mail or client address can be read."""
     return hashlib.sha256(repr(about).encode(errors="replace")).hexdigest()

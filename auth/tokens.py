@@ -15,9 +15,9 @@ from auth import jwks
 from models import USER_ID_MAX
 from web import strict_json
 
-TOKEN_MAX_BYTES = 16 * 1024  # an avatar in the payload has been seen to make 27 kB; 16 KiB is generous
-# Better Auth signs other things with the same secret: a token of another typ is not for us. `application/`
-# may stand before it (RFC 7515, section 4.1.9).
+TOKEN_MAX_BYTES = 16 * 1024  # ample; refuses tokens with an avatar in the payload, of which one had 27 kB
+# Better Auth signs other things with the same secret, so a token with another `typ` is refused. The prefix
+# `application/` is optional (RFC 7515, section 4.1.9).
 _TYPES = {"jwt", "at+jwt", "application/jwt", "application/at+jwt"}
 ALGORITHMS = ("HS256", *jwks.ALGORITHMS)
 # Headers that would let a token choose its own key or meaning.
@@ -29,15 +29,15 @@ class TokenInvalid(Exception):
 
 
 class TokenExpired(TokenInvalid):
-    """The token was good once."""
+    """The token was valid until its `exp`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a verified token says: `sub`, the user's id, and `exp`, seconds since 1970.
+    """The claims of a verified token: `sub`, the user's id, and `exp`, seconds since 1970.
 
-    `by_secret`: signed with one of our shared secrets (HS256), not with an issuer's key. `auth_time` is when
-    the user signed in (OpenID Connect Core, section 2), or `iat` in a token that does not say so.
+    `by_secret`: signed with one of our shared secrets (HS256), not with an issuer's key. `auth_time` is set
+    only then: when the user signed in (OpenID Connect Core, section 2), or `iat` in a token without it.
     """
 
     sub: str
@@ -52,7 +52,7 @@ class KeySource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Signer:
-    """What a token was signed with: the issuer's key with the id *kid*, or a secret, without a key."""
+    """The key that signed a token: the issuer's with the id *kid*, or None for one of our secrets."""
 
     kid: str = ""
     key: jwks.Key | None = None
@@ -60,7 +60,7 @@ class _Signer:
 
 @dataclass(frozen=True)
 class Expectations:
-    """Whose tokens are good: any of these issuers, for any of these audiences. Empty means any at all."""
+    """The issuers and the audiences of which a token must name one. Empty accepts any, and none."""
 
     issuers: frozenset[str] = frozenset()
     audiences: frozenset[str] = frozenset()
@@ -75,13 +75,13 @@ class Expectations:
 
 
 class Verifier:
-    """Verifies tokens, remembering those that were good so that a signature is checked once.
+    """Verifies tokens and remembers valid ones, so that a signature is checked once.
 
-    A remembered token is good for as long as its issuer has the key that verified it.
+    A remembered token stays valid only while its issuer has the key that verified it.
 
-    A token chooses between what is configured and no further: HS256 needs *secrets*, the other algorithms
-    need *keys*, of which `kid` names one, whose type says what algorithms it may be used with. A token
-    without `kid` needs an issuer whose only key has none either (OpenID Connect Core, section 10.1).
+    A token can only choose among what is configured. HS256 needs *secrets*. The other algorithms need *keys*:
+    `kid` names one, and its type decides which algorithms it may be used with. A token without `kid` needs an
+    issuer whose only key has no id either (OpenID Connect Core, section 10.1).
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Verifier:
         return claims
 
     async def _still_signs(self, signer: _Signer) -> bool:
-        """Return whether the issuer still has this very key, which a withdrawal ends; secrets stay."""
+        """Return whether the issuer still has this very key; a secret stays valid while the process runs."""
         if signer.key is None or self._keys is None:
             return True
         try:
@@ -194,7 +194,7 @@ class Verifier:
 
 
 def issue(user_id: str, secret: str, lifetime_s: float, **claims: str | float) -> str:
-    """Return a token for *user_id* that is good for *lifetime_s* seconds, with further *claims*."""
+    """Return a token for *user_id* that is valid for *lifetime_s* seconds, with further *claims*."""
     now = int(time.time())
     return jwt.encode({**claims, "sub": user_id, "iat": now, "exp": now + int(lifetime_s)}, secret, "HS256")
 
@@ -224,7 +224,7 @@ def _check_header(header: dict[str, Any]) -> None:
 def _auth_time(payload: dict[str, Any]) -> float | None:
     try:
         return _numeric_date(payload, "auth_time" if "auth_time" in payload else "iat")
-    except TokenInvalid:  # only renewing a token needs it: tasks do not
+    except TokenInvalid:  # only renewing a token needs it
         return None
 
 

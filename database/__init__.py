@@ -1,1 +1,1 @@
-"""One statement on PostgreSQL or SQLite, in one round trip. Nothing here knows a task or a table."""
+"""Runs statements on PostgreSQL or SQLite, one round trip each. Nothing here knows a task or a table."""

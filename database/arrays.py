@@ -1,4 +1,4 @@
-"""Lists as one parameter or column, on both databases: a statement is the same however many there are.
+"""Lists as one parameter or column on both databases, so that SQL does not depend on their length.
 
 PostgreSQL has arrays; SQLite reads JSON.
 """
@@ -26,8 +26,10 @@ JSON_TEXT = JSON(none_as_null=True)
 
 
 class _SentAsTexts(TypeDecorator[list[Any]]):
-    """An array of *kind*. Of arrays, asyncpg knows text[] alone: for any other it asks the server first,
-    which costs each connection three more round trips, and leaves a setting behind a pooler.
+    """An array of *kind*, sent as text[], the only array type that asyncpg knows.
+
+    For any other type it asks the server first, which costs each connection three more round trips and leaves
+    a changed setting on a pooler's connection.
     """
 
     impl = ARRAY(Text())
@@ -122,7 +124,7 @@ def _records_sqlite(element: Records, compiler: SQLCompiler, **options: Any) -> 
 
 
 def records(parameter: str) -> Any:
-    """Return a table of the records in *parameter*, a JSON array; `member` reads them."""
+    """Return a table of the records in *parameter*, a JSON array; `Member` reads their fields."""
     return Records(bindparam(parameter, type_=Text())).table_valued("value", name="value")
 
 

@@ -1,4 +1,4 @@
-"""What every database can do: run statements, each alone or several in a transaction."""
+"""The interface of a database: run statements, each alone or several in a transaction."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractAsyncContextManager
@@ -19,7 +19,7 @@ _log = BoundedLog("database")
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long a database may take, in seconds: to connect, to run a statement, to have a connection free."""
+    """Timeouts of a database in seconds: to connect, to run a statement, to wait for a free connection."""
 
     connect_s: float = 6
     statement_s: float = 4
@@ -30,9 +30,9 @@ DEFAULT_TIMEOUTS = Timeouts()
 
 
 class Executor(ABC):
-    """Runs statements. Values are named as its `bindparam`s are."""
+    """Runs statements. Values are named like the statement's `bindparam`s."""
 
-    share = UNLIMITED  # of one user
+    share = UNLIMITED  # slots of each user
 
     @abstractmethod
     async def all(self, statement: Statement, **values: Any) -> list[Row]:
@@ -49,7 +49,7 @@ class Executor(ABC):
 
 
 class Database(Executor):
-    """Runs statements, each in a transaction of its own, unless `transaction` holds some together."""
+    """Runs statements, each in its own transaction, except within `transaction`."""
 
     dialect: Dialect
     slow_statement_s = inf
@@ -61,21 +61,21 @@ class Database(Executor):
 
     @abstractmethod
     async def open(self) -> None:
-        """Connect ahead of the first request; a database that is away does not keep us from starting."""
+        """Connect ahead of the first request; an unreachable database does not stop the start."""
 
     @abstractmethod
     async def close(self) -> None: ...
 
     @abstractmethod
     def transaction(self) -> AbstractAsyncContextManager[Executor]:
-        """Lend a runner whose statements stand or fall together: they fall when the block raises."""
+        """Lend an executor whose statements are committed together, or rolled back if the block raises."""
 
     @abstractmethod
     def engine(self) -> AsyncEngine:
         """Return a SQLAlchemy engine on the same database, for migrations."""
 
     def took(self, compiled: Compiled, seconds: float) -> None:
-        """Note how long a statement has taken; a slow one is named in the log, without its values."""
+        """Record how long a statement took; a slow one is logged by name, without its values."""
         metrics.statement_ran(compiled.name, seconds)
         if seconds > self.slow_statement_s:
             _log.warning("slow statement", reason=compiled.name, duration_ms=round(seconds * 1000, 1))

@@ -1,4 +1,4 @@
-"""What a driver raises as what a request can be answered with, and whether it may succeed later."""
+"""Translates drivers' exceptions into problems, and tells which failures are transient."""
 
 import sqlite3
 
@@ -11,7 +11,7 @@ from observability.logs import BoundedLog
 
 _log = BoundedLog("database")
 
-# "Try again": the classes and codes of PostgreSQL's appendix A that a healthy database outgrows.
+# Classes and codes, from PostgreSQL's appendix A, of errors that end once the database is healthy.
 _TRANSIENT_CLASSES = ("08", "53")
 _TRANSIENT_CODES = {
     "57P01", "57P02", "57P03", "57P05", "57014", "55P03", "55000",
@@ -26,7 +26,7 @@ _TRANSIENT_SQLITE = {
 
 
 class _Translated:
-    """Raises what a driver raises as what a route understands."""
+    """Raises a problem that a route can answer with in place of a driver's exception."""
 
     def __enter__(self) -> None:
         pass
@@ -34,13 +34,13 @@ class _Translated:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, Exception) and is_transient_error(error):
             raise unavailable(error) from error
-        if isinstance(error, asyncpg.InsufficientPrivilegeError):  # somebody has yet to GRANT it
+        if isinstance(error, asyncpg.InsufficientPrivilegeError):  # until an operator grants it
             raise unavailable(error) from error
         if isinstance(error, Exception) and _is_not_migrated(error):
             raise unavailable(error, NotMigrated) from error
 
 
-translated = _Translated()  # one for all: it keeps nothing, and a generator for each statement would cost
+translated = _Translated()  # shared: it has no state, and a generator for each statement would take time
 
 
 def unavailable(error: Exception, kind: type[Unavailable] = Unavailable) -> Unavailable:
@@ -54,7 +54,7 @@ def unavailable(error: Exception, kind: type[Unavailable] = Unavailable) -> Unav
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether the connection broke, rather than that something took too long."""
+    """Whether the connection broke; a timeout does not count."""
     if isinstance(error, asyncpg.PostgresError):
         code = error.sqlstate or ""
         return code[:2] == "08" or code in ("57P01", "57P02", "57P03")
@@ -64,7 +64,7 @@ def _is_lost(error: Exception) -> bool:
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether *error*, or what it was raised from, may have gone when the same is tried later."""
+    """Whether *error*, or an error in its chain of causes, is transient."""
     while error is not None:
         if isinstance(error, Exception) and is_transient_error(error):
             return True
@@ -79,13 +79,13 @@ def _is_not_migrated(error: Exception) -> bool:
 
 
 def is_transient_error(error: Exception) -> bool:
-    """Whether the same statement may succeed later; all else is a bug of ours."""
+    """Whether the same statement may succeed later. Any other error is a bug of ours."""
     if isinstance(error, asyncpg.PostgresError):
         code = error.sqlstate or ""
         return code[:2] in _TRANSIENT_CLASSES or code in _TRANSIENT_CODES
     if isinstance(error, asyncpg.InterfaceError):
-        return not isinstance(error, ValueError)  # a value that does not fit its type
+        return not isinstance(error, ValueError)  # ValueError: a value does not fit its type
     if isinstance(error, sqlite3.OperationalError):
         return error.sqlite_errorcode & 0xFF in _TRANSIENT_SQLITE
-    # The driver says InternalClientError when a connection ends while it is between two states.
+    # asyncpg raises InternalClientError when a connection ends while it changes its state.
     return isinstance(error, OSError | TimeoutError | PoolBusy | asyncpg.InternalClientError)

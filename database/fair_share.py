@@ -1,4 +1,4 @@
-"""How many statements of one user run at once, so that one user cannot occupy every connection."""
+"""Bounds how many statements of one user run at once, so that no user can occupy every connection."""
 
 import asyncio
 from collections import deque
@@ -6,7 +6,7 @@ from sys import maxsize
 
 from errors import TooManyRequests
 
-WAITING_MAX = 100  # of one user; a front end that loads ten things at once is served, a moment later
+WAITING_MAX = 100  # per user; a front end that loads ten things at once only waits a moment
 RETRY_AFTER_S = 1
 
 
@@ -27,7 +27,7 @@ class FairShare:
         return True
 
     async def enter(self, user_id: str) -> None:
-        """Take a slot of *user_id*; while all are taken, wait for the next one that is given back.
+        """Take a slot of *user_id*, or wait in order until one is released.
 
         Raises:
             TooManyRequests: `WAITING_MAX` requests of the user are waiting already.
@@ -43,13 +43,13 @@ class FairShare:
             await slot
         except asyncio.CancelledError:
             if not slot.cancelled():
-                self.leave(user_id)  # it was handed over in the same moment
-            elif slot in waiting:  # `leave` may have passed over it already
+                self.leave(user_id)  # `leave` had just handed the slot over
+            elif slot in waiting:  # else `leave` has removed it
                 waiting.remove(slot)
             raise
 
     def leave(self, user_id: str) -> None:
-        """Give a slot back, to the request that has waited longest."""
+        """Release a slot; the request that has waited longest gets it."""
         waiting = self._waiting.get(user_id)
         while waiting:
             slot = waiting.popleft()

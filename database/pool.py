@@ -1,4 +1,4 @@
-"""A fixed set of PostgreSQL connections that requests take turns with, and that outlives its server."""
+"""A bounded pool of PostgreSQL connections, which reconnects after an outage of the server."""
 
 import asyncio
 import random
@@ -10,14 +10,14 @@ from typing import Any
 
 import asyncpg
 
-# More would wait longer than they are worth, and are told so at once.
+# Further requests would wait too long, so they are refused at once.
 WAITING_MAX_PER_CONNECTION = 20
 WAITING_MAX_AT_LEAST = 100
 END_TIMEOUT_S = 1.0
 IDLE_MAX_S = 280.0  # Neon suspends after 300 s without a query, and its connections die with it
-STATEMENTS_MAX = 48  # of one connection; each takes the server up to 0.6 MB
-LIFETIME_S = 1800.0  # what a server process has cached ends with it
-UNCHECKED_S = 30.0  # a connection that has been idle for longer may be cut off without a word
+STATEMENTS_MAX = 48  # prepared on one connection; each takes up to 0.6 MB on the server
+LIFETIME_S = 1800.0  # frees what the server process of a connection has cached
+UNCHECKED_S = 30.0  # a connection that was idle for longer may have been cut off silently
 CHECK_TIMEOUT_S = 1.0
 # Neon takes 0.5 to 5 s to wake up; requests wait instead of failing.
 PATIENCE_S = 5.5
@@ -32,10 +32,10 @@ Took = Callable[[float], None]
 
 
 class Connection:
-    """One connection and the statements it used last, each prepared once.
+    """One connection and its most recently used statements, each prepared once.
 
-    asyncpg's own pool takes prepared statements away whenever a connection is handed back. They must
-    outlive that: behind a pooler in transaction mode they are what saves the second round trip.
+    asyncpg's own pool discards prepared statements when a connection is released. This one keeps them,
+    because behind a pooler in transaction mode they save the second round trip.
     """
 
     def __init__(self, raw: Any) -> None:
@@ -45,17 +45,17 @@ class Connection:
         self._statements: dict[str, Any] = {}  # the least recently used first
 
     async def fetch(self, sql: str, arguments: list[Any], took: Took | None = None) -> list[Any]:
-        """Run one statement, return its rows and tell *took* how many seconds that took, or failing did."""
+        """Run one statement and return its rows; *took* gets the seconds until success or failure."""
         began = time.perf_counter()
         try:
             statement = self._statements.pop(sql, None) or await self.raw.prepare(sql)
             self._statements[sql] = statement
             if len(self._statements) > STATEMENTS_MAX:
-                del self._statements[next(iter(self._statements))]  # the driver closes what nothing refers to
+                del self._statements[next(iter(self._statements))]  # the driver closes unreferenced ones
             try:
                 rows: list[Any] = await statement.fetch(*arguments)
             except asyncpg.InvalidCachedStatementError:
-                # A migration changed the table below us. The server refused before it did anything.
+                # A migration changed the table. The server refused the statement without running it.
                 statement = self._statements[sql] = await self.raw.prepare(sql)
                 rows = await statement.fetch(*arguments)
             return rows
@@ -68,7 +68,7 @@ class Connection:
         return time.monotonic() - self.used_at
 
     async def answers(self) -> bool:
-        """Return whether the server still hears us."""
+        """Return whether the server still answers."""
         with suppress(Exception):
             await self.raw.execute("SELECT 1", timeout=CHECK_TIMEOUT_S)
             return True
@@ -77,7 +77,7 @@ class Connection:
 
 @dataclass
 class _Outage:
-    """A period in which connecting fails. *error* is the latest failure; *over* is set once one is free."""
+    """A period in which connecting fails, its latest *error*, and *over*, set once a connection is free."""
 
     error: Exception
     since: float = field(default_factory=time.monotonic)
@@ -85,10 +85,10 @@ class _Outage:
 
 
 class Pool:
-    """At most *size* connections, the most recently used first; waiters are served in order.
+    """At most *size* connections, the most recently used first; waiting requests are served in order.
 
-    A turn is the right to use one connection. While the server is away those who have a turn wait for one
-    task that tries to connect; when it has been away for `PATIENCE_S` they are refused at once.
+    A slot is the right to use one connection. While the server is unreachable, requests with a slot wait for
+    one task that reconnects. Once the outage has lasted `PATIENCE_S`, they fail at once.
     """
 
     def __init__(self, connect: Callable[[], Awaitable[Any]], size: int, *, wait_s: float) -> None:
@@ -129,7 +129,7 @@ class Pool:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
-        """Lend a connection for several statements; a block that raises costs the connection.
+        """Lend a connection for several statements; it is closed if the block raises.
 
         Raises:
             PoolBusy: too many are waiting.
@@ -144,10 +144,10 @@ class Pool:
         self._release(connection)
 
     async def warm(self) -> list[Exception]:
-        """Connect as often as allowed and return the first error, if any.
+        """Open all connections and return the first error, if any.
 
-        A first connection costs some 20 round trips, better not a request's. A server that allows fewer
-        connections than we would like is no reason to have none.
+        A first connection costs some 20 round trips, which no request should pay. If the server allows fewer
+        connections, those that it allows are kept.
         """
         results = await asyncio.gather(*(self._open() for _ in range(self._size)), return_exceptions=True)
         for result in results:
@@ -168,7 +168,7 @@ class Pool:
             await self._slots.acquire()
             self._in_use += 1
             if self._idle and self._idle[-1].idle_s < UNCHECKED_S and not self._idle[-1].raw.is_closed():
-                return self._idle.pop()  # nearly always
+                return self._idle.pop()  # the usual case
         else:
             await self._wait_for_slot()
             self._in_use += 1
@@ -200,7 +200,7 @@ class Pool:
             if self._outage is None:
                 try:
                     return await self._open()
-                except Exception as error:  # whatever it is, there is no connection
+                except Exception as error:  # any failure begins an outage
                     self._begin_outage(error)
             else:
                 await self._wait_out(self._outage)
@@ -212,7 +212,7 @@ class Pool:
                 self._drop(connection)
             elif connection.idle_s < UNCHECKED_S or await self._is_heard(connection):
                 return connection
-            else:  # cut off, and so are those that have been idle for longer
+            else:  # cut off, like all that have been idle for longer
                 for stale in (connection, *self._idle):
                     self._drop(stale)
                 self._idle.clear()
@@ -248,7 +248,7 @@ class Pool:
         """
         left_s = outage.since + PATIENCE_S - time.monotonic()
         if self._alive:
-            left_s = self._wait_s  # the server allows no more of them, but one of ours will be released
+            left_s = self._wait_s  # the server allows no more connections, but one of ours will be released
         try:
             async with asyncio.timeout(max(0.0, left_s)):
                 await outage.over.wait()
@@ -281,14 +281,14 @@ class Pool:
         self._release_slot()
 
     def _replace(self, connection: Connection) -> None:
-        """End *connection* and open another one, and then give its turn back."""
+        """Close *connection*, open another one, and then release its slot."""
         self._alive -= 1
         replacing = self._start(self._end_and_open(connection), "replace")
         replacing.add_done_callback(lambda _: self._release_slot())
 
     async def _end_and_open(self, connection: Connection) -> None:
         await _end(connection.raw)
-        with suppress(Exception):  # the next request will see why, and begin an outage
+        with suppress(Exception):  # the next request will get the same error and begin an outage
             self._add_idle(await self._open())
 
     def _drop(self, connection: Connection) -> None:
@@ -296,7 +296,7 @@ class Pool:
         connection.raw.terminate()
 
     def _discard(self, connection: Connection) -> None:
-        """End *connection*, and what the server still does for it, and then give its turn back."""
+        """Close *connection*, cancel its statement on the server, and then release its slot."""
         self._alive -= 1
         ending = self._start(_end(connection.raw), "end")
         ending.add_done_callback(lambda _: self._release_slot())
@@ -309,8 +309,8 @@ class Pool:
 
 
 async def _end(raw: Any) -> None:
-    """Close a connection, first waiting for the server to cancel what was interrupted."""
+    """Close a connection, first waiting for the server to cancel an interrupted statement."""
     try:
         await raw.close(timeout=END_TIMEOUT_S)
-    except Exception:  # whatever it is
-        raw.terminate()  # it does not answer any more
+    except Exception:  # any failure: the server does not answer any more
+        raw.terminate()

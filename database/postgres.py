@@ -1,4 +1,4 @@
-"""PostgreSQL by asyncpg: one statement, one round trip, on a connection of our own pool."""
+"""PostgreSQL by asyncpg: each statement takes one round trip on a connection of our own pool."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,7 +18,7 @@ from database.pool import Connection, Pool
 from database.statements import Row, Statement, compile_statement
 from errors import Unavailable
 
-CANCEL_S = 0.5  # how much longer the client waits for a statement than the server
+CANCEL_S = 0.5  # our timeout for a statement is this much longer than the server's
 
 
 class Postgres(Database):
@@ -28,7 +28,7 @@ class Postgres(Database):
         self.share = FairShare(share_of(pool_size))
         self._pool_size = pool_size
         self._timeouts = timeouts
-        # A pooler refuses settings at the start, and a role's own setting is its owner's choice.
+        # A pooler refuses startup parameters; behind one, the operator can set the role's statement_timeout.
         self._limits_server = not self.target.pooled
 
     @cached_property
@@ -55,7 +55,7 @@ class Postgres(Database):
             with translated:
                 records = await self.pool.fetch(compiled.sql, arguments, took)
         except Unavailable as error:
-            if not error.lost or not compiled.reads:  # a write may have been done
+            if not error.lost or not compiled.reads:  # a write may have been committed
                 raise
             with translated:
                 records = await self.pool.fetch(compiled.sql, arguments, took)
@@ -70,17 +70,17 @@ class Postgres(Database):
                 try:
                     yield _Transaction(self, connection)
                 except Unavailable:
-                    raise  # the connection is done for, and the transaction with it
+                    raise  # the pool closes the connection, which ends the transaction
                 except Exception as error:
                     await connection.raw.execute("ROLLBACK")
                     failure = error
                 else:
                     await connection.raw.execute("COMMIT")
-        if failure:  # the block's own, and not the database's to translate
+        if failure:  # raised by the block, so not to be translated
             raise failure
 
     def engine(self) -> AsyncEngine:
-        # A migration may take its time, and may have to wait for another process that migrates.
+        # A migration may take long, and may have to wait for another process that migrates.
         connect = partial(self._connect, patient=True)
         return create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
 
@@ -88,7 +88,7 @@ class Postgres(Database):
         arguments = {**self.target.arguments}
         arguments["timeout"] = arguments["timeout"] or self._timeouts.connect_s
         if not patient:
-            # The server should be the first to give up: then the connection is in order.
+            # The server should time out first, because the connection stays usable then.
             arguments["command_timeout"] = self._timeouts.statement_s + CANCEL_S
             if self._limits_server:
                 timeout = {"statement_timeout": str(round(self._timeouts.statement_s * 1000))}
@@ -102,7 +102,7 @@ class Postgres(Database):
             return await self._connect()
         except OSError:  # TimeoutError too
             raise
-        except Exception as error:  # whatever it says: without a connection we cannot serve
+        except Exception as error:  # any other failure also leaves us without a connection
             raise ConnectionError(str(error)) from error
 
 

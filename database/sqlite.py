@@ -1,4 +1,4 @@
-"""SQLite by aiosqlite: one connection writes and others read beside it (WAL), each on a thread of its own."""
+"""SQLite by aiosqlite: one connection writes while others read (WAL), each on its own thread."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ from errors import Unavailable
 
 READERS = 4
 WAITING_MAX = 200  # further requests would wait too long, so they are refused at once
-STEPS = 10_000  # of SQLite's virtual machine between two looks at the clock: about a millisecond
+STEPS = 10_000  # of SQLite's virtual machine between two checks of the deadline: about a millisecond
 BUSY_TIMEOUT_MS = 5_000  # other processes may be writing to the file
 INTERRUPT_S = 0.05  # between two interrupts of a statement whose request was cancelled
 
@@ -40,9 +40,9 @@ _UNUSABLE_FILE = {
 
 
 class SQLite(Database):
-    """A file. A statement runs to its end on its thread even when the request behind it is cancelled.
+    """A database file. Writes share one connection and queue in order, so that none fails on a lock.
 
-    So writers queue up in order, none fails and none is half done.
+    If a request is cancelled, its connection serves the next one only after its statement has ended.
     """
 
     def __init__(self, url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:
@@ -214,7 +214,7 @@ class _Connections:
 
 
 class _Slot:
-    """The right to use one connection until the block ends, or until its statement has if it is cancelled."""
+    """The right to use one connection until the block ends; if it is cancelled, until its statement has."""
 
     def __init__(self, connections: _Connections) -> None:
         self._connections = connections
@@ -231,10 +231,10 @@ class _Slot:
 
 
 class _Timed(sqlite3.Connection):
-    """Ends a statement that takes longer than *statement_s*: `SQLITE_INTERRUPT`."""
+    """Interrupts a statement that takes longer than *statement_s* (`SQLITE_INTERRUPT`)."""
 
     def __init__(self, path: Path, statement_s: float) -> None:
-        # Without an isolation level the driver never opens a transaction on its own account.
+        # Without an isolation level the driver never begins a transaction by itself.
         super().__init__(path, isolation_level=None)
         self._statement_s = statement_s
         self._deadline = inf
@@ -252,7 +252,7 @@ def _check_file(path: Path) -> None:
     """Read the schema of the database at *path*, if there is one.
 
     Raises:
-        ValueError: that needs a person, and no time will help.
+        ValueError: it cannot be used until the operator replaces it.
     """
     if not path.exists():
         return
@@ -265,12 +265,12 @@ def _check_file(path: Path) -> None:
 
 
 def _begin_immediately(connection: EngineConnection) -> None:
-    # A transaction that reads first and locks later fails where another one wrote in between.
+    # A transaction that reads first and locks later fails if another one wrote in between.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _lower(value: str | None) -> str | None:
-    # Character by character, as PostgreSQL does: Python looks around Σ and makes two characters of İ.
+    # PostgreSQL maps each character by itself; Python maps Σ by its context, and İ to two characters.
     return value.replace("\u03a3", "\u03c3").replace("\u0130", "i").lower() if value is not None else None
 
 

@@ -18,14 +18,14 @@ UNNAMED = "unnamed"
 
 
 def named(name: str, statement: S) -> S:
-    """Return *statement* with the name that metrics and the log know it by."""
+    """Return *statement* with the name under which metrics and the log show it."""
     return statement.execution_options(name=name)
 
 
 class Deferred(NamedTuple):
-    """A statement that *build* makes of *arguments*, for its compilation only.
+    """A statement that *build* makes from *arguments* when it is compiled, and that is not kept.
 
-    An expression takes some 200 KB, its SQL 5 KB: one of which there are many is not kept.
+    An expression takes some 200 KB, its SQL 5 KB, which matters for statements with many variants.
     """
 
     build: Callable[..., Executable]
@@ -52,7 +52,7 @@ class Compiled:
         ]
 
     def converted(self, rows: list[Row]) -> list[Row]:
-        """Return *rows* with the values that their columns' types make of what the driver returns."""
+        """Return *rows*, with the driver's values converted by their columns' types in place."""
         for name, convert in self._conversions:
             for row in rows:
                 row[name] = convert(row[name])
@@ -65,7 +65,7 @@ class Compiled:
 
 @lru_cache(maxsize=1024)
 def compile_statement(statement: Statement, dialect: Dialect) -> Compiled:
-    """Compile once; statements are built once too, so identity is the key."""
+    """Compile once. The cache finds a statement by identity, as each is built once, a `Deferred` by value."""
     if isinstance(statement, Deferred):
         statement = statement.build(*statement.arguments)
     compiled = statement.compile(dialect=dialect)  # type: ignore[attr-defined] # not in its stubs
@@ -85,5 +85,5 @@ def compile_statement(statement: Statement, dialect: Dialect) -> Compiled:
 
 def _result_processor(kind: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
     if dialect.name == "postgresql" and not isinstance(kind, TypeDecorator):
-        return None  # its driver returns what Python has
+        return None  # asyncpg returns Python's types already
     return kind.dialect_impl(dialect).result_processor(dialect, None)

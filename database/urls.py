@@ -1,4 +1,4 @@
-"""From a PostgreSQL URL, as libpq and Neon write it, to the arguments of the driver."""
+"""Translates a PostgreSQL URL, as libpq and Neon write it, into the driver's arguments."""
 
 import contextlib
 import math
@@ -30,7 +30,7 @@ class PostgresTarget:
 
     @property
     def pooled(self) -> bool:
-        """Whether a pooler in transaction mode stands between, which shares server connections."""
+        """Whether there is a pooler in transaction mode in between, which shares server connections."""
         return not self.arguments["statement_cache_size"]
 
 
@@ -71,7 +71,7 @@ def parse(url: str) -> PostgresTarget:
         "timeout": _seconds(parameters.get("connect_timeout")),
         "ssl": _tls(parameters),
         "direct_tls": parameters.get("sslnegotiation") == "direct" or None,
-        # A pooler hands each statement to another server connection, where a name means nothing.
+        # A pooler may run each statement on another server connection, which lacks the prepared one.
         "statement_cache_size": 0 if pooled else 100,
         "server_settings": {
             name: parameters[name] for name in ("application_name", "options") if parameters.get(name)
@@ -87,7 +87,7 @@ def _tls(parameters: dict[str, str]) -> ssl.SSLContext | str | bool:
     mode = parameters.get("sslmode") or "prefer"
     root = parameters.get("sslrootcert") or None
     if parameters.get("channel_binding") == "require" or root == "system":
-        # The driver cannot bind channels; checking the server's name is the next strongest promise.
+        # asyncpg has no channel binding; checking the server's name is the next best protection.
         mode, root = "verify-full", root if root != "system" else None
     if mode == "disable":
         return False
@@ -113,7 +113,7 @@ def _tls(parameters: dict[str, str]) -> ssl.SSLContext | str | bool:
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:  # ssl.SSLError; nobody's home; a name with U+0000
+    except (OSError, RuntimeError, ValueError) as error:  # ssl.SSLError; `~` without a home; U+0000
         raise ValueError(f"has an {name} that cannot be read") from error
 
 

@@ -22,7 +22,7 @@ _TRACEPARENT = re.compile(
 class AccessLog:
     def __init__(self, *, lines: bool = True, measures: bool = True) -> None:
         self._lines, self._measures = lines, measures
-        self._log = structlog.get_logger("access").bind()  # bound once: it costs more than the line
+        self._log = structlog.get_logger("access").bind()  # bound once: binding costs more than the line
 
     def start(self, scope: Scope) -> float:
         """Count the request of *scope* as in flight and return when it began."""
@@ -63,7 +63,7 @@ def route_of(scope: Scope) -> str | None:
 
 
 def _identity(scope: Scope) -> dict[str, Any]:
-    """Return the request's id, whose it is by a verified token, and the trace that it belongs to."""
+    """Return the request's id, the user of its verified token, and its trace id."""
     state = state_of(scope)
     identity: dict[str, Any] = {"request_id": state["request_id"]}
     if "user_id" in state:
@@ -77,10 +77,10 @@ def _trace_id(scope: Scope) -> str | None:
     sent = [value for name, value in scope["headers"] if name == b"traceparent"]
     if len(sent) != 1 or not (found := _TRACEPARENT.fullmatch(sent[0])):
         return None
-    # Only version 0 ends with the flags.
+    # In version 00 nothing may follow the flags.
     return None if sent[0].startswith(b"00") and found[2] else found[1].decode()
 
 
 def _plain(path: str) -> str:
-    """Return *path* in characters that no terminal obeys, and not too many of them."""
+    """Return *path* shortened and quoted, so that it cannot control a terminal."""
     return quote(path[:PATH_LOGGED_MAX], safe="/:@!$&'()*+,;=-._~")

@@ -1,4 +1,4 @@
-"""Only requests to a name of ours: a page that makes its own name point here gets nothing (DNS rebinding)."""
+"""Refuses requests whose Host header does not name this service, which prevents DNS rebinding."""
 
 import ipaddress
 import re
@@ -26,7 +26,7 @@ class AllowedHosts:
     def __init__(self, hosts: Sequence[str]) -> None:
         self._exact = {_name(host) for host in hosts}
         self._suffixes = tuple(host[1:] for host in hosts if host.startswith("*."))
-        self._ours: set[bytes] = set()  # spellings that were found to be ours; others are not kept
+        self._ours: set[bytes] = set()  # accepted spellings; refused ones are not kept
 
     def admit(self, scope: Scope) -> bool:
         """Return whether *scope* was sent to one of them. The caller admits probes, which go by address."""
@@ -43,7 +43,7 @@ class AllowedHosts:
 
 
 def _name(host: str) -> str:
-    """Return *host* without its port and spelt in one way; nothing of what is no host."""
+    """Return *host* normalised and without its port; "" if it is malformed."""
     if not (parts := _HOST.fullmatch(host)):
         return ""
     name: str = parts[1].lower()

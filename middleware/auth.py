@@ -1,4 +1,4 @@
-"""Who is calling: the bearer token is verified and compared with the user in the path."""
+"""Authentication: verifies the bearer token and compares its user with the one in the path."""
 
 from typing import Annotated
 
@@ -18,15 +18,15 @@ _log = BoundedLog("security")
 
 
 class UserAccess(HTTPBearer):
-    """The dependency of every task operation; as a security scheme it is Swagger UI's Authorize button.
+    """The dependency of every task operation, and the security scheme behind Swagger UI's Authorize button.
 
-    `HTTPBearer` itself takes the first of several Authorization headers, so the reading is our own.
+    It reads the header itself, because `HTTPBearer` takes the first of several Authorization headers.
     """
 
-    async def __call__(  # type: ignore[override] # it answers with the user, not with credentials
+    async def __call__(  # type: ignore[override] # it returns the owner, not credentials
         self, request: Request, user_id: Annotated[str, Path(description="The `sub` of your token.")]
     ) -> Owner:
-        """Return the verified caller as the owner of what the path names.
+        """Return the verified caller as the owner of the path's tasks.
 
         Raises:
             Unauthorized: there is no acceptable token.
@@ -50,7 +50,7 @@ class UserAccess(HTTPBearer):
 
 
 async def verify(request: Request, token: str) -> Claims:
-    """Return the claims of *token*, which came with *request*.
+    """Return the claims of *token*, which was sent with *request*.
 
     Raises:
         InvalidToken: it is not acceptable.
@@ -64,13 +64,13 @@ async def verify(request: Request, token: str) -> Claims:
         raise refusal(request, str(error)) from error
     except jwks.KeysUnavailable as error:
         raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
-    state_of(request.scope)["user_id"] = claims.sub  # for the line in the log
+    state_of(request.scope)["user_id"] = claims.sub  # for the access log
     await services.rate_limits.count_user(request.scope, claims.sub)
     return claims
 
 
 def refusal(request: Request, reason: str) -> InvalidToken:
-    """Count and log that the token of *request* is refused, and return what to raise."""
+    """Count and log the refusal of the token of *request*, and return the problem to raise."""
     metrics.token_refused(reason)
     _log.warning("token refused", reason=reason, request_id=request_id(request.scope))
     return InvalidToken(reason)

@@ -38,7 +38,7 @@ EXPOSED_HEADERS = (
 )
 
 
-# Better Auth's client always includes credentials, and a browser then insists on this. We read no cookies.
+# Better Auth's client always includes credentials, for which browsers require this. We read no cookies.
 _CREDENTIALS = {"Access-Control-Allow-Credentials": "true"}
 
 

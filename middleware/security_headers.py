@@ -1,4 +1,4 @@
-"""What every answer tells browsers not to do."""
+"""Response headers that restrict what browsers may do."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from starlette.types import Scope
 Field = tuple[bytes, bytes]
 
 CONTENT_POLICY = b"content-security-policy"
-HSTS = (b"strict-transport-security", b"max-age=31536000")  # a year; other names are not ours to decide on
+HSTS = (b"strict-transport-security", b"max-age=31536000")  # a year; subdomains may not be ours
 NO_STORE = (b"cache-control", b"no-store")
 NOTHING = (CONTENT_POLICY, b"default-src 'none'; frame-ancestors 'none'")
 ALWAYS = (
@@ -27,8 +27,8 @@ def security_headers(scope: Scope, own: Iterable[Field]) -> tuple[Field, ...]:
     return _ADDED[scope["scheme"] == "https", is_private, brings_policy]
 
 
-# By whether the request came by https, whether the answer is about somebody's tasks or account, and whether
-# it has a content policy.
+# By whether the request came by https, whether its path is below /api/ (tasks and accounts are private), and
+# whether the response has a content policy of its own.
 _ADDED = {
     (is_https, is_private, brings_policy): ALWAYS
     + (HSTS,) * is_https

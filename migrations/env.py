@@ -18,13 +18,13 @@ import db
 import models  # noqa: F401 - registers the tables
 from config import load_settings, refuse
 
-# Any number will do, as long as nothing else in the database locks by it.
+# Any number that no other advisory lock in the database uses.
 MIGRATION_LOCK = 7_240_115_033
 POLL_S = 0.25
 # While a migration waits for a table, all requests for that table wait behind it.
 TABLE_LOCK_TIMEOUT = "1s"
 ATTEMPTS = 60
-PAUSE_S = 2.0  # between two attempts the requests that have waited are served
+PAUSE_S = 2.0  # between two attempts, so that waiting requests are served
 LOCK_NOT_AVAILABLE = "55P03"
 
 # Only PostgreSQL with pg_trgm has it, so the models do not.
@@ -42,11 +42,11 @@ def is_ours(name: str | None, kind: str, _: Any) -> bool:
 
 def run(connection: Connection) -> None:
     if connection.dialect.name != "postgresql":
-        upgrade(connection)  # on SQLite one transaction holds all revisions, and is the lock too
+        upgrade(connection)  # on SQLite one transaction holds all revisions and locks the database
         return
     with only_migration(connection.engine):
         if is_direct(connection):
-            # A role's own limits are for requests. To build an index takes longer, and hinders none.
+            # A role's limits are meant for requests. Building an index takes longer and blocks none.
             connection.execute(text("SET statement_timeout = 0"))
             connection.execute(text("SET lock_timeout = 0"))
         connection.commit()
@@ -95,7 +95,7 @@ def only_migration(engine: Engine) -> Iterator[None]:
 
 
 def is_direct(connection: Connection) -> bool:
-    """Whether no pooler is between: behind one a SET reaches other clients."""
+    """Whether there is no pooler in between; behind one, a SET affects other clients."""
     server_pid = connection.connection.driver_connection.get_server_pid()  # type: ignore[union-attr] # asyncpg's
     return bool(connection.scalar(text("SELECT pg_backend_pid()")) == server_pid)
 

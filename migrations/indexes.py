@@ -33,7 +33,7 @@ def create_index(name: str, table: str, columns: list[str | sa.TextClause], **op
 
 
 def drop_index(name: str, table: str) -> None:
-    """Drop an index, if it is there, without keeping requests of *table* from it."""
+    """Drop an index, if it exists, without blocking requests that use *table*."""
     if op.get_bind().dialect.name != "postgresql":
         op.drop_index(name, table, if_exists=True)
         return

@@ -1,1 +1,1 @@
-"""What operators read: log lines, metrics, traces. Nothing here knows what the service does."""
+"""Log lines, metrics and traces, for operators. Nothing here knows what the service does."""

@@ -1,4 +1,4 @@
-"""What a log line looks like: ours and every library's, on standard error."""
+"""The format and destination of log lines, ours and every library's: on standard error."""
 
 import contextlib
 import io
@@ -17,8 +17,8 @@ import structlog
 def configure(level: str, log_format: str, stream: TextIO | None = None) -> None:
     """Send all logging to *stream*, standard error by default. *log_format* is `console` or `json`.
 
-    Our own lines are rendered and written at once; those of libraries come by way of the standard library,
-    which costs several times as much.
+    Our own lines are rendered and written at once. Those of libraries pass through the standard library's
+    logging, which costs several times as much.
     """
     output = _Unfailing(stream or sys.stderr)
     leading: list[Any] = [
@@ -52,7 +52,7 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
 
 
 class _Unfailing(io.StringIO):
-    """A stream on which a full disk or a closed pipe ends no request."""
+    """A stream that ignores failed writes, so that a full disk or a closed pipe does not fail a request."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
@@ -76,10 +76,10 @@ request_id: ContextVar[str] = ContextVar("request_id")
 
 
 class BoundedLog:
-    """A logger that an attack or an outage cannot make write without bound.
+    """A logger with bounded output, even during an attack or an outage.
 
-    Of events with the same name and reason, at most *per_second* are written in a second; the first of a
-    later second tells how many were not. A line that is written for a request carries its id.
+    Of events with the same name and reason, at most *per_second* are written per second. The first one in a
+    later second says in `left_out` how many were dropped. A line written for a request has its id.
     """
 
     def __init__(self, name: str, *, per_second: int = 5) -> None:

@@ -1,4 +1,4 @@
-"""What is counted and timed, for Prometheus: by each process for itself (docs/operations.md explains it)."""
+"""Metrics for Prometheus. Each process counts for itself; docs/operations.md explains them."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,17 +8,17 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
-VALUES_MAX = 32  # of one label; a server that keeps a million series is no use to anybody
+VALUES_MAX = 32  # of one label; unbounded values would overload the Prometheus server
 OTHER = "other"
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
-# A third more series, which nobody asks for.
+# The `_created` series would add a third, for no use here.
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # not annotated
 
 
 class Labelled:
-    """A counter with one label, whose values are few even if a caller forgets where they come from."""
+    """A counter with one label of bounded values, even if a caller passes some from requests."""
 
     def __init__(self, name: str, documentation: str, label: str) -> None:
         self._counter = Counter(name, documentation, [label])
@@ -37,7 +37,7 @@ class Labelled:
 
 
 class Timed:
-    """A histogram of seconds with one label; looking a child up here costs a tenth of what `labels` does."""
+    """A histogram of seconds with one label; its look-up of a child costs a tenth of what `labels` costs."""
 
     def __init__(self, name: str, documentation: str, label: str) -> None:
         self._histogram = Histogram(name, documentation, [label], buckets=_SECONDS)
@@ -110,7 +110,7 @@ class _Connections(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily(
-            "database_connections", "Connections in use and idle, and who waits for one.", labels=["state"]
+            "database_connections", "Connections in use and idle, and waiting requests.", labels=["state"]
         )
         for state, number in (self.usage() if self.usage else {}).items():
             family.add_metric([state], number)
@@ -132,10 +132,10 @@ def render() -> bytes:
 
 
 def serve(host: str, port: int) -> Callable[[], None]:
-    """Serve the metrics at a port of their own, on a thread, and return what ends that.
+    """Serve the metrics at a port of their own, on a thread, and return a function that stops it.
 
     Raises:
-        OSError: the port cannot be had.
+        OSError: the port is in use or not permitted.
     """
     server, thread = prometheus_client.start_http_server(port, host)
 

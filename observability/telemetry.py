@@ -1,4 +1,4 @@
-"""Traces by OpenTelemetry: the framework's own, switched on by the variables of its specification."""
+"""OpenTelemetry by the framework's instrumentation, switched on by the variables of the specification."""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ SIGNALS = ("TRACES", "METRICS")
 
 
 def is_wanted(environment: Mapping[str, str]) -> bool:
-    """Return whether *environment* asks for anything to be sent anywhere."""
+    """Return whether *environment* asks for traces or metrics to be exported."""
     if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
     exporters = (environment.get(f"OTEL_{signal}_EXPORTER", "").strip().lower() for signal in SIGNALS)
@@ -19,7 +19,7 @@ def is_wanted(environment: Mapping[str, str]) -> bool:
 
 
 def not_exported_reason(environment: Mapping[str, str]) -> str | None:
-    """Return why nothing can be sent, as a sentence for whoever starts the service."""
+    """Return why nothing can be exported, as a sentence for the operator."""
     if not all(importlib.util.find_spec(package) for package in PACKAGES):
         return "OpenTelemetry is asked for, but its packages are missing: uv sync --group telemetry"
     if not _has_endpoint(environment):
@@ -28,7 +28,7 @@ def not_exported_reason(environment: Mapping[str, str]) -> str | None:
 
 
 def configuration(*, on: bool, is_excluded: Callable[[Scope], bool]) -> TelemetryConfig:
-    """Return what the framework shall do. Logs stay ours: its own would hold what clients have sent."""
+    """Return the framework's telemetry settings. Its logs stay off, as they would hold clients' input."""
     return {
         "tracing": on,
         "metrics": on,

@@ -1,1 +1,1 @@
-"""Every statement about tasks and accounts, started from their owner. Nothing here knows HTTP or a driver."""
+"""Every statement about tasks and accounts, filtered by their owner. Nothing here knows HTTP or a driver."""

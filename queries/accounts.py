@@ -43,7 +43,7 @@ async def account_of_id(db: Database, account_id: str) -> Row | None:
 
 
 async def end_sessions(db: Database, account_id: str, until: datetime) -> None:
-    """End the sessions of the account that began at *until* or before; what has ended stays so."""
+    """End the sessions of the account that began at *until* or before; ended ones stay ended."""
     await db.one(_END_SESSIONS, new_id=account_id, new_sessions_ended_at=until)
 
 
@@ -56,7 +56,7 @@ def _insert_statement() -> Executable:
     return (
         insert(ACCOUNTS)
         .values(email_verified=false(), **{name: _new(name) for name in given})
-        .on_conflict_do_nothing(index_elements=["email"])  # of two who sign up at once, one does
+        .on_conflict_do_nothing(index_elements=["email"])  # of two concurrent sign-ups, one succeeds
         .returning(*COLUMNS)
     )
 

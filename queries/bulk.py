@@ -40,11 +40,11 @@ class Done(NamedTuple):
 
     kind: Literal["created", "changed", "deleted"]
     task: Row | None = None
-    new: int | None = None  # which of the new rows, until they are written
+    new: int | None = None  # index in the new rows, until they are written
 
 
 async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) -> list[Done | Refusal]:
-    """Carry out *operations* in their order and return what became of each.
+    """Carry out *operations* in their order and return the outcome of each.
 
     Raises:
         OperationRefused: *atomic*, and one of them was refused.
@@ -100,14 +100,14 @@ async def complete_tasks(owner: Owner, filters: Filter, *, completed: bool) -> i
 
 
 class _Workbench:
-    """Rows as the operations leave them, by the same rules as the statements of `tasks.py`."""
+    """Applies operations to rows in memory, by the same rules as the statements of `tasks.py`."""
 
     def __init__(self, rows: Sequence[Row], room: int, tasks_max: int) -> None:
         self.rows = {row["id"]: row for row in rows}
         self.changed: set[int] = set()
         self.deleted: list[int] = []
         self.new: list[Row] = []
-        self.room = room  # for so many new tasks
+        self.room = room  # how many more tasks the owner may have
         self._tasks_max = tasks_max
         self._now = datetime.now(UTC)
 
@@ -164,7 +164,7 @@ def _shown(task: Row) -> Row:
 
 
 def _may_add(operations: Sequence[Operation], rows: Sequence[Row]) -> bool:
-    """Whether there may be new tasks, be it the next of a series."""
+    """Whether *operations* may add tasks, including the next ones of series."""
     return any(row["recurring"] for row in rows) or any(
         isinstance(operation, Create) or (isinstance(operation, Update) and operation.changes.recurring)
         for operation in operations
@@ -175,14 +175,14 @@ async def _room(owner: Owner) -> int:
     """Return how many more tasks *owner* may have."""
     if not owner.limit.tasks_max:
         return maxsize
-    await owner.one(_LOCK_OWNER)  # so that the count sees what they have added
+    await owner.one(_LOCK_OWNER)  # so that the count includes other bulk inserts
     count = await owner.one(_COUNT)
     assert count is not None  # noqa: S101 - an aggregate has one row
     return owner.limit.tasks_max - int(count["count"])
 
 
 async def _write(owner: Owner, workbench: _Workbench) -> list[Row]:
-    """Write what has become of the rows and return the new ones."""
+    """Write the rows of *workbench* and return the new ones."""
     if workbench.deleted:
         await owner.all(_DELETE_SOME, ids=workbench.deleted)
     if changed := [workbench.rows[task_id] for task_id in workbench.changed if task_id in workbench.rows]:
@@ -194,7 +194,7 @@ async def _write(owner: Owner, workbench: _Workbench) -> list[Row]:
 
 
 def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the tables keep differently: ranks for priorities, times in UTC without an offset."""
+    """Return the fields as the tables store them: ranks for priorities, times in UTC without an offset."""
     times = {
         name: value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
         for name, value in row.items()
@@ -213,9 +213,9 @@ _MEMBERS = {name: Member(_RECORDS.c.value, name, TASKS.c[name].type) for name in
 
 
 def _locked(shape: Shape) -> list[ColumnElement[bool]]:
-    """Return what is true of the tasks in a list of *shape*, which are locked by it.
+    """Return the conditions of a list of *shape*, which lock its tasks.
 
-    It is always in the order of their ids, so that no two requests wait for one another.
+    They are locked in the order of their ids, so that two requests cannot deadlock.
     """
     ids = select(TASKS.c.id).where(*conditions(shape)).order_by(TASKS.c.id).with_for_update()
     return [OWNED, TASKS.c.id.in_(ids)]
@@ -241,7 +241,7 @@ def _complete_all(shape: Shape, in_series: bool) -> Executable:
 
 
 class _OwnerLock(FunctionElement[None]):
-    """Takes the owner's advisory lock until the transaction ends, so that a count sees every insert.
+    """Takes the owner's advisory lock until the transaction ends, so that a count sees other bulk inserts.
 
     SQLite needs none: it has one writer.
     """
@@ -266,14 +266,14 @@ _SELECT_FOR_UPDATE = named(
     "lock_tasks",
     select(*COLUMNS, TASKS.c.anchor_day, TASKS.c.has_successor)
     .where(OWNED, _IDS)
-    .order_by(TASKS.c.id)  # as `_locked` does
+    .order_by(TASKS.c.id)  # the order of `_locked`
     .with_for_update(),
 )
 _DELETE_SOME = named("delete_some", delete(TASKS).where(OWNED, _IDS).returning(TASKS.c.id))
 _UPDATE_SOME = named(
     "update_some",
     update(TASKS)
-    # By their ids first: SQLite would else look through all records for each task of the owner.
+    # Ids first: SQLite would otherwise scan all records for each task of the owner.
     .where(OWNED, _IDS, TASKS.c.id == Member(_RECORDS.c.value, "id", BIG_ID))
     .values({name: value for name, value in _MEMBERS.items() if name != "created_at"})
     .returning(TASKS.c.id),

@@ -35,7 +35,7 @@ PENDING = Filter(states=frozenset((False,)))
 class FoldCase(FunctionElement[str]):
     """A text in lower case, beyond ASCII too.
 
-    On PostgreSQL the function is the migrations': `lower` of a database whose LC_CTYPE is C folds ASCII only.
+    On PostgreSQL a migration creates the function, because `lower` folds only ASCII if LC_CTYPE is C.
     """
 
     type = Text()
@@ -55,10 +55,10 @@ def _fold_case_sqlite(element: FoldCase, compiler: SQLCompiler, **options: Any) 
 class HasWords(FunctionElement[bool]):
     """Whether a task has all words: `HasWords(title, description, words, longest, second, others)`.
 
-    PostgreSQL may look the two longest up in the trigram index and compares the others with the rows that it
-    finds. Folding is what a row costs, so it is done once for all the others. Absent words are null.
+    PostgreSQL may look up the two longest words in the trigram index, and compares the others with the rows
+    found. Folding dominates the cost of a row, so it is done once for all the others. Absent words are null.
 
-    SQLite calls a function of ours with all *words*, once for each row.
+    SQLite calls our own function with all *words*, once for each row.
     """
 
     type = Boolean()
@@ -69,7 +69,7 @@ class HasWords(FunctionElement[bool]):
 def _has_words(element: HasWords, compiler: SQLCompiler, **options: Any) -> str:
     parts = [compiler.process(part, **options) for part in element.clauses if part.key != "words"]
     title, description, *indexed, others = parts
-    # As the index of the migrations has it; a word holds no space, so none is found across both.
+    # The indexed expression of the migrations. Words have no spaces, so none matches across both fields.
     text = f"task_fold_case({title} || ' ' || coalesce({description}, ''))"
     found = [f"({word} IS NULL OR {text} LIKE task_fold_case({word}))" for word in indexed]
     folded = f"ARRAY(SELECT task_fold_case(pattern) FROM unnest({others}) AS pattern)"  # noqa: S608 - SQL already
@@ -79,16 +79,16 @@ def _has_words(element: HasWords, compiler: SQLCompiler, **options: Any) -> str:
 @compiles(HasWords, "sqlite")
 def _has_words_sqlite(element: HasWords, compiler: SQLCompiler, **options: Any) -> str:
     title, description, words, *_ = (compiler.process(part, **options) for part in element.clauses)
-    # Unlike OR, CASE never calls it in vain.
+    # CASE, unlike OR, never calls the function without words.
     return f"CASE WHEN {words} IS NULL THEN 1 ELSE has_words({title}, {description}, {words}) END"
 
 
 class PlannedFor(FunctionElement[bool]):
-    """True. Makes PostgreSQL plan a statement for its values, one of which is *value* and never null.
+    """Always true. Forces a custom plan for the statement's values; *value* is one of them and never null.
 
-    After five executions it would keep a generic plan, which knows neither which filters are absent nor how
-    selective the words are (180 ms, not 0.1, among 10,000 tasks). With the value known this condition folds
-    to true; without, it prices the plan out and, being never null, still runs nothing.
+    After five executions PostgreSQL would switch to a generic plan, which knows neither which filters are
+    absent nor how selective the words are (180 ms, not 0.1, among 10,000 tasks). The condition folds to true
+    when *value* is known and prices the generic plan out. Its expensive part never runs.
     """
 
     type = Boolean()
@@ -135,11 +135,11 @@ _ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "\\%_"})
 
 
 def conditions(shape: Shape) -> list[ColumnElement[bool]]:
-    """Return what is true of the tasks in a list of *shape*, the owner first."""
+    """Return the conditions of a list of *shape*, the owner's first."""
     match shape:
         case "all":
             return [OWNED]
-        case "pending":  # a literal, as the partial index has it
+        case "pending":  # a literal, so that the partial index matches
             return [OWNED, not_(TASKS.c.completed)]
     return [OWNED, *_filters()]
 
@@ -150,14 +150,14 @@ def _filters() -> Iterator[ColumnElement[bool]]:
     priorities = bindparam("priorities", type_=list_of(SmallInteger()))
     categories = bindparam("categories", type_=list_of(Text()))
     since, until = (bindparam(name, type_=DAY) for name in ("due_date_from", "due_date_to"))
-    # A task without a priority is found by `none`.
+    # `none` also finds tasks without a priority.
     rank = func.coalesce(task.priority, literal_column(str(PRIORITY.rank("none"))))
     yield PlannedFor(states)
     yield AnyOf(task.completed, states)
     yield or_(priorities.is_(None), AnyOf(rank, priorities))
     yield or_(categories.is_(None), AnyOf(task.category, categories))
     yield HasAll(task.tags, bindparam("tags", type_=list_of(Text())))
-    # As text: the planner folds no cast to a date away, and would not use the index for either bound.
+    # As text: the planner does not fold a cast to date, and would then use the index for neither bound.
     yield or_(type_coerce(since, DayText()).is_(None), task.due_date >= since)
     yield or_(type_coerce(until, DayText()).is_(None), task.due_date <= until)
     words, others = (bindparam(name, type_=list_of(Text())) for name in ("words", "other_words"))

@@ -26,7 +26,7 @@ from refusals import KeyInUse, KeyRefused, KeyReused, TooManyKeys
 KEPT = timedelta(hours=24)
 KEYS_MAX = 10_000  # of one user at once: as many as tasks by default
 WEIGHT_BYTES = 5_000  # an answer counts as one key and one more per full 5,000 bytes: at most 50 MB
-SWEEP_S = 60.0  # between two looks for expired keys
+SWEEP_S = 60.0  # between two searches for expired keys
 PORTION = 500  # keys removed by one statement: 5 ms, in which SQLite's other writers wait
 PAUSE_S = 0.1  # between two portions: 5,000 keys a second are more than requests can add
 
@@ -37,17 +37,17 @@ _log = structlog.get_logger("idempotency")
 async def once(
     owner: Owner, key: str, request: Any, work: Callable[[Owner], Awaitable[Any]]
 ) -> tuple[Any, bool]:
-    """Return what *work* returns, which becomes JSON, or what it returned for *key* before.
+    """Return the result of *work*, or the one stored for *key*, and whether it is the stored one.
 
-    *request* is what makes two requests the same: what the client gave. The second value tells whether the
-    answer is a repetition. *work* runs in a transaction, which is undone when it raises.
+    *request* is what the client sent; two requests are the same if it is equal. *work* runs in a transaction,
+    which is rolled back if it raises. Its result is stored as JSON.
 
     Raises:
         KeyInUse: the first request is still running.
-        KeyReused: the first request was another one.
+        KeyReused: the first request was a different one.
         TooManyKeys: no more can be kept for this user.
     """
-    # By the standard library: orjson refuses whole numbers of more than 64 bits, which a version may be.
+    # By the standard library: a version may be an integer of more than 64 bits, which orjson refuses.
     fingerprint = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     try:
         return await _do_or_repeat(owner, key, fingerprint, work)
@@ -58,14 +58,14 @@ async def once(
 
 
 def _may_be_answered(error: Exception) -> bool:
-    """Whether an answer may be kept that the first attempt, which ended in *error*, did not see."""
+    """Whether an answer may be stored although the first attempt ended in *error*."""
     match error:
         case KeyRefused():
             return False
         case Unavailable():
-            return error.lost  # the COMMIT may have been done
-    # The first request may have been answered between our look for its key and our lock. Then this one fails
-    # by that key, or by what the first one did: it may have taken the last place in the list.
+            return error.lost  # the COMMIT may have succeeded
+    # Another request with this key may have committed between our read and our lock. Then this one fails on
+    # the stored key or on the other one's changes: it may have added the last task that the limit allows.
     return True
 
 
@@ -76,7 +76,7 @@ async def _do_or_repeat(
     expiry = now - KEPT
     async with owner.transaction() as tx:
         found = await tx.one(_LOCK_AND_FIND, key=key, expiry=expiry)
-        assert found is not None  # noqa: S101 - the lock's row is always there
+        assert found is not None  # noqa: S101 - the lock always returns a row
         if not found["mine"]:
             raise KeyInUse
         if found["expired"]:
@@ -95,7 +95,7 @@ async def _do_or_repeat(
 
 
 async def sweep(database: Database) -> None:
-    """Remove expired keys until cancelled, also those of users who never come back."""
+    """Remove expired keys until cancelled, also those of users who never return."""
     await asyncio.sleep(random.uniform(0, SWEEP_S))  # noqa: S311 - so that processes take turns
     while True:
         try:
@@ -112,14 +112,14 @@ async def remove_expired(database: Database) -> bool:
     """Remove the oldest `PORTION` of the expired keys and return whether there may be more."""
     portion = await database.one(_FIND_PORTION, expiry=datetime.now(UTC) - KEPT)
     if portion is None or not portion["count"]:
-        return False  # nothing is written, so that a read replica can be asked too
+        return False  # nothing is written, so that this works on a read replica too
     # Of two processes that remove the same portion, one waits and then finds nothing.
     await database.one(_REMOVE_PORTION, expiry=portion["last"])
     return bool(portion["count"] == PORTION)
 
 
 class _TryLock(FunctionElement[bool]):
-    """Whether the key is ours until the transaction ends; a writer of SQLite has the whole database."""
+    """Locks the key until the transaction ends; false if it is taken. SQLite locks the whole database."""
 
     type = true().type
     inherit_cache = True
@@ -128,7 +128,7 @@ class _TryLock(FunctionElement[bool]):
 @compiles(_TryLock)
 def _try_lock(element: _TryLock, compiler: SQLCompiler, **options: Any) -> str:
     owner, key = (compiler.process(part, **options) for part in element.clauses)
-    # A key has no line break, so that no two pairs make the same text.
+    # A key has no line break, so that no two pairs result in the same text.
     return f"pg_try_advisory_xact_lock(hashtextextended({owner} || chr(10) || {key}, 0))"
 
 
@@ -145,7 +145,7 @@ _EXPIRED = _KEYS.c.created_at <= bindparam("expiry", type_=TIMESTAMP)
 def _lock_and_find() -> Any:
     lock = select(_TryLock(_OWNED.right, _THIS.right).label("mine")).subquery("lock")
     kept = select(_KEYS, _EXPIRED.label("expired")).where(_OWNED, _THIS).subquery("kept")
-    # As each counts at least once, more of them need not be read to see that there are too many.
+    # Each weighs at least 1, so reading this many is enough to see that there are too many.
     counted = select(_KEYS.c.weight).where(_OWNED).limit(KEYS_MAX).subquery("counted")
     used = select(func.coalesce(func.sum(counted.c.weight), 0)).scalar_subquery()
     return select(
@@ -174,6 +174,6 @@ _KEEP = named(
         created_at=NOW,
     ),
 )
-# The only statements without an owner: they tell nothing of any user, and remove what no request can read.
+# The only ones without an owner: they reveal nothing about users and remove only what no request can read.
 _FIND_PORTION = named("find_expired_answers", _find_portion())
 _REMOVE_PORTION = named("remove_expired_answers", delete(_KEYS).where(_EXPIRED))

@@ -43,7 +43,7 @@ async def list_and_count_tasks(
     """Return the page as `list_tasks` does, and how many tasks all pages hold together."""
     rows = await _read_page(owner, counted_page, filters, order, limit, after)
     total = rows[0]["total"]
-    # The count stands beside every task, and alone when the page is empty.
+    # Every row has the count; an empty page is one row without a task.
     tasks = [{name: row[name] for name in row if name != "total"} for row in rows if row["id"] is not None]
     return tasks, total
 
@@ -86,7 +86,7 @@ def _page(shape: Shape, order: Order, start: Start) -> Select[Any]:
 
 
 def counted_page(shape: Shape, order: Order, start: Start) -> Select[Any]:
-    """Return the statement for a page with the `total` beside every task, or alone when there is none."""
+    """Return the statement for a page with `total` in every row; an empty page is one row without a task."""
     tasks = page(shape, order, start).subquery("page")
     total = (
         select(func.count().label("total")).select_from(TASKS).where(*conditions(shape)).subquery("counted")
@@ -100,7 +100,7 @@ def counted_page(shape: Shape, order: Order, start: Start) -> Select[Any]:
 
 
 def _part(shape: Shape, order: Order, continued: bool, known: bool | None = None) -> Select[Any]:
-    """Return the tasks whose sort key is *known*, or is not, or all; *continued* after a position."""
+    """Return tasks with a sort key (*known*), without one, or all (None), from the start or *continued*."""
     key, task_id = _sort_key(order.field, TASKS.c[order.field]), TASKS.c.id
     statement = select(*COLUMNS).where(*conditions(shape))
     after_id = bindparam("after_id", type_=BIG_ID)
@@ -125,5 +125,5 @@ def _ordering(order: Order, columns: Any) -> list[ColumnElement[Any]]:
 
 
 def _sort_key(field: str, value: Any) -> ColumnElement[Any]:
-    """Titles are sorted without regard to case and, the same everywhere, by code point."""
+    """Titles are sorted by code point, the same on both databases, and without regard to case."""
     return collate(FoldCase(value), "C") if field == "title" else value

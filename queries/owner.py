@@ -1,4 +1,4 @@
-"""Whose tasks a statement is about: each starts with `OWNED` and is run by an `Owner`."""
+"""The owner of tasks. Every statement filters by `OWNED` first and is run by an `Owner`."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,7 +20,7 @@ OWNED = TASKS.c.user_id == bindparam("owner", type_=TASKS.c.user_id.type)
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A verified user, the database that keeps their tasks, and how many. Every statement starts from one."""
+    """A verified user, the database of their tasks, and their quota. Every statement starts from one."""
 
     user_id: str
     db: Executor
@@ -41,7 +41,7 @@ class Owner:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator["Owner"]:
-        """Lend the same owner for statements that stand or fall together, within a transaction or as one."""
+        """Lend the same owner for statements in one transaction: the current one, or else a new one."""
         if not isinstance(self.db, Database):
             yield self
             return

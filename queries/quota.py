@@ -5,10 +5,9 @@ USERS_REMEMBERED = 10_000
 
 
 class TaskQuota:
-    """Counts a user's tasks seldom: each count admits a tenth of what is left before the next one.
+    """Counts a user's tasks rarely: each count grants a tenth of the remaining quota.
 
-    Single inserts at the same moment do not see one another and may go a little beyond the limit; what adds
-    several tasks takes a lock.
+    Concurrent single inserts may overshoot the limit slightly; bulk inserts take a lock.
     """
 
     def __init__(self, tasks_max: int) -> None:
@@ -16,7 +15,7 @@ class TaskQuota:
         self._unchecked: dict[str, int] = {}
 
     def take(self, user_id: str) -> bool:
-        """Return whether *user_id* may add a task without a count, and use that up."""
+        """Return whether *user_id* may add a task without a count, and use up one of those granted."""
         if not self.tasks_max:
             return True
         left = self._unchecked.get(user_id, 0)

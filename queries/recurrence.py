@@ -7,7 +7,7 @@ from datetime import date, timedelta
 def next_due_date(due_date: date, recurring: str, anchor_day: int) -> date | None:
     """Return the day after *due_date* in a series, or None after the last day of the calendar.
 
-    *anchor_day* is the day of the month that was meant: a month without it takes its last day.
+    *anchor_day* is the intended day of the month: a month without it takes its last day.
     """
     if recurring == "monthly":
         return _in_next_month(due_date, anchor_day)

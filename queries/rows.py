@@ -1,4 +1,4 @@
-"""The rules of a row, in SQL for one task and in memory for many: what it begins with, what a change sets."""
+"""The values of a new row and what a change sets, in SQL for single tasks and in memory for bulk."""
 
 from collections.abc import Mapping
 from datetime import date, datetime
@@ -15,7 +15,7 @@ WRITABLE = tuple(TaskFields.model_fields)
 STORED = tuple(column.name for column in TASKS.c if column.name not in TaskKey.model_fields)
 
 NOW = bindparam("now", type_=TIMESTAMP)
-# A task of a series that has no successor yet.
+# True of a recurring task that has no successor yet.
 NEXT_IS_OPEN = and_(
     TASKS.c.has_successor == false(), TASKS.c.recurring.is_not(None), TASKS.c.due_date.is_not(None)
 )
@@ -36,7 +36,7 @@ def new_task(fields: Mapping[str, Any], now: datetime, anchor_day: int | None = 
 
 
 def touched_row(task: Row, changes: dict[str, Any], now: datetime) -> Row:
-    """Return *task* with *changes*, each of which is one, and with what every change sets (see `touched`)."""
+    """Return *task* with *changes*, all to other values, and with what every change sets (see `touched`)."""
     after = task | changes | {"version": task["version"] + 1, "updated_at": now}
     if "completed" in changes:
         after["completed_at"] = now if after["completed"] else None
@@ -46,10 +46,9 @@ def touched_row(task: Row, changes: dict[str, Any], now: datetime) -> Row:
 def touched(
     completed: ColumnElement[bool], changed: ColumnElement[bool] | None = None
 ) -> dict[str, ColumnElement[Any]]:
-    """Return what every change of a task sets, as columns of an UPDATE.
+    """Return the columns that every UPDATE of a task sets.
 
-    *completed* is the state that it leaves; *changed* tells whether it changes the task at all (by default
-    it does).
+    *completed* is the state after it; *changed* is whether it changes the task at all (by default it does).
     """
     task = TASKS.c
     return {
@@ -61,7 +60,7 @@ def touched(
 
 
 def successor(task: Row, now: datetime) -> Row | None:
-    """Return the next task of a series after *task*, if the calendar goes on, as `new_task` does."""
+    """Return the row of the next task in the series of *task*, or None at the end of the calendar."""
     anchor_day = task["anchor_day"] or task["due_date"].day
     due_date = next_due_date(task["due_date"], task["recurring"], anchor_day)
     if due_date is None:

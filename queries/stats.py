@@ -14,7 +14,7 @@ from schemas import STATS_TAGS_MAX
 
 
 async def count_tasks(owner: Owner, today: date | None) -> dict[str, Any]:
-    """Return how many tasks there are of each kind, as `schemas.Stats` has it."""
+    """Return how many tasks there are of each kind, with the fields of `schemas.Stats`."""
     rows = await owner.all(_COUNT, today=today)
     tags = {row["tag"]: row["count"] for row in rows if row["tag"] is not None}
     kinds = [row | {"priority": row["priority"] or "none"} for row in rows if row["tag"] is None]

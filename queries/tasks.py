@@ -30,7 +30,7 @@ from queries.owner import COLUMNS, OWNED, TASKS, Owner
 from queries.rows import NEXT_IS_OPEN, STORED, WRITABLE, new_task, successor, touched
 from refusals import TaskNotFound, TooManyTasks, VersionConflict
 
-SERIES_ATTEMPTS = 3  # others may change the task between two statements, but not for ever
+SERIES_ATTEMPTS = 3  # concurrent requests may change the task between two statements
 
 _THIS = TASKS.c.id == bindparam("task_id", type_=BIG_ID)
 _VERSIONS = bindparam("versions", type_=list_of(Integer()))
@@ -41,7 +41,7 @@ async def create_task(owner: Owner, fields: Mapping[str, Any]) -> Row:
     """Insert a task of *owner* and return it.
 
     Raises:
-        TooManyTasks: there are as many as they may have.
+        TooManyTasks: the owner has as many as they may have.
     """
     return await _insert(owner, new_task(fields, datetime.now(UTC)))
 
@@ -63,7 +63,7 @@ async def update_task(
 ) -> Row:
     """Set the fields in *changes* and return the task.
 
-    What is set to the value it has is no change: version and times stay, so a retry is harmless.
+    Setting a field to its present value is no change: version and times stay, so a retry is harmless.
 
     Raises:
         TaskNotFound: the owner has none with this id.
@@ -103,7 +103,7 @@ async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | No
             task = await _find(owner, task_id)
         if task is not None:
             raise
-        return  # it is gone, as was asked; the client had read it, so it was there
+        return  # it is gone, and it existed, because the client knew its version
     if not deleted:
         if versions is not None:
             await _expected_task(owner, task_id, versions)
@@ -117,16 +117,16 @@ async def _change(
     changes: Mapping[str, Any],
     versions: Collection[int] | None,
 ) -> Row:
-    """Run *statement*, which leaves a task alone whose completion has to create the next one.
+    """Run *statement*, which skips a task whose completion has to create the next one.
 
-    After a loss the change may still be under way: the server goes on with what waits for a lock. To repeat
-    it is safe with one version, which only one of the two can find.
+    After the connection breaks, the server may still carry out a statement that waits for a lock. Repeating
+    it is safe with a single version, because only one of the two statements can match that.
     """
     lost: Unavailable | None = None
     sent = []
     for _ in range(SERIES_ATTEMPTS):
         values = _changing(changes) | {"task_id": task_id, "versions": _list(versions)}
-        sent.append(values["now"])  # to the microsecond, so that we know our own changes by it
+        sent.append(values["now"])  # to the microsecond, so it identifies our own changes
         try:
             if row := await owner.one(statement, **values):
                 return row
@@ -251,8 +251,8 @@ def _changes(name: str) -> ColumnElement[bool]:
 def _update_statement(*, in_series: bool) -> Executable:
     """Return one of two complementary updates.
 
-    *in_series* changes the task only if it completes a recurring one whose next is due; the other changes it
-    in every other case.
+    *in_series* matches only if it completes a recurring task whose successor is due; the other matches in
+    every other case.
     """
     has_successor = and_(TASKS.c.has_successor, not_(_changes("due_date")))
     next_is_due = and_(

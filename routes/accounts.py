@@ -1,7 +1,7 @@
 """/api/auth: accounts that this service keeps itself, in the shapes of Better Auth.
 
-A front end that is written for Better Auth signs people up and in here, and finds nothing changed when the
-accounts move to a real one.
+A front end that is written for Better Auth works with them, and needs no change when the accounts move to a
+real Better Auth server.
 """
 
 import hashlib
@@ -90,16 +90,16 @@ async def _local_accounts(request: Request) -> LocalAccounts:
 
 
 async def _caller(request: Request) -> Caller:
-    """Return who is calling.
+    """Return the calling account and its token.
 
     Raises:
-        Unauthorized: there is no acceptable token, or it is an issuer's, or of no account (any more), or of a
-            session that has ended.
+        Unauthorized: the token is missing, not acceptable or an issuer's, or its account does not exist (any
+            more), or its session has ended.
         Unavailable: the issuer's keys or the database cannot be reached.
     """
     token = bearer_token(request)
     claims = await verify(request, token)
-    if not claims.by_secret:  # an issuer's short-lived token is not to become a long one of ours
+    if not claims.by_secret:  # an issuer's short-lived token must not become a long-lived one of ours
         raise refusal(request, "Token issuer is not accepted")
     account = await accounts.account_of_id(services_of(request).database, claims.sub)
     if account is None:
@@ -120,7 +120,7 @@ async def _caller_if_any(request: Request) -> Caller | None:
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """Return a form's parameters: no value is no parameter, and none comes twice (RFC 6749, section 3.2)."""
+    """Return a form's parameters: empty ones are left out, repeated ones refused (RFC 6749, section 3.2)."""
     body = await read_body(request)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != FORM:
         raise NotAForm
@@ -280,7 +280,7 @@ async def _sign_in(local: LocalAccounts, request: Request, email: str, password:
     about = (email.lower(), client_address(request.scope))
     account = await accounts.account_of_email(services_of(request).database, email)
     try:
-        # Nothing is counted that bcrypt does not slow down: so the counts, too, are bounded.
+        # Counted within the slot: bcrypt slows every counted attempt down, which bounds the counters too.
         with local.slot(request):
             await local.throttle.count(*about)
             is_right = await local.passwords.check(password, account["password_hash"] if account else None)
@@ -315,7 +315,7 @@ def _user(account: Row) -> AccountOut:
 
 
 def _session(request: Request, caller: Caller) -> SessionOut:
-    """Return the session that *caller*'s token stands for; there is none in the database."""
+    """Return the session that *caller*'s token stands for; the database has none."""
     created_at = utc_time(caller.signed_in_at)
     return SessionOut(
         id=hashlib.sha256(caller.token.encode()).hexdigest()[:32],

@@ -10,7 +10,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.responses import HTMLResponse, RedirectResponse
 
 ASSETS = "/docs/assets"
-# What the page itself needs; its one script without an address is named by its hash.
+# What the page itself needs; its one inline script is allowed by its hash.
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self' '{script}'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

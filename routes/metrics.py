@@ -25,8 +25,8 @@ async def get_metrics(request: Request) -> Response:
 
 
 def _is_loopback(request: Request) -> bool:
-    # Without a peer it is a socket in the file system, behind which is a proxy.
+    # A request without a peer came through a Unix socket, so from a proxy.
     try:
         return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
-    except ValueError:  # what a proxy passed on is no address
+    except ValueError:  # the proxy passed on something other than an address
         return False

@@ -55,7 +55,7 @@ from web.openapi import MERGE_PATCH, header
 from web.paths import PartConvertor, quoted_path
 from web.problems import problem_of
 
-# What `_idempotency_key` takes: bare or quoted, of characters that are printable in Latin-1.
+# The keys that `_idempotency_key` accepts: bare or quoted, of printable Latin-1 characters.
 _ANY = r"[ -~\u00a1-\u00ac\u00ae-\u00ff]"
 _NO_SPACE = r"[!-~\u00a1-\u00ac\u00ae-\u00ff]"
 _NO_QUOTE = r"[!#-~\u00a1-\u00ac\u00ae-\u00ff]"
@@ -95,11 +95,11 @@ IdempotencyKey = Annotated[
 MergePatch = Annotated[TaskUpdate, Body(media_type=MERGE_PATCH)]
 
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
-PAGE_MAX_BYTES = 1024 * 1024  # an answer is held whole until its client has read it
+PAGE_MAX_BYTES = 1024 * 1024  # an answer stays in memory until its client has read it
 
 
 class _TaskConvertor(Convertor[str]):
-    """What stands where an id should, but for names of other things: those have methods of their own."""
+    """Matches any id, valid or not, but not the names of other resources, which have their own methods."""
 
     regex = "(?!(?:stats|bulk)(?:/|$))[^/]+"
 
@@ -134,7 +134,7 @@ async def list_tasks(
     task_list = TaskList(owner.user_id, filters, order)
     after = _position(services.cursors, query.cursor, task_list)
     headers = {}
-    # One more than asked for tells whether there is a next page.
+    # One task more than requested shows whether there is a next page.
     if query.count:
         rows, total = await lists.list_and_count_tasks(owner, filters, order, query.limit + 1, after)
         headers["X-Total-Count"] = str(total)
@@ -314,7 +314,7 @@ async def _once(
     work: Callable[[Owner], Awaitable[Any]],
     **parameters: Any,
 ) -> tuple[Any, dict[str, str]]:
-    """Return the answer of *work* or the one that this key got before, and the header that tells which."""
+    """Return the answer of *work* or the one stored for this key, and the header that marks the latter."""
     if idempotency_key is None:
         return await work(owner), {}
     sent = body.model_dump(mode="json", exclude_unset=True) | parameters
@@ -325,10 +325,10 @@ async def _once(
 async def _versions(
     owner: Owner, task_id: int, if_match: str | None, if_none_match: str | None
 ) -> list[int] | None:
-    """Return which versions of the task may be changed; None for any.
+    """Return the versions of the task that may be changed; None for any.
 
-    The change itself compares them again: a task that changes in between has not got the version that
-    If-None-Match was compared with, so it is a 412 as well.
+    The change itself compares them again: if the task changes in between, it no longer has the version that
+    If-None-Match was compared with, and the answer is 412 as well.
 
     Raises:
         TaskNotFound: If-None-Match needs the task's version, and there is no task.
@@ -345,7 +345,7 @@ async def _versions(
 
 
 def _refuse_conditions(request: Request) -> None:
-    """Refuse conditions on what has no `ETag`: to ignore them would silently drop the protection."""
+    """Refuse conditions on what has no `ETag`: ignoring them would silently drop the protection."""
     for name in ("If-Match", "If-None-Match"):
         if name in request.headers:
             raise invalid_parameter(name, "is for single tasks only")
@@ -360,12 +360,12 @@ def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None
 
 
 def _dump(content: Any) -> bytes:
-    """Return rows as they come: what the database returned needs no second validation."""
+    """Return rows as JSON, without validation: the database's values are valid already."""
     return orjson.dumps(content, option=orjson.OPT_UTC_Z)
 
 
 def _page(rows: list[Row]) -> tuple[bytes, int]:
-    """Return the JSON array of the first of *rows* that fit into a page, and how many these are."""
+    """Return the JSON array of the first *rows* that fit into a page, and their number."""
     body = _dump(rows)
     if len(body) <= PAGE_MAX_BYTES:
         return body, len(rows)
@@ -380,7 +380,7 @@ def _page(rows: list[Row]) -> tuple[bytes, int]:
 
 
 def _result(outcome: bulk.Done | Refusal) -> dict[str, Any]:
-    """Return what `schemas.Done` shows of *outcome*."""
+    """Return *outcome* in the shape of `schemas.Done`."""
     if isinstance(outcome, Refusal):
         problem = problem_of(outcome)
         etag = {name: value for name, value in problem.extensions.items() if name == "etag"}

@@ -1,4 +1,4 @@
-"""The connections of a process: how many clients may open, and the answers that wait to be read."""
+"""The connections of a process: limits on their number and on the bytes that clients leave unread."""
 
 import ipaddress
 from collections import Counter
@@ -7,8 +7,8 @@ from typing import Protocol
 import errors
 from observability.logs import BoundedLog
 
-REFUSED_MAX = 50  # refused connections stay open until their client has read why; the next ones are reset
-UNREAD_MAX_BYTES = 32 * 1024 * 1024  # with it a process stays below 256 MB
+REFUSED_MAX = 50  # refused connections stay open until their client has read why; further ones are reset
+UNREAD_MAX_BYTES = 32 * 1024 * 1024  # keeps a process below 256 MB
 STALL_TIMEOUT_S = 30.0  # for a client that reads nothing
 STALL_TIMEOUT_UNDER_PRESSURE_S = 5.0  # while more than half of `UNREAD_MAX_BYTES` waits
 
@@ -58,7 +58,7 @@ class Connections:
 
         Raises:
             NoMoreConnections: the process has as many as it may have.
-            TooManyConnections: the client has.
+            TooManyConnections: the client has as many as it may have.
         """
         if self._total >= self._limit:
             raise NoMoreConnections
@@ -86,14 +86,14 @@ class Connections:
         self._refused -= 1
 
     def add_unread(self, transport: Transport) -> None:
-        """Count what waits in *transport*; beyond `UNREAD_MAX_BYTES` end those in which most waits."""
+        """Count the unread bytes of *transport*; beyond `UNREAD_MAX_BYTES` end the connections with most."""
         self._unread.setdefault(transport)
         sizes = {each: each.get_write_buffer_size() for each in self._unread}
         excess = sum(sizes.values()) - UNREAD_MAX_BYTES
         while excess > 0:
             largest = max(sizes, key=sizes.__getitem__)  # of equals the one that has waited longest
             excess -= sizes.pop(largest)
-            _log.warning("connection ended", reason="too much waits to be read")
+            _log.warning("connection ended", reason="too many bytes are unread")
             largest.abort()
 
     def remove_unread(self, transport: Transport) -> None:

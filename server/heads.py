@@ -1,4 +1,4 @@
-"""The head of a request: its size, its fields, and what says where its body ends (RFC 9112)."""
+"""The head of a request: its size, its fields, and the framing of its body (RFC 9112)."""
 
 import re
 from collections.abc import Iterable
@@ -49,14 +49,14 @@ def check(fields: Iterable[tuple[bytes, bytes]], version: str) -> None:
     """Check a head whose *fields* have their names in lower case.
 
     Raises:
-        HostInvalid: none, two, or a malformed one.
-        TransferEncodingNotImplemented: it has another than chunked.
+        HostInvalid: there is no Host, more than one, or a malformed one.
+        TransferEncodingNotImplemented: the encoding is not chunked.
         MalformedRequest: the version of HTTP is neither 1.0 nor 1.1, or 1.0 and the body has chunks.
     """
     has_host = is_chunked = False
     for name, value in fields:
         if name == b"host":
-            # Two hosts: which one is meant? (RFC 9112, section 3.2)
+            # Two Host fields are ambiguous (RFC 9112, section 3.2).
             if has_host or not _HOST.fullmatch(value.rstrip(b" \t")):
                 raise HostInvalid
             has_host = True
@@ -74,7 +74,7 @@ def check(fields: Iterable[tuple[bytes, bytes]], version: str) -> None:
 def split_target(url: bytes) -> tuple[bytes, bytes]:
     """Return host and path of a request target that does not begin with a slash.
 
-    An absolute one counts instead of the Host header (RFC 9112, section 3.2.2).
+    The host of an absolute target replaces the Host header (RFC 9112, section 3.2.2).
     """
     if not (parts := _ABSOLUTE.fullmatch(url)) or not _HOST.fullmatch(parts[1]):
         raise MalformedRequest

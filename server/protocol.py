@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection: what may be sent on it and when, refusals as problems, an orderly end."""
+"""One HTTP/1.1 connection: limits and timeouts of its requests, refusals as problems, an orderly end."""
 
 import asyncio
 from collections import deque
@@ -28,11 +28,11 @@ from web.request_state import request_id, state_of
 HEAD_TIMEOUT_S = 10.0
 DRAIN_S = 1.0  # keep-alive clients may already have sent a request before they see `Connection: close`
 LINGER_S = 1.0  # for a client that is still sending
-CANCEL_DELAY_S = 0.1  # what is nearly done is done by then, and keeps its database connection
-STALL_CHECK_S = 5.0  # how often the bytes that a client has not read are looked at
+CANCEL_DELAY_S = 0.1  # nearly finished work finishes by then, and keeps its database connection
+STALL_CHECK_S = 5.0  # between two checks of the bytes that a client has not read
 WRITE_BUFFER_MAX_BYTES = 16 * 1024  # with more unread, no further request of the connection is answered
 PIPELINED_MAX = 20  # requests that wait for an answer on one connection; each takes about 3 KB
-OVERLOADED_PAUSE_S = 1.0  # as Retry-After asks: to refuse a client costs as much as to serve it
+OVERLOADED_PAUSE_S = 1.0  # as Retry-After says; refusing a request costs as much as serving it
 
 _log = BoundedLog("http")
 
@@ -45,7 +45,7 @@ class TooManyPipelined(errors.TooManyRequests):
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, for clients that are hostile or broken."""
+    """uvicorn's protocol, hardened against hostile and broken clients."""
 
     def __init__(self, *args: Any, connections: Connections, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -53,7 +53,7 @@ class Protocol(HttpToolsProtocol):
         self._release: Callable[[], None] | None = None  # undoes what `connections` has counted
         self._is_proxied = False
         self._in_body = False
-        self._received_bytes = 0  # since the last head was complete, as they came
+        self._received_bytes = 0  # raw, since the last complete head
         self._head_bytes = self._fields = 0  # of the message so far, trailers included
         self._is_upgrade = False
         self._timer: asyncio.TimerHandle | None = None
@@ -63,7 +63,7 @@ class Protocol(HttpToolsProtocol):
         self._application = self.app
         self.app = self._answer
         self._answering: asyncio.Task[Any] | None = None
-        self._answered: Any = None  # the cycle of that task
+        self._answered: Any = None  # the cycle that `_answering` works on
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         super().connection_made(transport)
@@ -91,7 +91,7 @@ class Protocol(HttpToolsProtocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
         if self._answering is not None:
-            self._disconnect(self._answered)  # uvicorn tells the last of several requests only
+            self._disconnect(self._answered)  # uvicorn tells only the last of several requests
             self.loop.call_later(CANCEL_DELAY_S, self._answering.cancel)
 
     def pause_writing(self) -> None:
@@ -101,14 +101,14 @@ class Protocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._watch_writing()  # much was read, even if the next answer fills the buffer before the next look
+        self._watch_writing()  # the client reads, even if an answer refills the buffer before the next check
         self._connections.remove_unread(self.transport)
         if self.pipeline and (self._answered is None or self._answered.response_complete):
             self._start_asgi_task(*self.pipeline.pop())
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._watch_writing()  # what is closing has yet to be read
+        self._watch_writing()  # the client may still have to read the last answer
 
     def data_received(self, data: bytes) -> None:
         if self._refusal:
@@ -121,7 +121,7 @@ class Protocol(HttpToolsProtocol):
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
-            problem = error.__context__  # what one of the callbacks below has raised
+            problem = error.__context__  # raised by one of the callbacks below
             self._refuse(problem if isinstance(problem, errors.Problem) else MalformedRequest())
             return
         if self._received_bytes > HEAD_MAX_BYTES:
@@ -142,7 +142,7 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes += len(name) + len(value)
         if self._fields > FIELDS_MAX or self._head_bytes > HEAD_MAX_BYTES:
             raise HeadTooLarge
-        if not self._in_body:  # a trailer means nothing to us (RFC 9110, section 6.5.1)
+        if not self._in_body:  # trailers are ignored (RFC 9110, section 6.5.1)
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -173,7 +173,7 @@ class Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        self._answered.body.clear()  # a handler need not read it, and the connection may stay open
+        self._answered.body.clear()  # the handler may not have read it, and the connection may stay open
         is_overloaded = state_of(self._answered.scope).get("overloaded")
         super().on_response_complete()
         if self.transport.is_closing():
@@ -181,13 +181,13 @@ class Protocol(HttpToolsProtocol):
         if self._refusal and self._is_idle():
             self._send_refusal()
             return
-        # A proxy sends the requests of other clients on the same connection, and these must not wait.
+        # A proxy sends other clients' requests on the same connection, and these must not wait.
         if is_overloaded and not self._is_proxied and not self.transport.is_closing():
             self.flow.pause_reading()
             self.loop.call_later(OVERLOADED_PAUSE_S, self._resume)
 
     def shutdown(self) -> None:
-        """Answer what has been asked, and what is asked within `DRAIN_S`, and then close."""
+        """Answer the requests received so far and within `DRAIN_S`, and then close."""
         self._draining = True
         if self._is_idle():
             self.loop.call_later(DRAIN_S, self._close_if_idle)
@@ -197,8 +197,8 @@ class Protocol(HttpToolsProtocol):
     def _feed(self, data: bytes) -> None:
         """Parse *data*. A request to upgrade is parsed again without the upgrade (RFC 9110, section 7.8).
 
-        llhttp ends such a message at its head and gives what follows to the new protocol, of which there is
-        none here: the body would be read as the next request.
+        llhttp ends such a message at its head and leaves the rest to the new protocol. There is none here, so
+        the body would be read as the next request.
         """
         while True:
             try:
@@ -218,7 +218,7 @@ class Protocol(HttpToolsProtocol):
         return line + b"".join(fields) + b"\r\n"
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        if self.flow.write_paused:  # the client does not read: `resume_writing` goes on
+        if self.flow.write_paused:  # the client does not read; `resume_writing` continues
             self.pipeline.append((cycle, app))
             self.flow.pause_reading()
             return
@@ -226,8 +226,8 @@ class Protocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer, unless the client hangs up: what is done for it is cancelled then."""
-        if self._answered.disconnected:  # or its body turned out to be broken
+        """Run the application; it is cancelled when the client disconnects."""
+        if self._answered.disconnected:  # or its body was malformed
             return
         self._answering = task = asyncio.current_task()
         try:
@@ -236,7 +236,7 @@ class Protocol(HttpToolsProtocol):
             if not self.transport.is_closing():
                 raise
         finally:
-            if self._answering is task:  # and not the next one's already
+            if self._answering is task:  # else the next request has begun
                 self._answering = None
 
     def _is_idle(self) -> bool:
@@ -282,7 +282,7 @@ class Protocol(HttpToolsProtocol):
         if self._received_bytes:
             self._refuse(HeadTimeout())
         elif not self.transport.is_closing():
-            self.transport.close()  # it has said nothing, or goes on with a body that no handler reads
+            self.transport.close()  # it has sent nothing, or still sends a body that no handler reads
             self._watch_writing()
 
     def _close_if_idle(self) -> None:
@@ -294,16 +294,16 @@ class Protocol(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _refuse(self, problem: errors.Problem) -> None:
-        """Answer with *problem*, after what has been asked before, and close."""
+        """Answer with *problem*, after the earlier requests, and close."""
         self._stop_timer()
         if self.transport.is_closing():
             return
-        # A broken body belongs to a request that has an id; a head that is wrong makes no request yet.
+        # A malformed body belongs to a request with an id; a malformed head has no request yet.
         scope: Any = self.cycle.scope if self._in_body else {"headers": []}
         _log.warning("request refused", reason=type(problem).__name__, request_id=request_id(scope))
         self._refusal = _render(scope, problem)
-        # What has been read of a head may be large, and the client may be slow to read the refusal.
-        self.parser = self.scope = self.headers = None  # type: ignore[assignment] # as uvicorn ends
+        # Frees the head, which may be large, as the client may be slow to read the refusal.
+        self.parser = self.scope = self.headers = None  # type: ignore[assignment] # as in uvicorn
         if self._in_body and self._is_idle():
             self.transport.close()  # the request has its answer already
             return
@@ -326,10 +326,10 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing() or self._refusal is None:
             return
         self.transport.write(self._refusal)
-        # To close while more arrives would reset the connection, and the answer would be lost.
+        # Closing while data arrives would reset the connection and lose the answer.
         self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
-        self._watch_writing()  # to close waits for the client to read
+        self._watch_writing()  # closing waits for the client to read
 
 
 def _render(scope: Any, problem: errors.Problem) -> bytes:

@@ -10,7 +10,7 @@ from database.base import Database
 from database.statements import named
 from errors import NotMigrated, Unavailable
 
-TIMEOUT_S = 1.5  # so that the answer has left within 2 s, whatever the database does
+TIMEOUT_S = 1.5  # so that a probe is answered within 2 s, whatever the database does
 AWAY = "The database cannot be used right now"
 OUTDATED = "The database's schema is not migrated: run alembic upgrade head"
 VERSIONS = Path(__file__).parent.parent / "migrations" / "versions"
@@ -40,12 +40,12 @@ class Readiness:
             return OUTDATED
         except (Unavailable, TimeoutError):
             return AWAY
-        # A revision that we do not know is a newer one: migrations run before the code that needs them.
+        # An unknown revision is a newer one, because migrations run before the code that needs them.
         return OUTDATED if not rows or rows[0]["version_num"] in self._outdated else None
 
 
 def outdated_revisions(versions: Path) -> frozenset[str]:
-    """Return every revision that another one comes after; Alembic would take half a second to say so."""
+    """Return every revision that has a successor; asking Alembic would take half a second."""
     found = (_assigned(path.read_text(encoding="utf-8"), "down_revision") for path in versions.glob("*.py"))
     return frozenset(revision for revision in found if revision)
 

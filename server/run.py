@@ -1,4 +1,4 @@
-"""uvicorn as this service needs it: its sockets, its signals and its end."""
+"""Runs uvicorn: its sockets, its signals and its shutdown."""
 
 import atexit
 import os
@@ -42,15 +42,15 @@ def serve(
         access_log=False,
         timeout_graceful_shutdown=shutdown_grace_s,
         server_header=False,
-        http=partial(Protocol, connections=connections),  # type: ignore[arg-type] # it is called and no more
+        http=partial(Protocol, connections=connections),  # type: ignore[arg-type] # uvicorn only calls it
         ws="none",
         # By default uvicorn trusts every client on this machine.
         proxy_headers=bool(proxies),
         forwarded_allow_ips=proxies,
     )
     server = _Server(config, on_started)
-    # uvicorn shuts down in order and then raises the signal again; to stop when asked is a success. A signal
-    # before this line ends the process by itself (-15): nothing has been accepted by then.
+    # uvicorn shuts down in order and then raises the signal again, but a requested stop is a success. An
+    # earlier signal kills the process (-15), which has accepted nothing by then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     server.run(_inherited_sockets())
@@ -59,7 +59,7 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """Reports its address once it listens, and ends when it has been asked to."""
+    """Reports its address once it listens, and ends the process even if a thread hangs."""
 
     def __init__(self, config: uvicorn.Config, on_started: Callable[[str], None] | None) -> None:
         super().__init__(config)
@@ -67,8 +67,8 @@ class _Server(uvicorn.Server):
 
     async def serve(self, sockets: Any = None) -> None:
         await super().serve(sockets)
-        # A thread that waits for a lock of SQLite cannot be interrupted, and neither can a look-up of a name.
-        # Ending it loses nothing: the database undoes what has not been committed.
+        # A thread that waits for a lock of SQLite or for DNS cannot be interrupted. Ending it loses nothing,
+        # because the database rolls back what has not been committed.
         leaving = threading.Timer(END_S, os._exit, [0 if self.started else STARTUP_FAILURE])
         leaving.daemon = True
         leaving.start()
@@ -82,7 +82,7 @@ class _Server(uvicorn.Server):
 
 
 def _inherited_sockets() -> list[socket.socket] | None:
-    """Return what systemd listens on for us (sd_listen_fds(3)), so that processes may share one address."""
+    """Return the sockets that systemd passes (sd_listen_fds(3)), so that processes can share one address."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None
     count = int(os.environ.get("LISTEN_FDS", 0))

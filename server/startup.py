@@ -1,4 +1,4 @@
-"""From a database that may be away to one that serves: migrated and connected, tried again until it is."""
+"""Prepares the database at startup: migrates and connects, and retries while it is unreachable."""
 
 import asyncio
 import contextlib
@@ -15,8 +15,8 @@ from database import failures
 from database.base import Database
 from server.readiness import Readiness
 
-START_WAIT_S = 1.5  # for the database; then the port opens, and 503 is the answer until it is there
-RETRY_MAX_S = 30.0  # between two attempts to migrate a database that is away
+START_WAIT_S = 1.5  # for the database; then the port opens, and requests get 503 until it is ready
+RETRY_MAX_S = 30.0  # between two attempts to migrate or connect
 MIGRATION_WAIT_S = 1.0  # for another process that migrates, before this one says so in the log
 END_S = 0.5  # for closing connections when the service stops
 
@@ -31,7 +31,7 @@ async def prepared(
 ) -> AsyncIterator[None]:
     """Prepare *database* and run *background* until the block ends.
 
-    The block begins after the first attempt, or after `START_WAIT_S`; later attempts are made beside it.
+    The block begins after the first attempt, or after `START_WAIT_S`; later attempts run alongside it.
     """
     if migrates:
         _import_alembic()
@@ -43,7 +43,7 @@ async def prepared(
     try:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(first_attempt, START_WAIT_S)
-        gc.freeze()  # what start-up has made stays; the collector need not look at it again and again
+        gc.freeze()  # objects made at startup stay, so the collector need not scan them again
         yield
     finally:
         for task in tasks:
@@ -61,8 +61,8 @@ async def _prepare(
 ) -> None:
     """Migrate and connect, and try again while the database is unreachable.
 
-    *first_attempt* ends with the first attempt, with the exception if the failure is permanent. By then the
-    caller may have stopped waiting.
+    *first_attempt* resolves after the first attempt, with the exception if the failure is permanent. By then
+    the caller may have stopped waiting.
     """
     migrated, opened = not migrates, False
     try:
@@ -98,7 +98,7 @@ async def _log_not_ready(readiness: Readiness) -> None:
     try:
         if reason := await readiness.not_ready_reason():
             _log.error("not ready", reason=reason)
-    except Exception:  # the readiness probe will report it too: no reason not to start
+    except Exception:  # the readiness probe will report it too, so start anyway
         _log.exception("not ready")
 
 

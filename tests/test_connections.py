@@ -210,4 +210,4 @@ def test_unread_answers_hold_little_memory(tmp_path: Path, connections: contextl
         assert httpx.get(f"{address}/health").status_code == 200
 
     assert before < highest < MEMORY_MAX_MB
-    assert "too much waits to be read" in service.logged
+    assert "too many bytes are unread" in service.logged

@@ -1,4 +1,4 @@
-"""What routes and middleware share about HTTP: reading requests, problems, headers, limits, the document.
+"""HTTP code that routes and middleware share: reading requests, problems, headers, limits, the document.
 
 No routes here, and no statements.
 """

@@ -1,4 +1,4 @@
-"""Which client a request or a connection counts for, by its network address."""
+"""Identifies the client of a request or a connection by its network address."""
 
 import ipaddress
 from functools import lru_cache
@@ -10,10 +10,10 @@ IPV6_HOST_BITS = 64  # one customer gets a whole /64 (RFC 6177), so all of it is
 
 @lru_cache(4096)
 def client_of(host: str) -> str:
-    """Return what counts as one client: an IPv4 address, or the /64 of an IPv6 one."""
+    """Return the client at *host*: an IPv4 address, or the /64 of an IPv6 one."""
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:  # a socket of Unix has none
+    except ValueError:  # a Unix socket has no address
         return host
     if isinstance(address, ipaddress.IPv4Address):
         return host
@@ -23,5 +23,5 @@ def client_of(host: str) -> str:
 
 
 def client_address(scope: Scope) -> str:
-    """Return the address that a request counts for: IPv4, or the /64 of an IPv6 one."""
+    """Return the client of *scope*, as `client_of` does; "" without an address."""
     return client_of(scope["client"][0]) if scope.get("client") else ""

@@ -1,4 +1,4 @@
-"""Where a page of a list ends, sealed in a cursor for that list only, and the link to the next."""
+"""Cursors: the position at which a page ends, sealed for one list only, and the link to the next page."""
 
 import base64
 import binascii
@@ -21,12 +21,12 @@ from web.paths import quoted_path
 
 
 class CursorInvalid(ValueError):
-    """The cursor is not one that we gave for this list."""
+    """The cursor was not issued for this list."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskList:
-    """What a cursor is good for: one user's tasks that match the filters, in this order."""
+    """The list that a cursor is valid for: one user's tasks that match the filters, in this order."""
 
     user_id: str
     filters: Filter
@@ -34,19 +34,19 @@ class TaskList:
 
     @property
     def binding(self) -> str:
-        # A set has no order of its own, and all processes must agree.
+        # Sorted, because the order of a set may differ between processes.
         states, others = sorted(self.filters.states), self.filters._replace(states=frozenset())
         return f"{self.user_id}\n{states}\n{others}\n{self.order}"
 
 
 class CursorSealer:
-    """Writes with the newest secret and reads what any of *secrets* has sealed.
+    """Seals cursors with the newest secret and opens those sealed with any of *secrets*.
 
     AES-SIV (RFC 5297) needs no nonce, so none can repeat; equal positions of one list have equal cursors.
     """
 
     def __init__(self, secrets: Sequence[str]) -> None:
-        # A key of its own: what signs a token never seals anything else.
+        # A derived key, because a secret that signs tokens must not serve another purpose.
         self._keys = [AESSIV(hashlib.sha512(b"cursor:" + secret.encode()).digest()) for secret in secrets]
 
     def write(self, position: Sequence[Any], binding: str) -> str:
@@ -71,10 +71,10 @@ class CursorSealer:
         """Return the position in *cursor*, after which the next page of *tasks* begins.
 
         Raises:
-            CursorInvalid: as `read`, or no such list can have that position.
+            CursorInvalid: as in `read`, or the position does not fit the order of *tasks*.
         """
         match self.read(cursor, tasks.binding):
-            # Sealed or not: what goes into a statement is checked.
+            # Even sealed values are checked before they go into a statement.
             case [key, int(task_id)] if _is_key(key, tasks.order) and _is_id(task_id):
                 return Position(key, task_id)
         raise CursorInvalid
@@ -110,7 +110,7 @@ def _is_key(key: object, order: Order) -> bool:
 
 
 class _Time:
-    """JSON has no times and days: they travel as `{"t": ...}`, to the microsecond, and `{"d": ...}`."""
+    """JSON has no times and days: they are written as `{"t": ...}`, to the microsecond, and `{"d": ...}`."""
 
     @staticmethod
     def dump(part: Any) -> Any:
@@ -126,5 +126,5 @@ class _Time:
 
 
 def _associated(binding: str) -> bytes:
-    # Never empty: older versions of OpenSSL take no empty text.
+    # Never empty: older versions of OpenSSL refuse empty associated data.
     return b"list:" + binding.encode(errors="surrogatepass")

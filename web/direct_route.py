@@ -1,7 +1,7 @@
-"""Routes that read what their endpoints declare by themselves: the caller first, then path, query and body.
+"""Routes that read the parameters of their endpoints themselves: the caller first, then path, query and body.
 
-The framework's reading is general, costs a third of a request and parses the body before it asks who is
-calling (docs/decisions/0006). The declarations stay the framework's, and so does the OpenAPI document.
+The framework's reading is general, costs a third of a request and parses the body before it authenticates the
+caller (docs/decisions/0006). The declarations stay the framework's, and so does the OpenAPI document.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ from web.answers import JSON
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)  # of every route that reads a body
 NOT_ENCODED = "The request body must not be compressed"
 BODY_MAX_BYTES = 64 * 1024
-# 64 KiB in that time is 105 kbit/s. It is less than a request's deadline, so it is the client's 408.
+# 64 KiB in this time is 105 kbit/s. The default deadline of a request is longer, so a slow body gets 408.
 BODY_TIMEOUT_S = 5.0
 ANNOUNCED_MAX = 20  # digits of a Content-Length, which has 64 bits
 QUERIES_REMEMBERED = 1024
-QUERY_REMEMBERED_MAX_BYTES = 128  # longer ones seldom come twice
+QUERY_REMEMBERED_MAX_BYTES = 128  # longer ones rarely repeat
 
 Reader = Callable[[Request], Any]
 
@@ -47,8 +47,8 @@ class Parameter(NamedTuple):
 class DirectRoute(APIRoute):
     """A route whose endpoint answers with a `Response` and takes any of these, by annotation:
 
-    - `Annotated[T, Depends(f)]`: what `await f(request, ...)` returns, before everything else; what else *f*
-      takes are parts of the path as they are,
+    - `Annotated[T, Depends(f)]`: the result of `await f(request, ...)`, before everything else; *f*'s other
+      parameters are parts of the path as they are,
     - `Annotated[T, Path(...)]`: a part of the path,
     - `Annotated[Model, Query()]`: the query as a frozen model; a repeated parameter becomes a tuple where the
       field is one, otherwise the last value counts, or is refused if the model forbids extra parameters,
@@ -63,7 +63,7 @@ class DirectRoute(APIRoute):
         self.answer = self.get_route_handler()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The framework's opens exit stacks that no dependency of ours uses, and catches what the
+        # The framework's method opens exit stacks that no dependency of ours uses, and catches what the
         # application catches anyway: 5 % of a request.
         if self.methods and scope["method"] not in self.methods:
             raise HTTPException(405)
@@ -219,7 +219,7 @@ async def read_body(request: Request) -> bytes:
         RequestTimeout: it takes longer than `BODY_TIMEOUT_S`.
     """
     announced = request.headers.get("content-length", "")
-    # Python reads no number of more than 4,300 digits, and none of that many is small enough.
+    # Python refuses to read numbers of more than 4,300 digits, which are too large anyway.
     if announced.isdecimal() and (len(announced) > ANNOUNCED_MAX or int(announced) > BODY_MAX_BYTES):
         raise ContentTooLarge
     body, more = bytearray(), True

@@ -8,8 +8,8 @@ LIST_MAX = 4096  # characters of a header; a tag of ours has at most 11
 TAGS_MAX = 100  # each that names a version becomes a value of the statement
 
 _TAG = r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"'
-# Commas may stand in a tag, and alone (RFC 9110, section 5.6.1.2). The time grows with the length only: what
-# stands between two tags can be read in one way, as white space, the first comma, and the rest.
+# A tag may contain commas, and elements may be empty (RFC 9110, section 5.6.1.2). Matching takes linear time,
+# because the text between two tags matches in one way only: white space, the first comma, and the rest.
 _LIST = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
 # The same for the OpenAPI document, in characters that every client can send.
 LIST_PATTERN = r'^(\*|(W/)?"[!#-~]*"(, ?(W/)?"[!#-~]*")*)$'
@@ -21,7 +21,7 @@ def write(version: int) -> str:
 
 
 def expected_versions(if_match: str | None) -> list[int] | None:
-    """Return which versions an If-Match allows; None for any.
+    """Return the versions that an If-Match allows; None for any.
 
     Raises:
         Unprocessable: the header is no list of entity tags.

@@ -1,4 +1,4 @@
-"""What `/openapi.json` says beyond what the framework reads off the routes."""
+"""Completes `/openapi.json` with what the framework cannot derive from the routes."""
 
 import json
 from collections.abc import Iterator
@@ -71,12 +71,12 @@ HEADERS: dict[str, dict[str, Any]] = {
 
 
 def header(name: str) -> dict[str, Any]:
-    """Return what an answer in a route's `responses` says to have the header *name* of `HEADERS`."""
+    """Return the `headers` of an answer in a route's `responses` that has the header *name* of `HEADERS`."""
     return {name: {"$ref": f"#/components/headers/{name}"}}
 
 
 def install(app: FastAPI, *, token_url: str | None = None) -> None:
-    """Let *app* describe itself to the last header and, with *token_url*, the way to a token by password."""
+    """Let *app* serve the completed document, with the password flow of OAuth if there is a *token_url*."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -94,7 +94,7 @@ def install(app: FastAPI, *, token_url: str | None = None) -> None:
 
 def version() -> str:
     """Return the version of the service, which stands in `pyproject.toml` only."""
-    import tomllib  # some 10 ms, which a start does not pay for
+    import tomllib  # some 10 ms, which the start does not pay
 
     return str(tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8"))["project"]["version"])
 
@@ -117,8 +117,8 @@ def write(document: dict[str, Any]) -> str:
 
 
 def complete(document: dict[str, Any]) -> None:
-    """Add to *document* what holds for every operation of its kind."""
-    # A kind of problem may have members of its own (RFC 9457, section 3.2).
+    """Add to *document* what all operations of a kind have in common."""
+    # A kind of problem may have its own members (RFC 9457, section 3.2).
     document["components"]["schemas"]["Problem"] = PROBLEM_SCHEMA | {"additionalProperties": True}
     document["components"]["headers"] = HEADERS
     for operation in _operations(document):
@@ -141,7 +141,7 @@ def complete(document: dict[str, Any]) -> None:
 
 
 def _write_whole_numbers(schema: Any) -> None:
-    """The framework makes floats of what a schema bounds a number by, and the largest id is none."""
+    """Make the bounds of numbers integers again: the framework makes floats, and the largest id is none."""
     if isinstance(schema, list):
         for value in schema:
             _write_whole_numbers(value)
@@ -185,7 +185,7 @@ def _headers(operation: dict[str, Any], status: str, answer: dict[str, Any]) -> 
 
 
 def _link(document: dict[str, Any]) -> None:
-    """Say where a task that was created, and one that was read, can go from there."""
+    """Link the operations that create and read a task to those that take its id."""
     followers = [operation for operation in _operations(document) if "task_id" in _parameters(operation)]
     for operation in _operations(document):
         for status, answer in operation["responses"].items():
@@ -216,7 +216,7 @@ def _link(document: dict[str, Any]) -> None:
 
 
 def _drop_null(schema: dict[str, Any]) -> None:
-    """A parameter is left out rather than null."""
+    """Drop null from an optional parameter, which is left out instead."""
     match schema.get("anyOf"):
         case [kind, {"type": "null"}]:
             del schema["anyOf"]

@@ -1,6 +1,6 @@
 """Paths as clients send them: probes, and encoded slashes (`%2F`) in the parts of a path.
 
-An encoded slash is kept when the path is split, and written back.
+An encoded slash does not split the path, and is encoded again in links.
 
 `/api/a%2Fb/tasks` has the tasks of the user `a/b`. The server decodes a path as a whole, after which `%2F`
 looks like any other slash (RFC 3986, section 2.2).
@@ -19,7 +19,7 @@ PROBES = (b"/health", b"/health/ready")  # never refused: a restart may depend o
 
 
 def is_probe(raw_path: bytes) -> bool:
-    """Return whether *raw_path*, as it was sent, is that of a probe, perhaps with a slash behind it."""
+    """Return whether *raw_path*, as it was sent, is that of a probe, with or without a slash at the end."""
     return raw_path.removesuffix(b"/") in PROBES
 
 

@@ -1,4 +1,4 @@
-"""Problem details (RFC 9457): what each refusal and each mistake becomes, and how it is rendered."""
+"""Problem details (RFC 9457): turns refusals and validation errors into problems, and renders them."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -49,7 +49,7 @@ def render(scope: Scope, error: HTTPException) -> Response:
         problem["errors"] = errors
     problem |= getattr(error, "extensions", {})
     if isinstance(error, Overloaded):
-        state_of(scope)["overloaded"] = True  # the protocol lets such a connection rest
+        state_of(scope)["overloaded"] = True  # the protocol then pauses the connection
     return Response(orjson.dumps(problem), error.status_code, dict(error.headers or {}), MEDIA_TYPE)
 
 
@@ -110,7 +110,7 @@ def problem_of(refusal: Refusal) -> Problem:
 
 
 def unprocessable(error: RequestValidationError) -> Unprocessable:
-    """Return the problem that names each of the framework's mistakes."""
+    """Return the problem that names each of the framework's validation errors."""
     return Unprocessable([_field_error(mistake) for mistake in error.errors()])
 
 
@@ -170,14 +170,14 @@ def _field_error(mistake: Mapping[str, Any]) -> FieldError:
     detail = _clause(mistake)
     if place != "body":
         return {"parameter": str(path[0]) if path else str(place), "detail": detail}
-    # In angle brackets stands which of several models it is, which is no member of the body.
+    # A part in angle brackets names one of several models; it is no member of the body.
     members = (str(part) for part in path if not str(part).startswith("<"))
     escaped = (part.replace("~", "~0").replace("/", "~1") for part in members)
     return {"pointer": "".join(f"/{part}" for part in escaped), "detail": detail}
 
 
 def _clause(mistake: Mapping[str, Any]) -> str:
-    """Return what is wrong with a value, in words that name nothing of ours and repeat no input."""
+    """Return what is wrong with a value, without internal names and without the input itself."""
     ctx = mistake.get("ctx", {})
     if mistake["type"].endswith("_type") and mistake.get("input") is None:
         return "must not be null"

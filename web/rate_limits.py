@@ -1,4 +1,4 @@
-"""How often a user, or an address without a valid token, may ask: `RateLimit` headers, and 429 beyond it."""
+"""Rate limits of users, and of addresses without a valid token: `RateLimit` headers, and 429 beyond them."""
 
 import math
 import time
@@ -15,10 +15,10 @@ from web.request_state import state_of
 
 
 class Limit:
-    """A fixed window for each key, as draft-ietf-httpapi-ratelimit-headers-10 tells of it.
+    """A fixed window for each key, reported as in draft-ietf-httpapi-ratelimit-headers-10.
 
-    Windows begin by the clock, shifted by the key: one call of the storage is enough, all processes agree
-    without asking, and not everybody comes back in the same second.
+    Windows follow the clock, shifted by the key. So one call of the storage is enough, all processes agree,
+    and clients do not all return in the same second.
     """
 
     def __init__(self, name: str, text: str, storage: Storage) -> None:
@@ -28,7 +28,7 @@ class Limit:
         self._policy = (b"ratelimit-policy", f'"{name}";q={self._limit};w={self._window_s}'.encode())
 
     async def count(self, scope: Scope, key: str) -> None:
-        """Count the request of *scope*, whose answer will say what is left.
+        """Count the request of *scope*, and report in its answer's headers what is left.
 
         Raises:
             QuotaExceeded: nothing was left.
@@ -61,7 +61,7 @@ class RateLimits:
             await self._user.count(scope, user_id)
 
     async def count_address(self, scope: Scope) -> None:
-        """Count a request without one.
+        """Count a request without a valid token.
 
         Raises:
             QuotaExceeded: too many came from its address.

@@ -1,4 +1,4 @@
-"""What the layers of a request tell one another: the entries of its scope's `state`, each named once."""
+"""The state that the layers of a request share: the entries of its scope's `state`, each named once."""
 
 import random
 import re
@@ -8,7 +8,7 @@ from starlette.types import Scope
 
 REQUEST_ID_PATTERN = "[A-Za-z0-9._~+/=:-]{1,128}"
 _PLAIN_ID = re.compile(REQUEST_ID_PATTERN.encode())
-_ids = random.Random()  # noqa: S311 - no secret, and a third of the time
+_ids = random.Random()  # noqa: S311 - ids are no secret, and this takes a third of the time
 
 
 class RequestState(TypedDict, total=False):

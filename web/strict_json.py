@@ -12,7 +12,7 @@ def loads(text: bytes) -> Any:
     """Parse *text*.
 
     Raises:
-        NotStrictJson: for anything that two readers could understand differently.
+        NotStrictJson: two parsers could read *text* differently.
     """
     try:
         return _DECODER.decode(text.decode())
@@ -22,7 +22,7 @@ def loads(text: bytes) -> Any:
         raise NotStrictJson(f"is not valid JSON at character {error.pos}") from error
     except NotStrictJson:
         raise
-    except ValueError as error:  # Python reads no integer of more than 4300 digits
+    except ValueError as error:  # Python refuses integers of more than 4,300 digits
         raise NotStrictJson("has a number that is too long") from error
     except RecursionError as error:
         raise NotStrictJson("is nested too deeply") from error
