@@ -21,6 +21,7 @@ from server.heads import (
     HeadTooLarge,
     MalformedRequest,
 )
+from server.sender import Sender
 from web import problems
 from web.client_addresses import client_of
 from web.request_state import request_id, state_of
@@ -225,16 +226,20 @@ class Protocol(HttpToolsProtocol):
         self._answered = cycle
         super()._start_asgi_task(cycle, app)
 
-    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _answer(self, scope: Any, receive: Any, _send: Any) -> None:
         """Run the application; it is cancelled when the client disconnects."""
         if self._answered.disconnected:  # or its body was malformed
             return
         self._answering = task = asyncio.current_task()
+        sender = Sender(self._answered)
         try:
-            await self._application(scope, receive, send)
+            await self._application(scope, receive, sender)
         except asyncio.CancelledError:
             if not self.transport.is_closing():
                 raise
+        except Exception:
+            await sender.begin()  # uvicorn cuts off what has begun
+            raise
         finally:
             if self._answering is task:  # else the next request has begun
                 self._answering = None
