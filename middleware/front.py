@@ -79,19 +79,21 @@ class _Exchange:
         self._size = 0
         self._is_over = False  # what the application still says is not sent
         self._late: asyncio.Task[None] | None = None  # answers when the deadline has passed
-        self._task: asyncio.Task[Any] | None = asyncio.current_task()
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in a task
+        self._task: asyncio.Task[Any] = task
 
     async def run(self) -> None:
         front, scope = self._front, self._scope
         started, path = front.access_log.start(scope), scope["path"]
         # The server asks its own scope for the method.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
-        timer = asyncio.get_running_loop().call_later(front.deadline_s, self._expire)
+        timer = self._task.get_loop().call_later(front.deadline_s, self._expire)
         try:
             try:
                 await self._handle(inner)
             except asyncio.CancelledError:
-                if self._late is None or self._task is None:
+                if self._late is None:
                     raise
                 self._task.uncancel()
             finally:
@@ -167,7 +169,7 @@ class _Exchange:
 
     def _expire(self) -> None:
         """Answer 503 and cancel the handler. An answer that has begun is bounded by the server."""
-        if not self._status and self._task is not None:
+        if not self._status:
             self._is_over = True
             problem = problems.render(self._scope, errors.Unavailable())
             self._late = asyncio.ensure_future(problem(self._scope, self._receive, self._answer))

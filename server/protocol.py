@@ -230,7 +230,7 @@ class Protocol(HttpToolsProtocol):
         """Run the application; it is cancelled when the client disconnects."""
         if self._answered.disconnected:  # or its body was malformed
             return
-        self._answering = task = asyncio.current_task()
+        self._answering = task = asyncio.current_task(self.loop)  # faster where the loop is named
         sender = Sender(self._answered)
         try:
             await self._application(scope, receive, sender)
