@@ -10,6 +10,8 @@ from typing import Any
 
 import asyncpg
 
+from database.slots import Slots
+
 # Further requests would wait too long, so they are refused at once.
 WAITING_MAX_PER_CONNECTION = 20
 WAITING_MAX_AT_LEAST = 100
@@ -95,18 +97,18 @@ class Pool:
         self._connect = connect
         self._size = size
         self._wait_s = wait_s
-        self._slots = asyncio.Semaphore(size)
-        self._waiting = 0
+        self._slots = Slots(size, wait_s)
+        self._waiting_max = max(WAITING_MAX_AT_LEAST, size * WAITING_MAX_PER_CONNECTION)
         self._idle: list[Connection] = []
         self._alive = 0  # idle or in use
         self._outage: _Outage | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._in_use = 0
 
     @property
     def usage(self) -> dict[str, int]:
         """How many connections are in use and idle, and how many requests wait for one."""
-        return {"in use": self._in_use, "idle": len(self._idle), "waiting": self._waiting}
+        in_use = self._size - self._slots.free
+        return {"in use": in_use, "idle": len(self._idle), "waiting": self._slots.waiting}
 
     async def fetch(self, sql: str, arguments: list[Any], took: Took | None = None) -> list[Any]:
         """Run one statement on whichever connection is free and return its rows.
@@ -164,34 +166,18 @@ class Pool:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _acquire(self) -> Connection:
-        if not self._slots.locked():
-            await self._slots.acquire()
-            self._in_use += 1
-            if self._idle and self._idle[-1].idle_s < UNCHECKED_S and not self._idle[-1].raw.is_closed():
-                return self._idle.pop()  # the usual case
-        else:
-            await self._wait_for_slot()
-            self._in_use += 1
+        if not self._slots.take():
+            if self._slots.waiting >= self._waiting_max:
+                raise PoolBusy(f"{self._slots.waiting} requests are waiting for {self._size} connections")
+            await self._slots.wait()
+        if self._idle and self._idle[-1].idle_s < UNCHECKED_S and not self._idle[-1].raw.is_closed():
+            return self._idle.pop()  # the usual case
         try:
             async with asyncio.timeout(self._wait_s):
                 return await self._connection_for_slot()
         except BaseException:
-            self._release_slot()
+            self._slots.give()
             raise
-
-    def _release_slot(self) -> None:
-        self._in_use -= 1
-        self._slots.release()
-
-    async def _wait_for_slot(self) -> None:
-        if self._waiting >= max(WAITING_MAX_AT_LEAST, self._size * WAITING_MAX_PER_CONNECTION):
-            raise PoolBusy(f"{self._waiting} requests are waiting for {self._size} connections")
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(self._wait_s):
-                await self._slots.acquire()
-        finally:
-            self._waiting -= 1
 
     async def _connection_for_slot(self) -> Connection:
         while True:
@@ -278,13 +264,13 @@ class Pool:
             return
         else:
             self._add_idle(connection)
-        self._release_slot()
+        self._slots.give()
 
     def _replace(self, connection: Connection) -> None:
         """Close *connection*, open another one, and then release its slot."""
         self._alive -= 1
         replacing = self._start(self._end_and_open(connection), "replace")
-        replacing.add_done_callback(lambda _: self._release_slot())
+        replacing.add_done_callback(lambda _: self._slots.give())
 
     async def _end_and_open(self, connection: Connection) -> None:
         await _end(connection.raw)
@@ -299,7 +285,7 @@ class Pool:
         """Close *connection*, cancel its statement on the server, and then release its slot."""
         self._alive -= 1
         ending = self._start(_end(connection.raw), "end")
-        ending.add_done_callback(lambda _: self._release_slot())
+        ending.add_done_callback(lambda _: self._slots.give())
 
     def _start(self, work: Any, name: str) -> "asyncio.Task[None]":
         task = asyncio.create_task(work, name=name)

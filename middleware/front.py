@@ -79,7 +79,7 @@ class _Exchange:
         self._size = 0
         self._is_over = False  # what the application still says is not sent
         self._late: asyncio.Task[None] | None = None  # answers when the deadline has passed
-        task = asyncio.current_task()
+        task = state_of(scope).get("task") or asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in a task
         self._task: asyncio.Task[Any] = task
 

@@ -230,7 +230,11 @@ class Protocol(HttpToolsProtocol):
         """Run the application; it is cancelled when the client disconnects."""
         if self._answered.disconnected:  # or its body was malformed
             return
-        self._answering = task = asyncio.current_task(self.loop)  # faster where the loop is named
+        task = asyncio.current_task(self.loop)
+        assert task is not None  # noqa: S101 - a coroutine runs in a task
+        self._answering = task
+        state = state_of(scope)
+        state["task"], state["body_received"] = task, not self._answered.more_body
         sender = Sender(self._answered)
         try:
             await self._application(scope, receive, sender)

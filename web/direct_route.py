@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMediaType
 from web import strict_json
 from web.answers import JSON
+from web.request_state import state_of
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)  # of every route that reads a body
 NOT_ENCODED = "The request body must not be compressed"
@@ -222,19 +223,25 @@ async def read_body(request: Request) -> bytes:
     # Python refuses to read numbers of more than 4,300 digits, which are too large anyway.
     if announced.isdecimal() and (len(announced) > ANNOUNCED_MAX or int(announced) > BODY_MAX_BYTES):
         raise ContentTooLarge
-    body, more = bytearray(), True
+    if state_of(request.scope).get("body_received"):
+        return await _receive(request)  # without a timer
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            while more:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                body += message.get("body", b"")
-                more = message.get("more_body", False)
-                if len(body) > BODY_MAX_BYTES:
-                    raise ContentTooLarge
+            return await _receive(request)
     except TimeoutError as error:
         raise RequestTimeout from error
+
+
+async def _receive(request: Request) -> bytes:
+    body, more = bytearray(), True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > BODY_MAX_BYTES:
+            raise ContentTooLarge
     return bytes(body)
 
 

@@ -1,8 +1,9 @@
 """The state that the layers of a request share: the entries of its scope's `state`, each named once."""
 
+import asyncio
 import random
 import re
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from starlette.types import Scope
 
@@ -15,13 +16,16 @@ class RequestState(TypedDict, total=False):
     """`rate_limit` holds header fields; it is present once the request was charged to a user or an address.
 
     `user_id` is the subject of a verified token. `overloaded` marks an answer after which the connection
-    pauses.
+    pauses. `task` answers the request; the server names it, as asking for it is slow before Python 3.12.
+    `body_received` says that reading the body will not wait.
     """
 
     request_id: str
     user_id: str
     rate_limit: tuple[tuple[bytes, bytes], ...]
     overloaded: bool
+    task: asyncio.Task[Any]
+    body_received: bool
 
 
 def state_of(scope: Scope) -> RequestState:

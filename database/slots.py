@@ -1,0 +1,56 @@
+"""A semaphore whose usual case needs no coroutine, and whose waiting needs no task and no timeout object."""
+
+import asyncio
+from collections import deque
+
+
+class Slots:
+    """*count* slots; requests wait for one in order, at most *wait_s* seconds."""
+
+    def __init__(self, count: int, wait_s: float) -> None:
+        self.free = count
+        self._wait_s = wait_s
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self.waiting = 0
+
+    def take(self) -> bool:
+        """Take a slot and return True, or return False if none is free."""
+        if not self.free:
+            return False
+        self.free -= 1
+        return True
+
+    async def wait(self) -> None:
+        """Wait for the next slot that no earlier request waits for.
+
+        Raises:
+            TimeoutError: none was free in time.
+        """
+        loop = asyncio.get_running_loop()
+        slot = loop.create_future()
+        timer = loop.call_later(self._wait_s, _expire, slot)
+        self._queue.append(slot)
+        self.waiting += 1
+        try:
+            await slot
+        except asyncio.CancelledError:
+            if slot.done() and not slot.cancelled() and not slot.exception():
+                self.give()  # it was handed over at the moment of the cancellation
+            raise
+        finally:
+            timer.cancel()
+            self.waiting -= 1
+
+    def give(self) -> None:
+        """Give a slot back, to the request that has waited longest."""
+        while self._queue:
+            slot = self._queue.popleft()
+            if not slot.done():
+                slot.set_result(None)
+                return
+        self.free += 1
+
+
+def _expire(slot: "asyncio.Future[None]") -> None:
+    if not slot.done():
+        slot.set_exception(TimeoutError())
