@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from functools import lru_cache
 from typing import Any, get_args
 from urllib.parse import quote
 
@@ -34,9 +35,14 @@ class TaskList:
 
     @property
     def binding(self) -> str:
-        # Sorted, because the order of a set may differ between processes.
-        states, others = sorted(self.filters.states), self.filters._replace(states=frozenset())
-        return f"{self.user_id}\n{states}\n{others}\n{self.order}"
+        return f"{self.user_id}\n{_description(self.filters, self.order)}"
+
+
+@lru_cache(256)
+def _description(filters: Filter, order: Order) -> str:
+    # Sorted, because the order of a set may differ between processes.
+    states, others = sorted(filters.states), filters._replace(states=frozenset())
+    return f"{states}\n{others}\n{order}"
 
 
 class CursorSealer:
