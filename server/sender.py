@@ -11,10 +11,12 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 WITHOUT_BODY = frozenset({204, 304})
+# A transport keeps a piece until its last byte is sent, so a long body in one piece is held as a whole.
+PIECE_BYTES = 64 * 1024
 
 
 class Sender:
-    """The `send` of one request. Unusual responses (streams, HEAD, 204, 304) are written by uvicorn.
+    """The `send` of one request. Other responses (streams, HEAD, 204, 304) are written by uvicorn.
 
     The start of a response waits for the first part of its body. uvicorn checks each field with two regular
     expressions and writes head and body separately, which takes 10 µs more for the same bytes.
@@ -32,9 +34,9 @@ class Sender:
         start, self._start = self._start, None
         if start is not None:
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                whole = self._whole(start, message.get("body", b""))
-                if whole is not None:
-                    await self._write(whole)
+                pieces = self._whole(start, message.get("body", b""))
+                if pieces is not None:
+                    await self._write(pieces)
                     return
             await cycle.send(start)
         await cycle.send(message)
@@ -45,10 +47,10 @@ class Sender:
         if start is not None:
             await self._cycle.send(start)
 
-    def _whole(self, start: Message, body: bytes) -> bytes | None:
-        """Return the bytes of the response; None if uvicorn has to decide on their framing."""
+    def _whole(self, start: Message, body: bytes) -> list[bytes] | None:
+        """Return the response, long ones in pieces; None if uvicorn has to decide on their framing."""
         cycle, status = self._cycle, start["status"]
-        fields = [*cycle.default_headers, *start["headers"]]
+        fields = [*cycle.default_headers, *start.get("headers", ())]
         names = [name for name, _ in fields]
         is_usual = cycle.scope["method"] != "HEAD" and status not in WITHOUT_BODY
         if not is_usual or b"connection" in names or (b"content-length", b"%d" % len(body)) not in fields:
@@ -60,9 +62,11 @@ class Sender:
         if not cycle.keep_alive:
             fields.append((b"connection", b"close"))
         head = b"".join([b"%s: %s\r\n" % field for field in fields])
-        return b"".join((STATUS_LINE[status], head, b"\r\n", body))
+        rest = range(PIECE_BYTES, len(body), PIECE_BYTES)
+        first = b"".join((STATUS_LINE[status], head, b"\r\n", body[:PIECE_BYTES]))
+        return [first, *(body[begin : begin + PIECE_BYTES] for begin in rest)]
 
-    async def _write(self, response: bytes) -> None:
+    async def _write(self, pieces: list[bytes]) -> None:
         cycle = self._cycle
         if cycle.flow.write_paused and not cycle.disconnected:
             await cycle.flow.drain()
@@ -70,7 +74,8 @@ class Sender:
             return
         cycle.waiting_for_100_continue = False
         cycle.response_started = cycle.response_complete = True
-        cycle.transport.write(response)
+        for piece in pieces:
+            cycle.transport.write(piece)
         cycle.message_event.set()
         if not cycle.keep_alive:
             cycle.transport.close()

@@ -189,22 +189,29 @@ def test_bodies_that_no_handler_reads_hold_little_memory(
 
 
 def test_unread_answers_hold_little_memory(tmp_path: Path, connections: contextlib.ExitStack) -> None:
-    """80 connections ask for pages of 1 MiB and read nothing."""
+    """80 connections of each of two addresses ask for pages of 1 MiB and read nothing."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     with running_service(tmp_path, PORT=str(port), **SETTINGS) as service:
         service.wait_for(address)
-        with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
-            operation = {"op": "create", "task": {"title": "x", "description": "x" * 640}}
-            for _ in range(20):
-                created = client.post("/api/alice/tasks/bulk", json={"operations": [operation] * 50})
-                assert created.is_success, created.text
-            page = len(client.get("/api/alice/tasks?limit=1000").content)
-            assert 900_000 < page < 1_100_000
+        people = {"127.0.0.1": "alice", "127.0.0.2": "bob"}  # as many of one user would wait for one another
+        heads = {}
+        for client_address, user_id in people.items():
+            bearer = f"Bearer {tokens.issue(user_id, SECRET, 3600)}"
+            path = f"/api/{user_id}/tasks"
+            heads[client_address] = f"GET {path}?limit=1000 HTTP/1.1\r\nHost: x\r\nAuthorization: {bearer}"
+            with httpx.Client(base_url=address, headers={"Authorization": bearer}) as client:
+                operation = {"op": "create", "task": {"title": "x", "description": "x" * 640}}
+                for _ in range(20):
+                    created = client.post(f"{path}/bulk", json={"operations": [operation] * 50})
+                    assert created.is_success, created.text
+                page = len(client.get(f"{path}?limit=1000").content)
+                assert 900_000 < page < 1_100_000
         before = resident_mb(service)
-        head = f"GET /api/alice/tasks?limit=1000 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}"
-        for _ in range(80):
-            connections.enter_context(connect(port)).sendall(f"{head}\r\n\r\n".encode() * 6)
+        for client_address, head in heads.items():
+            for _ in range(80):
+                connection = connections.enter_context(connect(port, client_address))
+                connection.sendall(f"{head}\r\n\r\n".encode() * 6)
 
         highest = highest_mb(service, 20)
         assert httpx.get(f"{address}/health").status_code == 200

@@ -70,6 +70,8 @@ def body(content: bytes, *, more: bool = False) -> dict[str, Any]:
 LENGTH = (b"content-length", b"5")
 RESPONSES: dict[str, Messages] = {
     "whole": [start(200, LENGTH, (b"etag", b'"1"')), body(b"hello")],
+    "long": [start(200, (b"content-length", b"70000")), body(b"x" * 70_000)],
+    "without headers": [{"type": "http.response.start", "status": 200}, body(b"hello")],
     "empty": [start(200, (b"content-length", b"0")), body(b"")],
     "problem": [start(503, LENGTH, (b"retry-after", b"1")), body(b"hello")],
     "no content": [start(204), body(b"")],
