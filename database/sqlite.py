@@ -23,6 +23,7 @@ from database.base import DEFAULT_TIMEOUTS, Database, Executor, Timeouts, share_
 from database.failures import translated
 from database.fair_share import FairShare
 from database.pool import PoolBusy
+from database.slots import Slots
 from database.statements import Compiled, Row, Statement, compile_statement
 from errors import Unavailable
 
@@ -150,20 +151,25 @@ class _Connections:
     def __init__(self, wait_s: float) -> None:
         self._wait_s = wait_s
         self.all: list[aiosqlite.Connection] = []
-        self._free: asyncio.LifoQueue[aiosqlite.Connection] = asyncio.LifoQueue()
-        self.waiting = 0
+        self._idle: list[aiosqlite.Connection] = []
+        self._slots = Slots(0, wait_s)
         self._ending: set[asyncio.Task[None]] = set()
 
     @property
     def idle(self) -> int:
-        return self._free.qsize()
+        return len(self._idle)
+
+    @property
+    def waiting(self) -> int:
+        return self._slots.waiting
 
     def add(self, connection: aiosqlite.Connection) -> None:
         self.all.append(connection)
-        self._free.put_nowait(connection)
+        self._add_idle(connection)
 
     async def close(self) -> None:
-        self._free = asyncio.LifoQueue()
+        self._idle.clear()
+        self._slots = Slots(0, self._wait_s)
         while self.all:
             await self.all.pop().close()  # each is a thread that would keep the process alive
 
@@ -179,21 +185,20 @@ class _Connections:
         """
         if not self.all:
             raise Unavailable
-        if not self._free.empty():
-            return self._free.get_nowait()
-        with translated:
-            if self.waiting >= WAITING_MAX:
-                raise PoolBusy(f"{self.waiting} requests are waiting for {len(self.all)} connections")
-            self.waiting += 1
-            try:
-                async with asyncio.timeout(self._wait_s):
-                    return await self._free.get()
-            finally:
-                self.waiting -= 1
+        if not self._slots.take():
+            with translated:
+                if self.waiting >= WAITING_MAX:
+                    raise PoolBusy(f"{self.waiting} requests are waiting for {len(self.all)} connections")
+                await self._slots.wait()
+        return self._idle.pop()
 
     def give_back(self, connection: aiosqlite.Connection) -> None:
         if connection in self.all:  # else all have been closed meanwhile
-            self._free.put_nowait(connection)
+            self._add_idle(connection)
+
+    def _add_idle(self, connection: aiosqlite.Connection) -> None:
+        self._idle.append(connection)
+        self._slots.give()
 
     def give_back_when_ended(self, connection: aiosqlite.Connection) -> None:
         """Interrupt the statement of a cancelled request, and give the connection back when it has ended."""
