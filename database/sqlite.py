@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
 from math import inf
@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from database.base import DEFAULT_TIMEOUTS, Database, Executor, Timeouts, share_of
 from database.failures import translated
 from database.fair_share import FairShare
+from database.group_commit import GroupCommit, InterruptibleConnection, Write
 from database.pool import PoolBusy
 from database.slots import Slots
 from database.statements import Compiled, Row, Statement, compile_statement
@@ -61,6 +62,7 @@ class SQLite(Database):
         _check_file(self.path)
         self.share = FairShare(share_of(READERS))
         self._readers, self._writer = _Connections(timeouts.wait_s), _Connections(timeouts.wait_s)
+        self._group_commit = GroupCommit(self._writer.lend, WAITING_MAX)
 
     async def open(self) -> None:
         for connections, count in ((self._writer, 1), (self._readers, READERS)):
@@ -70,7 +72,8 @@ class SQLite(Database):
     @property
     def usage(self) -> dict[str, int]:
         in_use = len(self._writer.all) - self._writer.idle
-        return {"in use": in_use, "idle": 1 - in_use, "waiting": self._writer.waiting}
+        waiting = self._writer.waiting + self._group_commit.waiting
+        return {"in use": in_use, "idle": 1 - in_use, "waiting": waiting}
 
     @property
     def connections(self) -> list[aiosqlite.Connection]:
@@ -78,13 +81,22 @@ class SQLite(Database):
         return [*self._writer.all, *self._readers.all]
 
     async def close(self) -> None:
+        await self._group_commit.close()
         for connections in (self._readers, self._writer):
             await connections.close()
 
     async def all(self, statement: Statement, **values: Any) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
-        async with (self._readers if compiled.reads else self._writer).lend() as connection:
-            return await self.fetch(connection, compiled, values)
+        if compiled.reads:
+            async with self._readers.lend() as connection:
+                return await self.fetch(connection, compiled, values)
+        write = Write(compiled.sql, compiled.arguments(values))
+        with translated:
+            try:
+                found = await self._group_commit.write(write)
+            finally:
+                self.took(compiled, write.seconds)
+        return self._rows(compiled, found)
 
     async def fetch(self, connection: aiosqlite.Connection, compiled: Compiled, values: Row) -> list[Row]:
         with translated:
@@ -93,6 +105,10 @@ class SQLite(Database):
                 found = await connection.execute_fetchall(compiled.sql, compiled.arguments(values))
             finally:
                 self.took(compiled, time.perf_counter() - began)
+        return self._rows(compiled, found)
+
+    @staticmethod
+    def _rows(compiled: Compiled, found: Iterable[Any]) -> list[Row]:
         names = [name for name, _ in compiled.columns]
         return compiled.converted([dict(zip(names, row, strict=True)) for row in found])
 
@@ -235,8 +251,8 @@ class _Slot:
             self._connections.give_back(self._connection)
 
 
-class _Timed(sqlite3.Connection):
-    """Interrupts a statement that takes longer than *statement_s* (`SQLITE_INTERRUPT`)."""
+class _Timed(InterruptibleConnection):
+    """Interrupts a statement that takes longer than *statement_s* or is cancelled (`SQLITE_INTERRUPT`)."""
 
     def __init__(self, path: Path, statement_s: float) -> None:
         # Without an isolation level the driver never begins a transaction by itself.
@@ -250,7 +266,7 @@ class _Timed(sqlite3.Connection):
         return super().execute(*statement)
 
     def _is_late(self) -> bool:
-        return time.monotonic() > self._deadline
+        return time.monotonic() > self._deadline or self.is_cancelled()
 
 
 def _check_file(path: Path) -> None:
