@@ -213,7 +213,7 @@ def test_unread_answers_hold_little_memory(tmp_path: Path, connections: contextl
                 connection = connections.enter_context(connect(port, client_address))
                 connection.sendall(f"{head}\r\n\r\n".encode() * 6)
 
-        highest = highest_mb(service, 20)
+        highest = highest_mb(service, 10)
         assert httpx.get(f"{address}/health").status_code == 200
 
     assert before < highest < MEMORY_MAX_MB
