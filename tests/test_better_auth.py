@@ -162,7 +162,7 @@ async def _later_token(issuer: BetterAuth, account: Account) -> str:
 
 
 @pytest.mark.parametrize(("cookie_cache", "algorithm"), [("secret", "HS256"), ("keys", "EdDSA")])
-async def test_what_better_auth_signs_for_other_ends_is_401(
+async def test_session_cookie_and_mail_tokens_of_better_auth_are_401(
     url: str, tmp_path: Path, cookie_cache: str, algorithm: str
 ) -> None:
     async with (
@@ -195,7 +195,9 @@ async def _tables(url: str) -> set[str]:
 
 
 @pytest.mark.parametrize("first", ["Better Auth", "we"])
-async def test_both_can_migrate_in_either_order_and_again(url: str, tmp_path: Path, first: str) -> None:
+async def test_better_auth_and_the_service_migrate_in_either_order(
+    url: str, tmp_path: Path, first: str
+) -> None:
     if first == "we":
         await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
     async with running_better_auth(url, tmp_path) as issuer, _service(url, issuer) as client:
@@ -220,7 +222,7 @@ async def test_our_migrations_leave_better_auths_accounts_alone(url: str, tmp_pa
         assert (await issuer.sign_in("alice")).user_id == account.user_id
 
 
-async def test_a_user_who_is_deleted_blocks_nothing(url: str, tmp_path: Path) -> None:
+async def test_tasks_outlive_a_user_deleted_in_better_auth(url: str, tmp_path: Path) -> None:
     async with running_better_auth(url, tmp_path) as issuer, _service(url, issuer) as client:
         alice = await _person("alice", issuer, client)
         task = await alice.create()

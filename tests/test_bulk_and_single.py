@@ -15,7 +15,7 @@ from tests.task_model import Json
 
 
 @pytest.mark.parametrize("day", ["0001-01-01", "9999-12-31"])
-async def test_the_first_and_the_last_day_are_days_like_others(alice: Person, day: str) -> None:
+async def test_the_earliest_and_the_latest_due_date_work_like_others(alice: Person, day: str) -> None:
     create = {"op": "create", "task": {"title": "in bulk", "due_date": day}}
     bulk = (await alice.post("/bulk", json={"operations": [create]})).json()["results"][0]["task"]
     alone = await alice.create("alone", due_date=day)
@@ -58,7 +58,7 @@ WAYS = ["toggle", "set", "put", "bulk", "all"]
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_series_keeps_the_day_that_was_meant_however_it_is_completed(alice: Person, way: str) -> None:
+async def test_a_series_keeps_its_anchor_day_however_it_is_completed(alice: Person, way: str) -> None:
     await alice.create(due_date="2023-12-31", recurring="monthly")
 
     days = []
@@ -71,7 +71,7 @@ async def test_a_series_keeps_the_day_that_was_meant_however_it_is_completed(ali
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_task_has_one_successor_until_it_gets_another_day(alice: Person, way: str) -> None:
+async def test_a_task_has_one_successor_until_its_due_date_changes(alice: Person, way: str) -> None:
     task = await alice.create(due_date="2024-01-31", recurring="weekly")
 
     days = []
@@ -86,7 +86,7 @@ async def test_a_task_has_one_successor_until_it_gets_another_day(alice: Person,
     assert days == [["2024-02-07"], [], ["2024-02-08"]]
 
 
-async def test_bulk_lets_another_day_start_the_series_anew(alice: Person) -> None:
+async def test_a_new_due_date_in_bulk_allows_another_successor(alice: Person) -> None:
     task = await alice.create(due_date="2024-01-31", recurring="weekly", completed=False)
     day = {"due_date": "2024-02-01", "completed": False}
     operations = [

@@ -63,7 +63,9 @@ def connections() -> Iterator[contextlib.ExitStack]:
         yield stack
 
 
-def test_beyond_its_limit_an_address_is_429(tmp_path: Path, connections: contextlib.ExitStack) -> None:
+def test_connections_beyond_the_limit_per_address_are_429(
+    tmp_path: Path, connections: contextlib.ExitStack
+) -> None:
     port = free_port()
     with running_service(tmp_path, PORT=str(port), MAX_CONNECTIONS_PER_ADDRESS="3", **SETTINGS) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -83,7 +85,7 @@ def test_beyond_its_limit_an_address_is_429(tmp_path: Path, connections: context
             assert answer(admitted)[0] == 200
 
 
-def test_the_connections_of_a_trusted_proxy_are_those_of_many(
+def test_a_trusted_proxy_is_exempt_from_the_limit_per_address(
     tmp_path: Path, connections: contextlib.ExitStack
 ) -> None:
     port = free_port()
@@ -96,7 +98,9 @@ def test_the_connections_of_a_trusted_proxy_are_those_of_many(
             assert answer(connection)[0] == 200
 
 
-def test_beyond_the_limit_of_the_process_it_is_503(tmp_path: Path, connections: contextlib.ExitStack) -> None:
+def test_connections_beyond_the_limit_per_process_are_503(
+    tmp_path: Path, connections: contextlib.ExitStack
+) -> None:
     port = free_port()
     with running_service(tmp_path, PORT=str(port), MAX_CONNECTIONS="3", **SETTINGS) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -119,7 +123,7 @@ def test_beyond_the_limit_of_the_process_it_is_503(tmp_path: Path, connections: 
             assert answer(admitted)[0] == 200
 
 
-def test_only_so_many_refused_connections_are_told_why_at_once(
+def test_only_a_bounded_number_of_refused_connections_gets_429_at_once(
     tmp_path: Path, connections: contextlib.ExitStack
 ) -> None:
     """The others are reset; those that have ended make room."""
@@ -144,7 +148,7 @@ def test_only_so_many_refused_connections_are_told_why_at_once(
 
 @pytest.mark.parametrize("field", [b"A: x\r\n", b"A: " + b"x" * 50_000], ids=["many fields", "a long one"])
 @pytest.mark.parametrize("count", [350, 800])
-def test_half_heads_hold_little_memory(
+def test_incomplete_heads_hold_little_memory(
     tmp_path: Path, connections: contextlib.ExitStack, count: int, field: bytes
 ) -> None:
     port = free_port()
@@ -188,7 +192,7 @@ def test_bodies_that_no_handler_reads_hold_little_memory(
         assert highest_mb(service, 3) < MEMORY_MAX_MB / 2
 
 
-def test_unread_answers_hold_little_memory(tmp_path: Path, connections: contextlib.ExitStack) -> None:
+def test_unread_responses_hold_little_memory(tmp_path: Path, connections: contextlib.ExitStack) -> None:
     """80 connections of each of two addresses ask for pages of 1 MiB and read nothing."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"

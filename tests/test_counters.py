@@ -26,7 +26,7 @@ async def shared(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     await storage.close()
 
 
-async def test_a_key_is_counted_until_it_runs_out() -> None:
+async def test_a_key_is_counted_until_it_expires() -> None:
     storage = LocalStorage()
 
     assert [await storage.incr("alice", 0.05) for _ in range(3)] == [1, 2, 3]
@@ -36,7 +36,7 @@ async def test_a_key_is_counted_until_it_runs_out() -> None:
     assert await storage.incr("alice", 60) == 1
 
 
-async def test_what_has_run_out_is_not_kept() -> None:
+async def test_expired_keys_are_not_kept() -> None:
     storage = LocalStorage()
     for number in range(KEYS_SWEPT_MIN):
         await storage.incr(f"alice{number}", 0.001)
@@ -60,14 +60,14 @@ async def test_a_flood_of_keys_takes_bounded_memory_and_time_for_each() -> None:
     assert await storage.incr(f"alice{3 * KEYS_MAX - 1}", 60) == 2  # the youngest are kept
 
 
-async def test_two_processes_count_together(redis: Redis, shared: SharedStorage) -> None:
+async def test_two_processes_share_their_counts_in_redis(redis: Redis, shared: SharedStorage) -> None:
     other = SharedStorage(redis.url)
 
     assert [await storage.incr("alice", 60) for storage in (shared, other, shared)] == [1, 2, 3]
     await other.close()
 
 
-async def test_failed_attempts_are_counted_together_and_forgotten_together(
+async def test_failed_attempts_are_counted_and_reset_across_processes(
     redis: Redis, shared: SharedStorage
 ) -> None:
     other = SharedStorage(redis.url)
@@ -84,7 +84,7 @@ async def test_failed_attempts_are_counted_together_and_forgotten_together(
     await other.close()
 
 
-async def test_without_redis_it_counts_on_by_itself_and_says_so_once(
+async def test_without_redis_counting_goes_on_locally_and_is_logged_once(
     redis: Redis, shared: SharedStorage
 ) -> None:
     assert await shared.incr("alice", 60) == 1
@@ -113,7 +113,7 @@ async def _connect_all(shared: SharedStorage) -> None:
 
 @pytest.mark.timing
 @pytest.mark.no_cover  # it is about time
-async def test_a_frozen_redis_delays_each_client_once_and_mixes_up_no_answers(
+async def test_a_frozen_redis_delays_each_client_once_and_mixes_up_no_replies(
     redis: Redis, shared: SharedStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counters, "RETRY_S", 2.0)
@@ -143,7 +143,7 @@ async def test_a_frozen_redis_delays_each_client_once_and_mixes_up_no_answers(
     assert all(now - then in (0, 1, 2) for then, now in zip(before, after, strict=True))
 
 
-async def test_a_redis_that_is_not_there_yet_is_no_reason_not_to_start(tmp_path: Path) -> None:
+async def test_counting_starts_locally_while_redis_is_unreachable(tmp_path: Path) -> None:
     storage = counters.connect("redis://:hunter2@127.0.0.1:1/0")
     with capture_logs() as lines:
         assert await storage.incr("alice", 60) == 1

@@ -57,7 +57,7 @@ def encode(raw: bytes) -> str:
         [],
     ],
 )
-def test_a_position_returns_as_it_was(sealer: CursorSealer, position: list[Any]) -> None:
+def test_a_sealed_position_reads_back_unchanged(sealer: CursorSealer, position: list[Any]) -> None:
     read = sealer.read(sealer.write(position, BINDING), BINDING)
 
     assert read == position
@@ -103,7 +103,7 @@ def test_a_cursor_cannot_be_guessed(sealer: CursorSealer) -> None:
     assert mac_bytes >= 16
 
 
-def test_a_cursor_can_be_neither_cut_nor_continued(sealer: CursorSealer) -> None:
+def test_a_truncated_or_extended_cursor_is_refused(sealer: CursorSealer) -> None:
     raw = decode(sealer.write(["Buy milk", 7], BINDING))
 
     for length in range(len(raw)):
@@ -139,7 +139,7 @@ def test_a_cursor_is_good_for_its_own_list_only(sealer: CursorSealer, other: str
 
 
 @pytest.mark.parametrize("binding", ["", "\ud800", "a\0b", "é" * 1000])
-def test_a_list_may_have_any_name(sealer: CursorSealer, binding: str) -> None:
+def test_a_cursor_may_be_bound_to_any_text(sealer: CursorSealer, binding: str) -> None:
     assert sealer.read(sealer.write([7], binding), binding) == [7]
 
 
@@ -164,7 +164,7 @@ def test_a_list_may_have_any_name(sealer: CursorSealer, binding: str) -> None:
     ],
     ids=ascii,
 )
-def test_what_we_did_not_write_is_no_cursor(sealer: CursorSealer, cursor: str) -> None:
+def test_a_malformed_cursor_is_refused(sealer: CursorSealer, cursor: str) -> None:
     with pytest.raises(CursorInvalid):
         sealer.read(cursor, BINDING)
 
@@ -181,7 +181,7 @@ def test_cursors_outlive_a_change_of_the_secret() -> None:
             sealer.read(cursor, BINDING)
 
 
-def test_the_key_of_tokens_seals_no_cursor(sealer: CursorSealer) -> None:
+def test_a_cursor_sealed_with_the_token_secret_is_refused(sealer: CursorSealer) -> None:
     payload = orjson.dumps(["Buy milk", 7])
     for key in (SECRET.encode()[:32], hashlib.sha512(SECRET.encode()).digest()):
         with pytest.raises(CursorInvalid):

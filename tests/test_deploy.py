@@ -146,13 +146,13 @@ async def test_the_migrations_role_cannot_read_other_tables_either(url: str) -> 
         await execute(url_as("tasks_migration", url), 'SELECT * FROM "user"')
 
 
-async def test_the_roles_settings_hold(url: str) -> None:
+async def test_the_service_role_has_a_statement_timeout(url: str) -> None:
     connection = await asyncpg.connect(url_as("tasks_service", url))
     assert await connection.fetchval("SHOW statement_timeout") == "5s"
     await connection.close()
 
 
-async def test_a_grant_that_is_missing_is_a_503(url: str) -> None:
+async def test_a_missing_grant_is_503(url: str) -> None:
     migration = url_as("tasks_migration", url)
     await execute(migration, "REVOKE SELECT ON task FROM tasks_service")
     async with running(
@@ -164,7 +164,7 @@ async def test_a_grant_that_is_missing_is_a_503(url: str) -> None:
     assert answer.status_code == 503
 
 
-async def test_the_key_that_citus_needs_changes_nothing_for_us(postgres: Server) -> None:
+async def test_every_operation_works_with_the_primary_key_for_citus(postgres: Server) -> None:
     async with postgres.migrated_database() as url:
         await execute(url, sql("before distributing"))
 
@@ -182,7 +182,7 @@ def of_the_unit(name: str) -> list[str]:
 
 
 @pytest.mark.process
-async def test_what_the_unit_starts_serves_and_stops_as_the_guide_says(url: str, tmp_path: Path) -> None:
+async def test_the_systemd_unit_serves_and_stops_as_the_guide_says(url: str, tmp_path: Path) -> None:
     settings = dict(word.split("=") for word in of_the_unit("Environment"))
     settings |= {
         "DATABASE_URL": url_as("tasks_service", url),
@@ -215,13 +215,13 @@ async def test_what_the_unit_starts_serves_and_stops_as_the_guide_says(url: str,
     assert code == 0
 
 
-def test_the_unit_raises_the_limit_of_clients() -> None:
+def test_the_systemd_unit_raises_limitnofile() -> None:
     usual = 1024  # systemd's own
 
     assert int(*of_the_unit("LimitNOFILE")) > usual
 
 
-def test_the_unit_wants_the_network_that_it_waits_for() -> None:
+def test_the_systemd_unit_wants_and_awaits_network_online() -> None:
     assert "network-online.target" in of_the_unit("After")  # which alone starts nothing
     assert of_the_unit("Wants") == ["network-online.target"]
 

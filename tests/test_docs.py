@@ -27,21 +27,21 @@ async def test_the_root_leads_to_the_docs(client: httpx.AsyncClient) -> None:
     assert answer.headers["location"] == "/docs"
 
 
-async def test_without_docs_there_is_nothing(database_url: str) -> None:
+async def test_with_docs_off_their_paths_are_404(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, docs=False))) as client:
         for path in ("/", "/docs", "/docs/assets/swagger-ui.css", "/openapi.json"):
             answer = await client.get(path)
             assert answer.status_code == answer.json()["status"] == 404
 
 
-async def test_the_page_names_no_other_host(client: httpx.AsyncClient) -> None:
+async def test_the_docs_page_loads_nothing_from_another_host(client: httpx.AsyncClient) -> None:
     addresses = await addresses_in_docs(client)
 
     assert len(addresses) == 3
     assert [address for address in addresses if not address.startswith("/docs/assets/")] == []
 
 
-async def test_what_the_page_names_is_served(client: httpx.AsyncClient) -> None:
+async def test_every_asset_of_the_docs_page_is_served(client: httpx.AsyncClient) -> None:
     answers = [await client.get(address) for address in await addresses_in_docs(client)]
 
     served = {Path(answer.url.path).suffix: answer.headers["content-type"] for answer in answers}
@@ -79,7 +79,7 @@ def test_a_task_is_created_from_the_docs_without_internet(
 
 
 @pytest.mark.process
-def test_a_newcomer_signs_up_and_creates_a_first_task_by_clicking(
+def test_a_user_signs_up_and_creates_a_task_from_the_docs(
     chromium: str, address: str, tmp_path: Path
 ) -> None:
     alice = {"name": "Alice", "email": "alice@example.com", "password": "correct horse battery"}

@@ -41,7 +41,9 @@ WAKING = [faults.asleep, faults.slow_to_wake]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-async def test_a_fault_loses_nothing_and_passes(process: Process, fault: Fault) -> None:
+async def test_a_database_fault_loses_no_write_and_the_service_recovers(
+    process: Process, fault: Fault
+) -> None:
     scale = 1.0 if fault in WAKING else SCALE
 
     outcome = await suffer(process, fault, scale)

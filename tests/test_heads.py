@@ -243,7 +243,7 @@ async def test_a_message_is_served_byte_by_byte(target: tuple[Service, int]) -> 
 
 
 @pytest.mark.process
-async def test_the_head_may_have_so_many_fields(target: tuple[Service, int]) -> None:
+async def test_a_head_with_too_many_fields_is_431(target: tuple[Service, int]) -> None:
     head = GET + b"Host: x\r\nConnection: close\r\n"
 
     assert await answers_to(target[1], head + b"A: b\r\n" * (FIELDS_MAX - 2) + b"\r\n") == [OK]
@@ -255,7 +255,7 @@ async def test_the_head_may_have_so_many_fields(target: tuple[Service, int]) -> 
 @pytest.mark.parametrize(
     ("meant", "named", "status"), [(b"x", b"y", 200), (b"y", b"x", 400), (b"y", b"y", 400)]
 )
-async def test_the_host_of_an_absolute_address_is_the_one_that_is_meant(
+async def test_the_host_of_an_absolute_request_target_wins_over_the_host_header(
     tmp_path: Path, meant: bytes, named: bytes, status: int
 ) -> None:
     port = free_port()
@@ -270,7 +270,7 @@ async def test_the_host_of_an_absolute_address_is_the_one_that_is_meant(
 
 
 @pytest.mark.process
-async def test_each_request_of_a_connection_has_a_head_of_its_own(target: tuple[Service, int]) -> None:
+async def test_head_limits_apply_per_request_not_per_connection(target: tuple[Service, int]) -> None:
     """Neither the fields nor the bytes of several are added up."""
     head = (
         GET
@@ -297,14 +297,14 @@ async def test_a_body_may_be_larger_than_a_head(target: tuple[Service, int]) -> 
 
 
 @pytest.mark.process
-async def test_names_of_fields_count_as_the_head(target: tuple[Service, int]) -> None:
+async def test_field_names_count_towards_the_head_limit(target: tuple[Service, int]) -> None:
     head = GET + b"Host: x\r\n" + b"a" * HEAD_MAX_BYTES + b": b\r\n\r\n"
 
     assert (await answers_to(target[1], head))[0][0] == 431
 
 
 @pytest.mark.process
-async def test_trailers_count_as_the_head(target: tuple[Service, int]) -> None:
+async def test_trailers_count_towards_the_head_limit(target: tuple[Service, int]) -> None:
     chunked = POST + CHUNKED + b"\r\n0\r\n"
 
     assert (await answers_to(target[1], chunked + b"A: b\r\n" * FIELDS_MAX))[-1][0] == 431
@@ -320,7 +320,7 @@ async def test_a_token_of_the_largest_size_fits(target: tuple[Service, int]) -> 
 
 @pytest.mark.process
 @pytest.mark.parametrize(("version", "answer"), [(b"1.1", b"HTTP/1.1 100"), (b"1.0", b"HTTP/1.1 422")])
-async def test_only_http_1_1_is_told_to_continue(
+async def test_only_http_1_1_gets_100_continue(
     target: tuple[Service, int], version: bytes, answer: bytes
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", target[1])

@@ -99,7 +99,7 @@ async def fill(person: Person, tasks: Sequence[Json]) -> list[Json]:
         ("status=pending&priority=medium", []),
     ],
 )
-async def test_a_filter_leaves_the_tasks_that_it_names(alice: Person, query: str, titles: list[str]) -> None:
+async def test_a_filter_returns_the_matching_tasks(alice: Person, query: str, titles: list[str]) -> None:
     await fill(alice, SHELF)
 
     answer = await alice.get(f"?{query}&sort=title&count=true")
@@ -108,7 +108,7 @@ async def test_a_filter_leaves_the_tasks_that_it_names(alice: Person, query: str
     assert answer.headers["x-total-count"] == str(len(titles))
 
 
-async def test_a_filter_never_reaches_into_other_peoples_tasks(alice: Person, bob: Person) -> None:
+async def test_a_filter_never_matches_another_users_tasks(alice: Person, bob: Person) -> None:
     await fill(alice, SHELF)
 
     for query in (
@@ -137,7 +137,7 @@ async def test_a_filter_never_reaches_into_other_peoples_tasks(alice: Person, bo
     ],
 )
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
-async def test_what_has_no_value_comes_last_in_either_direction(
+async def test_null_values_sort_last_in_either_direction(
     alice: Person, query: str, titles: list[str], limit: int
 ) -> None:
     await fill(
@@ -168,7 +168,7 @@ async def test_ties_break_by_id_in_the_direction_of_the_sort(alice: Person, fiel
     assert downwards == ids[::-1]
 
 
-async def test_titles_are_in_the_order_of_their_small_letters(alice: Person) -> None:
+async def test_titles_sort_by_their_lower_case(alice: Person) -> None:
     titles = ["Z", "_", "É", "e", "İb", "ia", "ΑΣ", "ας", "ß", "zz", "😀", "\ufb01"]
     await fill(alice, [{"title": title} for title in titles])
 
@@ -225,7 +225,7 @@ async def test_a_filter_may_be_as_long_as_its_rule_says(alice: Person, longest: 
 
 
 @pytest.mark.parametrize("words", [["a"], ["milk", "a"], ["milk", "bottles", "z"], [*"abcdefgh"], ["a"] * 20])
-async def test_a_search_finds_what_has_every_word(alice: Person, words: list[str]) -> None:
+async def test_a_search_finds_tasks_with_every_word(alice: Person, words: list[str]) -> None:
     await alice.create(" ".join([*"abcdefgh", "milk", "z"]), description="Two BOTTLES")
     for word in set(words):
         await alice.create(" ".join(each for each in words if each != word) or "nothing")
@@ -296,7 +296,7 @@ async def test_a_cursor_is_bound_to_its_filters_and_its_order(alice: Person, que
 
 
 @pytest.mark.parametrize("query", ["sort=due_date", "sort=-due_date", "sort=priority", "sort=-priority"])
-async def test_a_page_may_end_at_a_task_without_a_value(alice: Person, query: str) -> None:
+async def test_a_page_may_end_at_a_task_with_a_null_sort_value(alice: Person, query: str) -> None:
     ids = {task["id"] for task in await fill(alice, [{"title": "Buy milk"}] * 3)}
     url = (await alice.get(f"?{query}&limit=1")).links["next"]["url"]
 
@@ -320,7 +320,7 @@ async def test_a_link_keeps_parameters_that_are_repeated(alice: Person) -> None:
 
 
 @pytest.mark.parametrize("sort", [f"{sign}{field}" for sign in ("", "-") for field in task_model.SORTS])
-async def test_pages_show_what_stays_once_while_the_rest_changes(alice: Person, sort: str) -> None:
+async def test_paging_shows_unchanged_tasks_once_while_others_change(alice: Person, sort: str) -> None:
     created = await fill(
         alice,
         [

@@ -70,7 +70,7 @@ async def _send(line: Line, change: str, task_id: int, if_match: str | None) -> 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_a_change_with_a_version_whose_answer_was_lost_is_a_success(line: Line, change: str) -> None:
+async def test_a_versioned_write_succeeds_though_its_result_was_lost(line: Line, change: str) -> None:
     await _prepare(line, change)
     task = await line.alice.create()
 
@@ -86,7 +86,7 @@ async def test_a_change_with_a_version_whose_answer_was_lost_is_a_success(line: 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_a_change_without_a_version_whose_answer_was_lost_is_503(line: Line, change: str) -> None:
+async def test_an_unversioned_write_whose_result_was_lost_is_503(line: Line, change: str) -> None:
     await _prepare(line, change)
     task = await line.alice.create()
 
@@ -99,9 +99,7 @@ async def test_a_change_without_a_version_whose_answer_was_lost_is_503(line: Lin
 
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "delete"])
-async def test_a_change_that_was_changed_again_after_its_answer_was_lost_is_503(
-    line: Line, change: str
-) -> None:
+async def test_a_lost_result_of_a_write_that_was_overwritten_since_is_503(line: Line, change: str) -> None:
     await _prepare(line, change)
     task = await line.alice.create()
 
@@ -112,7 +110,7 @@ async def test_a_change_that_was_changed_again_after_its_answer_was_lost_is_503(
     assert (await line.alice.get(f"/{task['id']}")).json()["title"] == "theirs"
 
 
-async def test_a_task_that_is_gone_after_the_answer_to_its_change_was_lost_is_404(line: Line) -> None:
+async def test_a_lost_result_of_a_write_to_a_task_deleted_since_is_404(line: Line) -> None:
     await _prepare(line, "put")
     task = await line.alice.create()
 
@@ -136,7 +134,7 @@ async def _locked(line: Line, task_id: int, *, waiting: int) -> AsyncIterator[No
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_a_change_that_goes_on_after_its_connection_broke_is_done_once_and_told(
+async def test_a_write_that_outlives_its_connection_is_applied_once_and_confirmed(
     line: Line, change: str
 ) -> None:
     await _prepare(line, change)
@@ -155,7 +153,7 @@ async def test_a_change_that_goes_on_after_its_connection_broke_is_done_once_and
         assert now.json()["version"] == 2
 
 
-async def test_a_toggle_of_several_versions_is_not_repeated_after_its_connection_broke(line: Line) -> None:
+async def test_a_toggle_with_several_etags_is_not_retried_after_a_lost_connection(line: Line) -> None:
     await _prepare(line, "toggle")
     task = await line.alice.create()
 
@@ -171,7 +169,7 @@ async def test_a_toggle_of_several_versions_is_not_repeated_after_its_connection
     assert now["completed"] is True
 
 
-async def test_a_completed_series_whose_answer_was_lost_has_one_successor(line: Line) -> None:
+async def test_completing_a_series_whose_result_was_lost_makes_one_successor(line: Line) -> None:
     await _prepare(line, "set")
     task = await line.alice.create(recurring="daily", due_date="2026-06-01")
 

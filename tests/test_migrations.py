@@ -124,7 +124,7 @@ async def test_the_migrated_schema_is_that_of_the_models(database: db.Database) 
     assert await _inspect(database, _schema) == migrated
 
 
-async def test_alembic_sees_nothing_to_do(database: db.Database) -> None:
+async def test_alembic_check_finds_no_difference(database: db.Database) -> None:
     await asyncio.to_thread(migrate, database)
     await asyncio.to_thread(command.check, _alembic(database))
 
@@ -148,7 +148,7 @@ async def test_the_default_list_has_its_index(database: db.Database) -> None:
     assert sql[0].endswith("(user_id, created_at DESC, id DESC)")
 
 
-async def test_every_required_column_but_the_core_has_a_default(database: db.Database) -> None:
+async def test_every_required_column_but_user_id_and_title_has_a_default(database: db.Database) -> None:
     await asyncio.to_thread(migrate, database)
 
     columns = await _inspect(database, lambda connection: inspect(connection).get_columns("task"))
@@ -194,7 +194,7 @@ async def _add(database: db.Database, title: str) -> int:
     return int(task_id)
 
 
-async def test_rows_survive_the_way_up_and_down(database: db.Database) -> None:
+async def test_rows_survive_upgrade_and_downgrade(database: db.Database) -> None:
     await asyncio.to_thread(command.upgrade, _alembic(database), FIRST)
     for title in ("Buy milk", "Bake bread", "Été 🌻"):
         await _add(database, title)
@@ -222,7 +222,7 @@ async def _has_defaults(database: db.Database) -> None:
     assert {repr(row) for row in found} == {repr((None, None, no_tags, None, None, None, no, None, no))}
 
 
-async def test_rows_are_loaded_without_the_later_columns(database: db.Database) -> None:
+async def test_rows_inserted_without_the_later_columns_get_defaults(database: db.Database) -> None:
     await asyncio.to_thread(migrate, database)
 
     await _add(database, "Buy milk")
@@ -230,7 +230,7 @@ async def test_rows_are_loaded_without_the_later_columns(database: db.Database) 
     await _has_defaults(database)
 
 
-async def test_no_migration_makes_an_id_be_used_again(database: db.Database) -> None:
+async def test_no_migration_makes_an_id_reusable(database: db.Database) -> None:
     given = []
     for migrate_, target in (
         (command.upgrade, FIRST),
@@ -245,7 +245,7 @@ async def test_no_migration_makes_an_id_be_used_again(database: db.Database) -> 
     assert given == sorted(set(given))
 
 
-async def test_what_is_remembered_of_a_series_survives_its_new_names(database: db.Database) -> None:
+async def test_series_columns_keep_their_values_when_they_are_renamed(database: db.Database) -> None:
     add = "INSERT INTO task (user_id, title, {}, {}) VALUES ('alice', '{}', 31, true)"
     old, new = ("series_day", "succeeded"), ("anchor_day", "has_successor")
     await asyncio.to_thread(command.upgrade, _alembic(database), "0008")
@@ -261,7 +261,9 @@ async def test_what_is_remembered_of_a_series_survives_its_new_names(database: d
     assert downgraded == upgraded
 
 
-async def test_due_times_survive_the_end_of_their_rule_and_its_return(database: db.Database) -> None:
+async def test_due_times_with_a_date_survive_dropping_and_restoring_their_constraint(
+    database: db.Database,
+) -> None:
     alembic = _alembic(database)
     rows = "SELECT title, due_time FROM task ORDER BY title"
     add = "INSERT INTO task (user_id, title, due_date, due_time) VALUES ('alice',"
@@ -325,7 +327,7 @@ async def test_the_indexes_of_a_released_database_are_kept_replaced_and_given_ba
     await asyncio.to_thread(command.downgrade, alembic, "base")
 
 
-def test_there_is_one_line_of_migrations() -> None:
+def test_migrations_have_one_head() -> None:
     script = ScriptDirectory.from_config(Config(toml_file=PROJECT / "pyproject.toml"))
 
     assert len(script.get_heads()) == 1

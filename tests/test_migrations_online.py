@@ -177,7 +177,7 @@ async def test_an_index_whose_build_was_interrupted_is_built_again(
     assert await validity(watcher) == dict.fromkeys(INDEXES, True)
 
 
-async def test_a_second_process_waits_for_a_build_and_for_what_a_killed_process_left(
+async def test_a_second_process_waits_for_the_index_build_of_a_killed_one(
     url: str, watcher: asyncpg.Connection, tmp_path: Path
 ) -> None:
     await upgrade(url, BEFORE_INDEXES)
@@ -215,7 +215,7 @@ async def test_a_role_with_short_timeouts_builds_an_index_that_has_to_wait(
     assert await validity(watcher) == dict.fromkeys(INDEXES, True)
 
 
-async def test_a_table_that_another_session_holds_is_tried_again_and_requests_go_between(
+async def test_a_migration_retries_a_locked_table_and_lets_requests_through(
     url: str, watcher: asyncpg.Connection, tmp_path: Path
 ) -> None:
     await upgrade(url, "0001")

@@ -234,7 +234,7 @@ KEYS = [
 
 
 @pytest.mark.parametrize("key", KEYS)
-async def test_an_idempotency_key_is_taken_if_the_document_says_so(
+async def test_an_idempotency_key_is_accepted_if_it_matches_the_documented_pattern(
     document: dict[str, Any], alice: Person, key: str
 ) -> None:
     parameters = document["paths"][TASKS]["post"]["parameters"]
@@ -263,7 +263,7 @@ def test_every_task_operation_asks_for_the_bearer_token(document: dict[str, Any]
     assert (scheme["type"], scheme["scheme"], scheme["bearerFormat"]) == ("http", "bearer", "JWT")
 
 
-def test_a_password_is_another_way_to_a_token(document_with_accounts: dict[str, Any]) -> None:
+def test_operations_accept_the_bearer_or_the_password_scheme(document_with_accounts: dict[str, Any]) -> None:
     document = document_with_accounts
     either: list[dict[str, list[str]]] = [{"bearer": []}, {"password": []}]
     secured = {operation["operationId"]: operation["security"] for operation in _operations(document)}
@@ -298,7 +298,7 @@ def test_the_account_is_described_as_it_is_sent(document_with_accounts: dict[str
     assert refused["content"]["application/problem+json"]["example"]["code"] == "INVALID_EMAIL_OR_PASSWORD"
 
 
-def test_without_accounts_nothing_is_said_of_them(document: dict[str, Any]) -> None:
+def test_without_accounts_the_document_does_not_mention_them(document: dict[str, Any]) -> None:
     assert set(document["components"]["securitySchemes"]) == {"bearer"}
     assert not any(name in json.dumps(document) for name in ("password", "AccountOut", "/api/auth"))
 
@@ -369,7 +369,7 @@ async def test_the_document_is_served(client: httpx.AsyncClient, document: dict[
     assert answer.json() == document
 
 
-def test_the_kept_document_is_the_one_that_is_served(document: dict[str, Any]) -> None:
+def test_the_committed_openapi_json_is_the_one_that_is_served(document: dict[str, Any]) -> None:
     kept = KEPT.read_text().splitlines(keepends=True)
     now = openapi.write(document).splitlines(keepends=True)
 
@@ -411,7 +411,7 @@ def _redocly() -> list[str]:
     return [node, str(REDOCLY / "node_modules" / "@redocly" / "cli" / "bin" / "cli.js")]
 
 
-def test_redocly_finds_nothing_to_mend(tmp_path: Path) -> None:
+def test_redocly_lint_finds_no_problem(tmp_path: Path) -> None:
     command = [*_redocly(), "lint", "openapi.json", "--extends=recommended", "--format=json"]
     quiet = {"REDOCLY_TELEMETRY": "off", "REDOCLY_SUPPRESS_NOTIFICATIONS": "true"}
     for settings in ({}, {"local_accounts": True}):

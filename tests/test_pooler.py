@@ -57,7 +57,7 @@ async def test_many_clients_share_few_server_connections(pooled: Pooled) -> None
     await asyncio.gather(*(_lifecycle(someone) for someone in people for _ in range(5)))
 
 
-async def test_nothing_is_left_on_the_servers_connections(pooled: Pooled) -> None:
+async def test_no_prepared_statement_is_left_on_pooled_connections(pooled: Pooled) -> None:
     await _lifecycle(person("alice", pooled.client))
 
     through_pooler = await asyncpg.connect(pooled.proxy.url, statement_cache_size=0)
@@ -99,7 +99,7 @@ STATES = (
 )
 
 
-async def test_transactions_leave_nothing_on_the_servers_connections(pooled: Pooled) -> None:
+async def test_transactions_leave_no_lock_or_statement_on_pooled_connections(pooled: Pooled) -> None:
     pooled.proxy.clear()
 
     await asyncio.gather(*(_transactions(person("alice", pooled.client)) for _ in range(CLIENTS)))

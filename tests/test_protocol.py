@@ -104,7 +104,7 @@ def problem(answer: bytes) -> tuple[int, str]:
         b"GET /h\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n\r\n",
     ],
 )
-def test_what_is_no_http_is_refused_with_a_problem(port: int, request_: bytes) -> None:
+def test_malformed_http_is_400_with_a_problem(port: int, request_: bytes) -> None:
     status, sentence = problem(exchange(port, request_))
 
     assert (status, sentence) == (400, "This is not an HTTP request that can be understood")
@@ -132,11 +132,11 @@ def test_a_head_of_ordinary_size_is_served_byte_by_byte(port: int) -> None:
     assert answer.startswith(b"HTTP/1.1 200")
 
 
-def test_a_head_that_does_not_come_is_408(port: int) -> None:
+def test_an_incomplete_head_is_408(port: int) -> None:
     assert problem(exchange(port, HEALTH))[0] == 408
 
 
-def test_a_client_has_as_long_as_the_documents_say(tmp_path: Path) -> None:
+def test_head_body_and_read_timeouts_are_as_documented(tmp_path: Path) -> None:
     """10 s for a head, 5 s for a body, 30 s to read something."""
     port, token = free_port(), tokens.issue("alice", SECRET, 900)
     post = f"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n".encode()
@@ -181,25 +181,25 @@ def test_a_head_that_comes_too_slowly_is_408(port: int) -> None:
     [[], [HEALTH + b"\r\n", b"\r\n"], [HEALTH + b"Content-Length: 100\r\n\r\n", b"x", b"x", b"x"]],
     ids=["says nothing", "goes on with empty lines", "goes on with a body that nobody reads"],
 )
-def test_a_connection_that_asks_nothing_is_closed(port: int, pieces: list[bytes]) -> None:
+def test_a_connection_without_a_next_request_is_closed(port: int, pieces: list[bytes]) -> None:
     answer = exchange(port, *pieces, pause_s=0.1)
 
     assert not answer.endswith(b"<not closed>")
     assert answer.count(b"HTTP/1.1 200") == (1 if pieces else 0)
 
 
-def test_a_connection_that_says_nothing_is_closed_without_an_answer(port: int) -> None:
+def test_a_silent_connection_is_closed_without_a_response(port: int) -> None:
     assert exchange(port) == b""
 
 
-def test_two_requests_at_once_are_answered_in_order(port: int) -> None:
+def test_pipelined_requests_are_answered_in_order(port: int) -> None:
     answer = exchange(port, HEALTH + b"\r\n" + HEALTH + b"Connection: close\r\n\r\n")
 
     assert answer.count(b"HTTP/1.1 200") == 2
 
 
 @pytest.mark.parametrize("asked", [1, 2])
-def test_what_was_asked_before_is_answered_before_a_refusal(port: int, asked: int) -> None:
+def test_pipelined_requests_before_a_malformed_one_are_answered(port: int, asked: int) -> None:
     answer = exchange(port, (HEALTH + b"\r\n") * asked + b"\0\r\n\r\n")
 
     *answers, refusal = answer.split(b"HTTP/1.1 ")[1:]
@@ -208,7 +208,7 @@ def test_what_was_asked_before_is_answered_before_a_refusal(port: int, asked: in
 
 
 @pytest.mark.parametrize("asked", [0, 1])
-def test_a_body_that_breaks_off_is_refused_after_what_was_asked_before(port: int, asked: int) -> None:
+def test_a_malformed_chunked_body_is_400_after_earlier_responses(port: int, asked: int) -> None:
     chunked = b"PUT /api/x/tasks/1 HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nxno chunk"
 
     answer = exchange(port, (HEALTH + b"\r\n") * asked + chunked)
@@ -218,7 +218,7 @@ def test_a_body_that_breaks_off_is_refused_after_what_was_asked_before(port: int
     assert problem(b"HTTP/1.1 " + refusal)[0] == 400
 
 
-def test_a_trailer_is_no_header(port: int) -> None:
+def test_a_trailer_is_not_a_header(port: int) -> None:
     token = tokens.issue("alice", SECRET, 900).encode()
     head = b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
     head += b"Transfer-Encoding: chunked\r\n\r\n"
@@ -250,7 +250,7 @@ def test_a_refusal_is_logged_with_the_id_of_its_answer(tmp_path: Path) -> None:
     assert answered[2] == ["mine"]
 
 
-def test_a_request_whose_body_is_known_to_be_broken_is_not_begun(tmp_path: Path) -> None:
+def test_a_request_with_a_malformed_chunked_body_is_not_started(tmp_path: Path) -> None:
     port = free_port()
     with running_service(tmp_path, PORT=str(port)) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -260,7 +260,7 @@ def test_a_request_whose_body_is_known_to_be_broken_is_not_begun(tmp_path: Path)
     assert "path=/broken" not in service.logged
 
 
-def test_a_request_that_was_answered_gets_no_second_answer(port: int) -> None:
+def test_a_body_malformed_after_the_response_gets_no_second_response(port: int) -> None:
     """Its body breaks off only then: a proxy would take another answer for that of its next request."""
     head = b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -277,7 +277,7 @@ def test_beyond_twenty_pipelined_requests_the_rest_is_429(port: int) -> None:
     assert problem(b"HTTP/1.1 " + refusal)[0] == 429
 
 
-def test_a_client_that_does_not_read_is_given_up(port: int) -> None:
+def test_a_client_that_does_not_read_is_disconnected(port: int) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(5)
@@ -330,7 +330,7 @@ def narrow_service(folder: Path, code: str, **settings: str) -> Iterator[tuple[S
             yield service, connection
 
 
-def test_a_client_that_has_read_much_may_take_its_time_again(tmp_path: Path) -> None:
+def test_reading_restarts_the_stall_timeout(tmp_path: Path) -> None:
     """Though more waits then than before: the next answers have taken the place of what it has read."""
     code = "import main\nfrom server import connections, protocol\nprotocol.STALL_CHECK_S = 0.1\n"
     code += "connections.STALL_TIMEOUT_S = 2.0\nmain.main([])"
@@ -348,7 +348,7 @@ def test_a_client_that_has_read_much_may_take_its_time_again(tmp_path: Path) -> 
         assert "its client does not read" not in service.logged
 
 
-def test_a_client_that_has_read_everything_is_not_given_up(tmp_path: Path) -> None:
+def test_a_client_that_has_read_everything_is_not_disconnected(tmp_path: Path) -> None:
     with narrow_service(tmp_path, CODE) as (service, connection):
         connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" + HEALTH + b"\r\n")
         assert len(_until(b'"status":"ok"', connection)) > 5 * WRITE_BUFFER_MAX_BYTES
@@ -360,7 +360,7 @@ def test_a_client_that_has_read_everything_is_not_given_up(tmp_path: Path) -> No
         assert "its client does not read" not in service.logged
 
 
-def test_a_request_after_an_answer_that_is_not_read_is_not_begun(tmp_path: Path) -> None:
+def test_a_request_after_an_unread_response_is_not_started(tmp_path: Path) -> None:
     token = tokens.issue("alice", SECRET, 900)
     fields = f"Host: x\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n".encode()
     post = b"POST /api/alice/tasks HTTP/1.1\r\n" + fields + b'Content-Length: 14\r\n\r\n{"title": "x"}'
@@ -374,7 +374,7 @@ def test_a_request_after_an_answer_that_is_not_read_is_not_begun(tmp_path: Path)
         assert b"HTTP/1.1 201" in _until(b'"title":"x"', connection)
 
 
-def test_a_client_that_does_not_read_is_answered_only_so_far(tmp_path: Path) -> None:
+def test_a_client_that_does_not_read_gets_a_bounded_number_of_responses(tmp_path: Path) -> None:
     request = b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n"
     with narrow_service(tmp_path, "import main; main.main([])") as (service, connection):
         connection.sendall(request)
@@ -401,7 +401,9 @@ def test_a_client_that_does_not_read_is_answered_only_so_far(tmp_path: Path) -> 
     ],
     ids=["idle", "closing", "refused", "refused later", "half a head later"],
 )
-def test_a_client_that_does_not_read_a_little_is_given_up(tmp_path: Path, last: bytes, later: bytes) -> None:
+def test_a_client_that_leaves_a_little_unread_is_disconnected(
+    tmp_path: Path, last: bytes, later: bytes
+) -> None:
     """Less waits than would pause the service; but its connection would never end."""
     with narrow_service(tmp_path, IDLE + CODE) as (service, connection):
         connection.sendall((HEALTH + b"\r\n") * 20 + last)
@@ -419,7 +421,7 @@ def test_a_client_that_does_not_read_a_little_is_given_up(tmp_path: Path, last: 
     assert received.count(b"HTTP/1.1 200") < 20
 
 
-def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path) -> None:
+def test_a_request_sent_during_the_drain_is_answered_with_connection_close(tmp_path: Path) -> None:
     port = free_port()
     with running_service(tmp_path, "-c", CODE, PORT=str(port)) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -437,7 +439,7 @@ def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path
         assert service.process.wait(5) == 0
 
 
-def test_a_connection_that_asks_nothing_more_is_closed_when_the_service_stops(tmp_path: Path) -> None:
+def test_the_drain_closes_an_idle_keep_alive_connection(tmp_path: Path) -> None:
     port = free_port()
     with running_service(tmp_path, "-c", CODE, PORT=str(port)) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -477,9 +479,7 @@ def list_request(user: str = "alice") -> bytes:
     return f"GET /api/{user}/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
 
 
-async def test_an_answer_that_is_given_while_the_service_stops_says_that_it_is_the_last(
-    tmp_path: Path, postgres_url: str
-) -> None:
+async def test_a_response_during_the_drain_has_connection_close(tmp_path: Path, postgres_url: str) -> None:
     async with locked_out(tmp_path, postgres_url) as (port, service, locking):
         reader, writer = await _connected(port, list_request())
         await _until_true(5, lambda: _waits_for_a_lock(locking))
@@ -494,7 +494,7 @@ async def test_an_answer_that_is_given_while_the_service_stops_says_that_it_is_t
         writer.close()
 
 
-async def test_a_request_may_take_longer_than_a_connection_may_be_idle(
+async def test_the_keep_alive_timeout_does_not_end_a_running_request(
     tmp_path: Path, postgres_url: str
 ) -> None:
     async with locked_out(tmp_path, postgres_url, "-c", IDLE + CODE) as (port, _, locking):
@@ -509,7 +509,7 @@ async def test_a_request_may_take_longer_than_a_connection_may_be_idle(
         writer.close()
 
 
-async def test_a_request_that_takes_longer_than_the_drain_is_answered_while_the_service_stops(
+async def test_a_request_that_takes_longer_than_the_drain_is_answered(
     tmp_path: Path, postgres_url: str
 ) -> None:
     async with locked_out(tmp_path, postgres_url, "-c", CODE) as (port, service, locking):
@@ -528,7 +528,7 @@ async def test_a_request_that_takes_longer_than_the_drain_is_answered_while_the_
 
 
 @pytest.mark.parametrize("proxies", ["", "127.0.0.1"], ids=["a client", "a trusted proxy"])
-async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
+async def test_a_connection_answered_with_busy_503_is_read_again_after_a_pause(
     tmp_path: Path, postgres_url: str, proxies: str
 ) -> None:
     """Unless it is a proxy's, on which the requests of other clients follow."""
@@ -554,9 +554,7 @@ async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
     assert (answered_s >= OVERLOADED_PAUSE_S) == (not proxies)
 
 
-async def test_what_is_done_for_a_client_that_hangs_up_is_cancelled(
-    tmp_path: Path, postgres_url: str
-) -> None:
+async def test_a_client_disconnect_cancels_its_statements(tmp_path: Path, postgres_url: str) -> None:
     async with locked_out(tmp_path, postgres_url) as (port, service, locking):
         hasty = [await _connected(port, list_request()) for _ in range(3)]
         await _until_true(5, lambda: _waits_for_a_lock(locking))

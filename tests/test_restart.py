@@ -86,7 +86,7 @@ def settings_of(url: str) -> dict[str, str]:
     } | UNMEASURED
 
 
-async def test_a_service_that_is_asked_to_stop_breaks_nothing_off(url: str, tmp_path: Path) -> None:
+async def test_a_service_stopped_under_load_drops_no_request(url: str, tmp_path: Path) -> None:
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     with running_service(tmp_path, PORT=str(port), **settings_of(url)) as service:
@@ -122,7 +122,7 @@ async def _start(stack: ExitStack, folder: Path, listening: socket.socket, url: 
     return service
 
 
-async def test_two_behind_one_socket_are_replaced_without_a_failed_request(
+async def test_two_processes_on_one_socket_are_replaced_without_a_failed_request(
     url: str, tmp_path: Path, listening: socket.socket
 ) -> None:
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -140,7 +140,9 @@ async def test_two_behind_one_socket_are_replaced_without_a_failed_request(
     assert sorted(kept) == sorted(load.acknowledged)
 
 
-async def test_four_processes_are_as_one(url: str, tmp_path: Path, listening: socket.socket) -> None:
+async def test_four_processes_on_one_socket_act_as_one(
+    url: str, tmp_path: Path, listening: socket.socket
+) -> None:
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     with ExitStack() as stack:
         services = [await _start(stack, tmp_path / str(number), listening, url) for number in range(4)]
@@ -159,7 +161,7 @@ async def test_four_processes_are_as_one(url: str, tmp_path: Path, listening: so
     assert len(answered) > 1
 
 
-async def test_what_takes_too_long_to_finish_ends_with_the_grace(url: str, tmp_path: Path) -> None:
+async def test_a_request_that_outlasts_the_shutdown_grace_is_ended(url: str, tmp_path: Path) -> None:
     port = free_port()
     settings = settings_of(url) | {"SHUTDOWN_GRACE_S": "1", "PORT": str(port)}
     with running_service(tmp_path, **settings) as service:

@@ -90,7 +90,7 @@ def black_hole() -> Iterator[str]:
         yield f"postgresql://nobody@127.0.0.1:{listening.getsockname()[1]}/nowhere?sslmode=disable"
 
 
-async def test_a_migration_that_another_session_hinders_keeps_nobody_from_starting_and_stopping(
+async def test_the_service_starts_and_stops_while_its_migration_is_blocked(
     postgres_url: str, tmp_path: Path
 ) -> None:
     other = await asyncpg.connect(postgres_url)
@@ -104,7 +104,7 @@ async def test_a_migration_that_another_session_hinders_keeps_nobody_from_starti
     await other.close()
 
 
-async def test_a_migration_that_another_session_hindered_is_done_when_that_ends(
+async def test_a_blocked_migration_runs_once_the_other_session_ends(
     postgres_url: str, tmp_path: Path
 ) -> None:
     other = await asyncpg.connect(postgres_url)
@@ -120,7 +120,7 @@ async def test_a_migration_that_another_session_hindered_is_done_when_that_ends(
 
 
 @pytest.mark.parametrize("migrates", [True, False])
-async def test_a_database_that_never_answers_keeps_nobody_from_starting_and_stopping(
+async def test_the_service_starts_and_stops_while_its_database_never_answers(
     black_hole: str, tmp_path: Path, migrates: bool
 ) -> None:
     with starting(tmp_path, settings_of(black_hole, migrates=migrates)) as (service, address):
@@ -131,7 +131,7 @@ async def test_a_database_that_never_answers_keeps_nobody_from_starting_and_stop
 
 
 @pytest.mark.parametrize("migrates", [True, False])
-async def test_who_still_waits_for_the_database_stops_when_asked(
+async def test_the_service_stops_while_its_startup_waits_for_the_database(
     black_hole: str, tmp_path: Path, migrates: bool
 ) -> None:
     with starting(tmp_path, settings_of(black_hole, migrates=migrates)) as (service, _):
@@ -140,7 +140,7 @@ async def test_who_still_waits_for_the_database_stops_when_asked(
         await assert_stops(service)
 
 
-async def test_a_migration_that_is_stopped_midway_leaves_each_revision_done_or_undone(
+async def test_a_migration_stopped_midway_leaves_each_revision_applied_or_not(
     postgres_url: str, tmp_path: Path
 ) -> None:
     await asyncio.to_thread(command.upgrade, _alembic(db.connect(postgres_url, pool_size=1)), "0001")
@@ -169,7 +169,7 @@ def own_process() -> Iterator[Process]:
         yield process
 
 
-async def test_a_database_that_freezes_while_a_migration_waits_keeps_nobody_from_stopping(
+async def test_the_service_stops_when_the_database_freezes_during_a_migration(
     own_process: Process, tmp_path: Path
 ) -> None:
     other = await asyncpg.connect(own_process.url)
@@ -186,7 +186,7 @@ async def test_a_database_that_freezes_while_a_migration_waits_keeps_nobody_from
 
 
 @pytest.mark.parametrize("migrated", [True, False])
-async def test_a_file_that_another_process_writes_to_keeps_nobody_from_starting_and_stopping(
+async def test_the_service_starts_and_stops_while_its_sqlite_file_is_locked(
     tmp_path: Path, migrated: bool
 ) -> None:
     path = tmp_path / "tasks.db"
@@ -205,7 +205,7 @@ async def test_a_file_that_another_process_writes_to_keeps_nobody_from_starting_
             await assert_stops(service)
 
 
-async def test_a_file_that_another_process_held_is_served_when_that_ends(tmp_path: Path) -> None:
+async def test_a_locked_sqlite_file_is_served_once_the_lock_is_released(tmp_path: Path) -> None:
     path = tmp_path / "tasks.db"
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")  # not yet a file of ours, which could be read meanwhile

@@ -521,7 +521,7 @@ async def test_no_more_tokens_are_remembered_than_allowed(checks: list[bytes]) -
     assert len(checks) == 11
 
 
-async def test_a_remembered_token_takes_nobodys_place(checks: list[bytes]) -> None:
+async def test_verifying_a_remembered_token_evicts_no_other(checks: list[bytes]) -> None:
     verifier = Verifier([SECRET], remembered_max=2)
     alice, bob = claiming(sub="alice"), claiming(sub="bob")
 
@@ -550,7 +550,7 @@ async def test_ten_thousand_tokens_are_remembered(verifier: Verifier, checks: li
         pytest.param([token(CLAIMS | {"n": n}, secret=OLDER) for n in range(50)], id="forged"),
     ],
 )
-async def test_a_bad_token_never_takes_the_place_of_a_good_one(checks: list[bytes], bad: list[str]) -> None:
+async def test_a_refused_token_never_evicts_a_good_one(checks: list[bytes], bad: list[str]) -> None:
     verifier = Verifier([SECRET], remembered_max=1)
     await verifier.verify(GOOD)
 
@@ -563,7 +563,7 @@ async def test_a_bad_token_never_takes_the_place_of_a_good_one(checks: list[byte
     assert checks == []
 
 
-async def test_what_is_remembered_of_a_token_is_not_the_token(verifier: Verifier) -> None:
+async def test_the_token_cache_does_not_contain_the_token(verifier: Verifier) -> None:
     await verifier.verify(GOOD)
 
     assert len(verifier._remembered) == 1
@@ -617,7 +617,7 @@ async def test_a_remembered_token_ends_with_its_key(
     assert verifier._remembered == {}
 
 
-async def test_a_remembered_token_ends_when_its_keys_name_goes_to_another(
+async def test_a_remembered_token_ends_when_its_kid_names_another_key(
     issuer: Issuer, keys: FetchedKeys, clock_of_keys: Clock
 ) -> None:
     verifier = Verifier(keys=keys)
