@@ -138,7 +138,7 @@ async def test_a_crash_is_logged_with_its_cause_and_id(
     assert (crash["trace_id"], crash["user_id"]) == (TRACE, alice.user_id)
     assert crash["level"] == "error"
     assert "the cause" in json.dumps(crash["exception"])
-    assert "locals" not in json.dumps(crash["exception"])  # they would hold tokens and bodies
+    assert "locals" not in json.dumps(crash["exception"])  # local variables would contain tokens and bodies
 
 
 async def test_the_access_log_can_be_switched_off(database_url: str, log: Log) -> None:

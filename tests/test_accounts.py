@@ -35,7 +35,7 @@ ENDED = "Session has ended: sign in again"
 
 
 def _keeping(database_url: str, **changes: Any) -> FastAPI:
-    """Return a service that keeps accounts; twelve rounds for every password would take minutes."""
+    """Return a service with local accounts and cheap hashes: twelve rounds would take minutes."""
     app = create_app(settings_for(database_url, local_accounts=True, **changes))
     replace_passwords(app, Passwords(WatchedHasher()))
     return app
@@ -66,7 +66,7 @@ def email() -> str:
 
 @pytest.fixture
 def checked(app: FastAPI) -> list[str]:
-    """The hashes that passwords are checked against from now on."""
+    """The hashes against which the service checks passwords from now on."""
     hasher: WatchedHasher = app.state.services.local_accounts.passwords._hasher
     hasher.checked.clear()
     return hasher.checked
@@ -82,7 +82,7 @@ async def _sign_in(client: httpx.AsyncClient, email: str, password: str = PASSWO
 
 
 async def _post(client: httpx.AsyncClient, path: str, body: Any) -> httpx.Response:
-    # The client's own encoder cannot write an unpaired surrogate.
+    # httpx's encoder cannot send an unpaired surrogate.
     return await client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
 
 
@@ -205,7 +205,7 @@ async def test_an_unknown_email_and_a_wrong_password_get_the_same_401(
         _assert_refused(answer, 401, "INVALID_EMAIL_OR_PASSWORD", "Invalid email or password")
     assert unknown.json() | {"instance": ""} == wrong.json() | {"instance": ""}
     assert unknown.headers.keys() == wrong.headers.keys()
-    assert len(checked) == 2  # each as dear as the other
+    assert len(checked) == 2  # both cost a bcrypt check
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ NO_EMAILS = [
     "alice@example.com.",
     "alice@.example.com",
     "alic\u00e9@example.com",
-    "\u212aelvin@example.com",  # lower() makes an ASCII k of it
+    "\u212aelvin@example.com",  # lower() turns it into an ASCII k
     "alice@ex\u00e4mple.com",
     "al\0ice@example.com",
     "al\ud800ice@example.com",
@@ -430,7 +430,7 @@ def _claims(token: str) -> dict[str, Any]:
 
 
 def _signed_in(account: Person, days_ago: float, **claims: Any) -> Person:
-    """Return *account* with a token of a session that began so many days ago."""
+    """Return *account* with a token of a session that began *days* days ago."""
     return replace(
         account,
         token=tokens.issue(
@@ -440,7 +440,7 @@ def _signed_in(account: Person, days_ago: float, **claims: Any) -> Person:
 
 
 async def _renewed(account: Person) -> list[str]:
-    """Return the tokens that *account*'s is exchanged for."""
+    """Return the tokens for which *account*'s token is exchanged."""
     token, session = await account.get(TOKEN), await account.get(SESSION)
     assert (token.status_code, session.status_code) == (200, 200), token.text
     return [token.json()["token"], session.headers["set-auth-jwt"]]
@@ -481,7 +481,7 @@ async def test_a_session_that_is_too_old_is_not_renewed(client: httpx.AsyncClien
     for days_ago in (30, 31, 20_000):
         old = _signed_in(alice, days_ago)
         await _assert_ended(old)
-        assert (await old.get()).status_code == 200  # the token itself is good until it expires
+        assert (await old.get()).status_code == 200  # the token itself stays valid until it expires
 
 
 @pytest.mark.parametrize("expiration", ["7d", "15m"])
@@ -541,9 +541,9 @@ async def test_signing_out_ends_every_session_of_the_account(
 
     for ended in (alice, elsewhere, *stolen):
         await _assert_ended(ended)
-        assert (await ended.get()).status_code == 200  # the token itself is good until it expires
+        assert (await ended.get()).status_code == 200  # the token itself stays valid until it expires
     await _renewed(bob)
-    await _sign_out(alice)  # again: there is nothing to end
+    await _sign_out(alice)  # a repeated sign-out has no session to end
 
 
 async def test_sign_in_works_right_after_sign_out(client: httpx.AsyncClient, email: str) -> None:
@@ -561,7 +561,7 @@ async def test_sign_out_ends_sessions_despite_clock_skew(
     app: FastAPI, client: httpx.AsyncClient, email: str
 ) -> None:
     alice = await _alice(client, email)
-    ahead = _signed_in(alice, -5 / DAY_S)  # by a process whose clock is 5 s ahead
+    ahead = _signed_in(alice, -5 / DAY_S)  # issued by a process whose clock is 5 s ahead
 
     await _revoke(ahead)
     earlier = datetime.now(UTC)
@@ -685,7 +685,7 @@ async def test_a_full_password_queue_is_503_with_retry_after(
     for answer in answers:
         _assert_refused(answer, 503, "SERVICE_UNAVAILABLE", answer.json()["detail"])
         assert answer.headers["retry-after"] == "1"
-    assert (await _sign_in(client, email)).status_code == 200  # none of them was counted
+    assert (await _sign_in(client, email)).status_code == 200  # the 503s were not counted as failures
 
 
 def _grant(email: str, **changes: str) -> dict[str, str]:
@@ -695,7 +695,7 @@ def _grant(email: str, **changes: str) -> dict[str, str]:
 async def test_the_password_grant_gives_a_bearer_token(client: httpx.AsyncClient, email: str) -> None:
     alice = await _alice(client, email)
 
-    # Swagger UI says who the client is as well, which is nobody.
+    # Swagger UI also sends client credentials, which are empty.
     answer = await client.post(TOKEN, data=_grant(email, scope=""), headers={"Authorization": "Basic Og=="})
 
     assert answer.status_code == 200

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
 
-# As in CLAUDE.md: each floor imports only from floors below.
+# As in CLAUDE.md: each layer (floor) imports only from layers below.
 FLOORS = [
     {"errors", "observability", "refusals", "tls"},
     {"database"},
@@ -21,12 +21,12 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 PACKAGES = {path.parent.name for path in PROJECT.glob("*/__init__.py")} - {"bench", "tests"}
-INDEPENDENT = {"routes"}  # their modules do not import one another
+INDEPENDENT = {"routes"}  # modules of these packages do not import one another
 READERS_OF_CONFIG = {"main.py", "commands.py", "services.py", "migrations/env.py"}
 
 
 def _imports() -> dict[str, set[str]]:
-    """Return, for each of our files, the modules of ours that it imports, each as the path of its file."""
+    """Return, for each file of the project, the paths of the project's files that it imports."""
     files = {
         path.relative_to(PROJECT).as_posix(): path
         for path in PROJECT.rglob("*.py")
@@ -43,7 +43,7 @@ def _imports() -> dict[str, set[str]]:
 
 
 def _imported_names(tree: ast.Module) -> set[str]:
-    """Return what each import may name as a module: `a` and `a.b` for `from a import b`."""
+    """Return the possible modules of each import: `a` and `a.b` for `from a import b`."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What hostile clients send, and the exact refusal of each; nothing of it changes anything."""
+"""Requests of hostile clients, and the exact refusal of each; none changes any data."""
 
 import gzip
 import time
@@ -26,9 +26,9 @@ SQL = "x'; DROP TABLE task; --"
         ("/1.0", 422),
         ("/1e3", 422),
         ("/0x10", 422),
-        ("/%D9%A1", 422),  # a digit, in Arabic
+        ("/%D9%A1", 422),  # an Arabic digit
         ("/1%00", 422),
-        ("/1%0A", 404),  # Python's "$" would match before it
+        ("/1%0A", 404),  # Python's "$" matches before a trailing newline
         ("/%2e%2e", 422),
         ("/..%2f1", 422),
         (f"/{quote(SQL)}", 422),
@@ -90,8 +90,8 @@ async def test_the_case_of_a_user_id_counts(alice: Person) -> None:
         (b" " * 65_537, 413),
         ('{"title": "x"}'.encode("utf-16"), 422),
         (b'\xef\xbb\xbf{"title": "x"}', 422),
-        (b'{"title": "\xc0\xaf"}', 422),  # a slash, too long
-        (b'{"title": "\xed\xa0\x80"}', 422),  # half a character
+        (b'{"title": "\xc0\xaf"}', 422),  # an overlong encoding of a slash
+        (b'{"title": "\xed\xa0\x80"}', 422),  # a truncated UTF-8 sequence
         (b'{"title": "\\ud800"}', 422),
         (b'{"title": "a\\u0000b"}', 422),
         (b'{"title": "x"}\x00', 422),
@@ -163,7 +163,7 @@ def _forgeries(user_id: str) -> dict[str, str]:
     key = new_key("RS256")
     public = key.public
     return {
-        "no algorithm": jwt.encode(claims, None, "none"),  # type: ignore[arg-type] # what attackers do
+        "no algorithm": jwt.encode(claims, None, "none"),  # type: ignore[arg-type] # attackers do this
         "another secret": jwt.encode(claims, SECRET[::-1], "HS256"),
         "another algorithm": jwt.encode(claims, SECRET.ljust(64), "HS512"),
         "a key of its own": jwt.encode(claims, SECRET, "HS256", headers={"jwk": public}),

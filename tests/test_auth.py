@@ -163,7 +163,7 @@ def _is_token_type(name: object) -> bool:
     return str(name).lower() in ("jwt", "at+jwt")
 
 
-# Each is signed with the right secret, and each has something about it that must not be accepted.
+# Each is signed with the right secret, but must be refused for another reason.
 WRONG_CLAIMS = st.one_of(
     st.builds(
         lambda value: {"sub": value}, JSON.filter(lambda value: value != "alice" and not _is_user(value))
@@ -181,7 +181,7 @@ WRONG_HEADERS = st.one_of(
 WRONG_CONTENT = st.one_of(
     st.binary(max_size=100),
     JSON.filter(lambda value: not isinstance(value, dict)).map(lambda value: json.dumps(value).encode()),
-    near_misses(json.dumps(CLAIMS)[:-1]).map(lambda text: text.encode()),  # the last brace is missing
+    near_misses(json.dumps(CLAIMS)[:-1]).map(lambda text: text.encode()),  # the closing brace is missing
     JSON.map(lambda value: b'{"sub": %s, ' % json.dumps(value).encode() + json.dumps(CLAIMS)[1:].encode()),
 )
 WRONG_TOKENS = st.one_of(
@@ -221,7 +221,7 @@ async def test_the_owners_token_opens_a_task_operation(app: FastAPI, client: htt
 
 
 @on_one_database
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @BOUNDED
 @given(value=WRONG_VALUES, number=st.integers(0, 5))
 async def test_no_bytes_but_the_owners_token_open_a_task_operation(
@@ -235,7 +235,7 @@ async def test_no_bytes_but_the_owners_token_open_a_task_operation(
 
 
 @on_one_database
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @BOUNDED
 @given(user_id=st.text(min_size=1, max_size=255).filter(_is_user), number=st.integers(0, 5))
 async def test_the_token_of_any_other_user_is_403(

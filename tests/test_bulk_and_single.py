@@ -118,7 +118,7 @@ async def fill(person: Person, tasks: Sequence[Json]) -> list[int]:
 
 
 async def tasks_of(person: Person) -> list[Json]:
-    """Return what is the same for everybody who has done the same, the oldest task first."""
+    """Return the tasks, oldest first, without ids and timestamps, which differ between users."""
     return [kept(task) for task in (await person.get("?order=asc")).json()]
 
 
@@ -132,7 +132,7 @@ def kept(task: Json) -> Json:
 
 
 def among(ids: Sequence[int], operation: Json) -> int:
-    """Return which of *ids* the *operation* is about."""
+    """Return the id in *ids* that *operation* refers to, or an unknown id."""
     return ids[operation["which"]] if operation.get("which", 9) < len(ids) else NOBODYS
 
 
@@ -141,7 +141,7 @@ def in_bulk(ids: Sequence[int], done: Sequence[Json]) -> Json:
 
 
 def outcome(answer: httpx.Response) -> Json:
-    """Return *answer* to a single operation as the result of one among many."""
+    """Return the response of a single request in the format of a bulk result."""
     found = answer.json() if answer.content else {}
     if answer.is_success:
         return {"status": answer.status_code} | ({"task": kept(found)} if found else {})
@@ -151,7 +151,7 @@ def outcome(answer: httpx.Response) -> Json:
 first = st.lists(st.fixed_dictionaries(task_model.fields), min_size=2, max_size=5)
 
 
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(first, st.lists(operations, min_size=3, max_size=12))
 async def test_operations_leave_in_bulk_what_they_leave_one_by_one(
@@ -171,14 +171,14 @@ async def test_operations_leave_in_bulk_what_they_leave_one_by_one(
     ]
     assert [{name: result[name] for name in result if name != "detail"} for result in results] == alone
     assert await tasks_of(bob) == await tasks_of(alice)
-    # What the server remembers of a series shows in what comes next.
+    # The hidden state of a series shows in its successors.
     for someone in (alice, bob):
         for task in (await someone.get("?order=asc")).json():
             await someone.patch(f"/{task['id']}/complete")
     assert await tasks_of(bob) == await tasks_of(alice)
 
 
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(first, st.lists(operations, min_size=1, max_size=5))
 async def test_operations_are_done_all_or_none(

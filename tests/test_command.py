@@ -1,4 +1,4 @@
-"""Commands of `main.py` that end by themselves, and starts that end with a sentence."""
+"""Commands of `main.py` that exit by themselves, and starts that fail with an error message."""
 
 from pathlib import Path
 

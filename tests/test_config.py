@@ -45,7 +45,7 @@ Refusal = Callable[..., list[str]]
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty current folder, in an environment in which nothing is set."""
+    """An empty working folder, in an environment without settings."""
     for name in Settings.model_fields:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -55,7 +55,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
-    """Load the settings from an environment and return the sentences with which that ends."""
+    """Load invalid settings from an environment and return the error messages."""
 
     def load(**environment: str) -> list[str]:
         for name, value in environment.items():

@@ -1,4 +1,4 @@
-"""Many connections at once, from many addresses, at the service as its own process."""
+"""Many concurrent connections from many addresses to the service as its own process."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from tests.service import UNMEASURED, Service, running_service
 pytestmark = pytest.mark.process
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-MEMORY_MAX_MB = 256  # as docs/deploy.md promises
+MEMORY_MAX_MB = 256  # the limit in docs/deploy.md
 SETTINGS = {"BETTER_AUTH_SECRET": SECRET, "RATE_LIMIT": "off", **UNMEASURED}
 TOKEN = tokens.issue("alice", SECRET, 3600)
 
@@ -34,7 +34,7 @@ def connect(port: int, address: str = "127.0.0.1") -> socket.socket:
 
 
 def answer(connection: socket.socket) -> tuple[int, str]:
-    """Return status and sentence of what the service says, or (0, "") where it has reset the connection."""
+    """Return status and detail of the response, or (0, "") if the service has reset the connection."""
     received = b""
     with contextlib.suppress(ConnectionError):
         while b"}" not in received and (data := connection.recv(65536)):
@@ -49,7 +49,7 @@ def resident_mb(service: Service) -> float:
 
 
 def highest_mb(service: Service, seconds: float) -> float:
-    """Return the most memory that the service has within *seconds*."""
+    """Return the peak memory of the service within *seconds*."""
     end, highest = time.monotonic() + seconds, 0.0
     while time.monotonic() < end:
         highest = max(highest, resident_mb(service))
@@ -75,7 +75,7 @@ def test_connections_beyond_the_limit_per_address_are_429(
             assert answer(another)[0] == 200
             refused.sendall(HEALTH)
             assert answer(refused) == (429, "Too many connections are open from your address")
-        for connection in held:  # those that it had before are served
+        for connection in held:  # earlier connections are still served
             connection.sendall(HEALTH)
             assert answer(connection)[0] == 200
         held[0].close()
@@ -104,7 +104,7 @@ def test_connections_beyond_the_limit_per_process_are_503(
     port = free_port()
     with running_service(tmp_path, PORT=str(port), MAX_CONNECTIONS="3", **SETTINGS) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
-        time.sleep(0.2)  # the connection that asked has ended
+        time.sleep(0.2)  # that request's connection has closed
         held = [connections.enter_context(connect(port, f"127.0.0.{number}")) for number in (2, 3, 4)]
         for connection in held:
             connection.sendall(HEALTH)
@@ -112,7 +112,7 @@ def test_connections_beyond_the_limit_per_process_are_503(
         refused = [connections.enter_context(connect(port)) for _ in range(60)]
         found = [answer(connection) for connection in refused]
 
-        # So many are told why; the next ones are reset, since a flood of them would be as many open files.
+        # The first ones get a 429; the next are reset, since each open connection holds a file descriptor.
         assert found.count((503, "The service is busy. Please try again.")) >= 50
         assert {status for status, _ in found} <= {503, 0}
         for connection in held:
@@ -126,7 +126,7 @@ def test_connections_beyond_the_limit_per_process_are_503(
 def test_only_a_bounded_number_of_refused_connections_gets_429_at_once(
     tmp_path: Path, connections: contextlib.ExitStack
 ) -> None:
-    """The others are reset; those that have ended make room."""
+    """The other connections are reset; closed connections make room for new 429s."""
     port = free_port()
     with running_service(tmp_path, PORT=str(port), MAX_CONNECTIONS_PER_ADDRESS="1", **SETTINGS) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -193,12 +193,12 @@ def test_bodies_that_no_handler_reads_hold_little_memory(
 
 
 def test_unread_responses_hold_little_memory(tmp_path: Path, connections: contextlib.ExitStack) -> None:
-    """80 connections of each of two addresses ask for pages of 1 MiB and read nothing."""
+    """80 connections from each of two addresses request pages of 1 MiB and read nothing."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     with running_service(tmp_path, PORT=str(port), **SETTINGS) as service:
         service.wait_for(address)
-        people = {"127.0.0.1": "alice", "127.0.0.2": "bob"}  # as many of one user would wait for one another
+        people = {"127.0.0.1": "alice", "127.0.0.2": "bob"}  # requests of one user would wait for one another
         heads = {}
         for client_address, user_id in people.items():
             bearer = f"Bearer {tokens.issue(user_id, SECRET, 3600)}"

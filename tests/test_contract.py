@@ -1,4 +1,4 @@
-"""The service answers as its OpenAPI document says, whatever is sent: Schemathesis tries it."""
+"""Schemathesis checks that the service conforms to its OpenAPI document, whatever a client sends."""
 
 import asyncio
 import re
@@ -18,7 +18,7 @@ CONFIG = str(PROJECT / "tests" / "contract.toml")
 
 
 @pytest.mark.process
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 async def test_every_response_conforms_to_the_openapi_document(
     app: FastAPI, alice: Person, database_url: str, tmp_path: Path
 ) -> None:
@@ -41,15 +41,15 @@ async def test_every_response_conforms_to_the_openapi_document(
 
         if tried.returncode:
             pytest.fail(f"{tried.stdout}\n{tried.stderr}\n{service.logged}", pytrace=False)
-    # A run that tries nothing is green, too.
+    # A run without any request would pass, too.
     assert f"Tested: {len(operations(app))}\n" in tried.stdout
     links = re.search(r"API Links: +(\d+) covered / (\d+) selected", tried.stdout)
     assert links
-    assert int(links[1]) > int(links[2]) / 2 > 0  # which ones, chance decides
+    assert int(links[1]) > int(links[2]) / 2 > 0  # the links are chosen at random
 
 
 def operations(app: FastAPI) -> list[tuple[str, str, bool]]:
-    """Return method, path and whether a token is needed."""
+    """Return method and path of each operation, and whether it requires a token."""
     return [
         (method.upper(), path, bool(operation["security"]))
         for path, operations in app.openapi()["paths"].items()

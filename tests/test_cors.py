@@ -14,7 +14,7 @@ from tests.test_docs import BROWSER_OPTIONS
 
 ORIGIN = "https://app.example.com"
 
-# What Better Auth's browser client sends unless told otherwise.
+# The default of Better Auth's browser client.
 FETCH = """async ({url, method, body, token}) => (await fetch(url, {
     method, body, credentials: "include",
     headers: {Authorization: `Bearer ${token}`, "Content-Type": "application/json"},
@@ -127,7 +127,7 @@ def test_a_page_that_includes_credentials_reads_the_responses(
         service.wait_for(f"http://127.0.0.1:{port}")
         page_server.wait_for(origin)
         browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_OPTIONS)
-        page = browser.new_page(bypass_csp=True)  # ours forbids to fetch; a front end's own page does not
+        page = browser.new_page(bypass_csp=True)  # our CSP forbids fetch(); a front end's own page would not
         page.goto(f"{origin}/health")
         created, listed = (
             page.evaluate(

@@ -199,7 +199,7 @@ POSITION = ["Buy milk", 7]
 OWN = CursorSealer([SECRET]).write(POSITION, BINDING)
 FORGED = st.one_of(
     st.text(),
-    st.text(st.characters(codec=None)),  # unpaired surrogates too
+    st.text(st.characters(codec=None)),  # includes unpaired surrogates
     st.binary(max_size=100).map(encode),
     near_misses(OWN),
     near_misses(decode(OWN).decode("latin-1")).map(lambda raw: encode(raw.encode("latin-1", "replace"))),
@@ -220,7 +220,7 @@ def _raw(cursor: str) -> bytes | None:
 @BOUNDED
 @given(cursor=FORGED)
 def test_nothing_forged_is_read(cursor: str) -> None:
-    assume(_raw(cursor) != decode(OWN))  # the last character has bits to spare
+    assume(_raw(cursor) != decode(OWN))  # the last base64 character has unused bits
 
     with pytest.raises(CursorInvalid):
         CursorSealer([SECRET]).read(cursor, BINDING)
@@ -235,14 +235,14 @@ async def _status(app: FastAPI, cursor: bytes) -> int:
 
 
 @on_one_database
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @BOUNDED
 @given(cursor=FORGED.map(lambda text: text.encode(errors="surrogatepass")) | st.binary())
 async def test_whatever_is_forged_is_422(app: FastAPI, client: httpx.AsyncClient, cursor: bytes) -> None:
     assert await _status(app, cursor) == 422
 
 
-# What a list sorted by title may go on after: a text, and the id of a task.
+# A valid position of a list sorted by title: a text and a task id.
 def _is_position(position: list[Any]) -> bool:
     match position:
         case [str(), int(task_id)]:
@@ -251,7 +251,7 @@ def _is_position(position: list[Any]) -> bool:
 
 
 @on_one_database
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @BOUNDED
 @given(
     position=st.lists(JSON, max_size=3)
@@ -268,7 +268,7 @@ async def test_a_position_that_no_list_has_is_422_though_it_is_sealed(
 
 
 def sealed(app: FastAPI, position: list[Any]) -> bytes:
-    """Return *position* as a cursor of alice's tasks sorted by title, as the app itself would."""
+    """Return *position* as a cursor of alice's tasks sorted by title, as the app would seal it."""
     query = TaskListQuery(sort="title")
     tasks = TaskList("alice", query.filter, query.ordering)
     cursor: str = app.state.services.cursors.write(position, tasks.binding)

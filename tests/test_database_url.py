@@ -200,7 +200,7 @@ async def test_asyncpg_accepts_the_parsed_arguments(postgres: Server) -> None:
 
 
 class Authority:
-    """A certificate authority whose files lie in *folder*."""
+    """A certificate authority whose files are in *folder*."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
@@ -525,7 +525,7 @@ def test_an_sslkey_of_another_certificate_is_reported(private: Authority) -> Non
         assert clause == "has an sslcert that cannot be read"
 
 
-# What people put into passwords without escaping it, and what nobody does.
+# Characters that passwords often contain unescaped, and unlikely ones.
 ODD_TEXT = st.text(st.sampled_from("a1:/?#[]@%&=+,; \n\0\ud800é") | st.characters(codec=None), max_size=8)
 TEXT = ODD_TEXT | ODD_TEXT.map(lambda text: quote(text, safe="", errors="replace"))
 PASSWORDS = st.builds("{}hunter2{}".format, TEXT | st.sampled_from(["1?", "1/?", "1/?a&", "1#"]), TEXT)

@@ -31,9 +31,9 @@ WRITERS = 32
 TASKS = 2_000
 
 
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 async def test_concurrent_writes_with_cancelled_requests_lose_nothing(alice: Person) -> None:
-    """Every tenth client hangs up; what it asked for is done or not, and nobody else notices."""
+    """Every tenth client disconnects; its write is applied or not, and no other client is affected."""
     numbers = iter(range(TASKS))
     acknowledged: list[int] = []
 
@@ -89,7 +89,7 @@ async def test_sqlite_waits_for_another_process_that_writes(tmp_path: Path) -> N
         other.execute("BEGIN IMMEDIATE")
 
         waiting = asyncio.create_task(alice.post(json={"title": "Buy milk"}))
-        reading = await alice.get()  # readers do not wait
+        reading = await alice.get()  # reads do not wait for the writer
         assert not waiting.done()
         other.execute("COMMIT")
         other.close()
@@ -332,7 +332,7 @@ async def test_a_statement_that_is_cancelled_before_its_thread_begins_frees_its_
             await asyncio.gather(reading, return_exceptions=True)
 
         async with asyncio.timeout(5):
-            while database._readers.idle < sqlite.READERS:  # noqa: ASYNC110 - nothing tells
+            while database._readers.idle < sqlite.READERS:  # noqa: ASYNC110 - there is no event
                 await asyncio.sleep(0.01)
 
 
@@ -386,7 +386,7 @@ POOL_SIZE = 3
 
 @pytest.fixture(params=["sqlite", "postgres"])
 async def owner(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Owner]:
-    """Somebody with an empty database of their own."""
+    """An owner with an empty database of their own."""
     if request.param == "sqlite":
         async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}") as database:
             yield Owner("alice", database)
@@ -399,7 +399,7 @@ async def owner(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 @asynccontextmanager
 async def _opened(url: str, timeouts: db.Timeouts | None = None) -> AsyncIterator[db.Database]:
     database = db.connect(url, pool_size=POOL_SIZE, timeouts=timeouts or db.Timeouts())
-    database.share = UNLIMITED  # one user takes every connection here
+    database.share = UNLIMITED  # here, one user may take every connection
     await asyncio.to_thread(migrate, database)
     await database.open()
     yield database
@@ -415,7 +415,7 @@ async def _titles(owner: Owner) -> list[str]:
 
 
 async def _write_at_once(owner: Owner) -> None:
-    """Fail unless every connection can be used and nothing holds a lock."""
+    """Fail unless every connection is usable and no lock is held."""
     async with asyncio.timeout(2):
         await asyncio.gather(*(_add(owner, "afterwards") for _ in range(POOL_SIZE)))
         async with owner.transaction() as within:
@@ -497,7 +497,7 @@ async def test_a_cancelled_transaction_is_rolled_back(owner: Owner, times: int) 
 
 
 async def test_transactions_cancelled_at_any_moment_are_atomic(owner: Owner) -> None:
-    """While others write; who was not cancelled has written."""
+    """Others write concurrently; every transaction that was not cancelled has committed."""
     dice = random.Random(7)
 
     async def write(title: str) -> None:

@@ -50,7 +50,7 @@ async def test_a_handler_that_ignores_cancellation_does_not_delay_the_503() -> N
 
     started = time.monotonic()
     scope = {**SCOPE, "method": "GET"}
-    await front(stubborn, deadline_s=0.1)(scope, asyncio.Event().wait, send)  # nobody receives
+    await front(stubborn, deadline_s=0.1)(scope, asyncio.Event().wait, send)  # the client sends nothing more
 
     assert [message["type"] for _, message in sent] == ["http.response.start", "http.response.body"]
     assert sent[0][1]["status"] == 503

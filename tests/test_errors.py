@@ -134,4 +134,4 @@ def test_a_refused_operation_has_the_problem_of_its_cause_and_its_index() -> Non
     assert problem.detail == alone.detail
     assert problem.extensions == {"index": 2, "etag": '"3"'}
     assert alone.headers == {"ETag": '"3"'}
-    assert not problem.headers  # the answer to several operations has no entity tag
+    assert not problem.headers  # a bulk response has no ETag

@@ -29,7 +29,7 @@ from web import etags
         ('"03"', []),
         ('"-3"', []),
         ('"999999999"', [999_999_999]),
-        ('"1000000000"', []),  # more than a column of 32 bits may hold
+        ('"1000000000"', []),  # beyond a 32-bit column
         (f'"{"9" * 30}"', []),
         ('"\xe9", "3"', [3]),
         ('"3"\t,\t"5"\t', [3, 5]),
@@ -300,14 +300,14 @@ async def test_if_modified_since_if_unmodified_since_and_range_are_ignored(alice
     assert (changed.status_code, changed.json()["title"]) == (200, "x")
 
 
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 async def test_a_hundred_clients_that_retry_lose_no_change(alice: Person) -> None:
     task, dice = await alice.create(description="0"), random.Random(7)
     refused = 0
 
     async def increment() -> None:
         nonlocal refused
-        # Who is refused waits ever longer: if all came back at once, it would take 5,000 attempts.
+        # A refused client backs off: if all retried at once, it would take 5,000 attempts.
         for attempt in itertools.count(1):
             read = await alice.get(f"/{task['id']}")
             answer = await alice.patch(
@@ -324,4 +324,4 @@ async def test_a_hundred_clients_that_retry_lose_no_change(alice: Person) -> Non
     await asyncio.gather(*(increment() for _ in range(100)))
 
     assert (await alice.get(f"/{task['id']}")).json()["description"] == "100"
-    assert refused > 50  # they did meet: all of them read the first version
+    assert refused > 50  # they did conflict: all of them read the first version

@@ -53,7 +53,7 @@ async def test_no_byte_of_a_body_is_sent_for_head() -> None:
         return {"type": "http.request"}
 
     scope = {**SCOPE, "method": "HEAD"}
-    await front(Response("a body"))(scope, receive, send)  # a client would drop it too
+    await front(Response("a body"))(scope, receive, send)  # httpx would drop a body too
 
     assert [message.get("body", b"") for message in sent] == [b"", b""]
     assert (b"content-length", b"6") in sent[0]["headers"]

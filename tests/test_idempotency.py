@@ -145,7 +145,7 @@ async def test_fifty_concurrent_requests_with_one_key_create_one_task(alice: Per
     assert all(answer.headers["retry-after"] == "1" for answer in answers if answer.status_code == 409)
 
 
-# On SQLite the second waits for the first, as every writer does.
+# On SQLite the second request waits for the first, as every writer does.
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 async def test_a_key_whose_request_is_still_running_is_409(alice: Person, database_url: str) -> None:
     connection = await asyncpg.connect(database_url)
@@ -171,7 +171,7 @@ class Tomorrow(datetime):
     after = timedelta(hours=24, seconds=1)
 
     @classmethod
-    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override] # it returns the parent
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override] # it returns a plain datetime
         return datetime.now(tz) + cls.after
 
 
@@ -265,7 +265,7 @@ async def test_concurrent_sweeps_remove_every_expired_key(url: str, monkeypatch:
         monkeypatch.setattr(idempotency, "datetime", Tomorrow)
 
         async with asyncio.timeout(10):
-            while await kept(first, alice):  # noqa: ASYNC110 - another process would not tell either
+            while await kept(first, alice):  # noqa: ASYNC110 - another process has no event either
                 await asyncio.sleep(0.02)
 
 
@@ -290,7 +290,7 @@ async def test_a_failed_sweep_is_retried_and_ends_with_the_service(
         await asyncio.wait_for(swept.wait(), 5)
         assert (await client.get("/health")).status_code == 200
 
-    assert capsys.readouterr().out.count("expired keys are not removed") == 1  # of the bug only
+    assert capsys.readouterr().out.count("expired keys are not removed") == 1  # for RuntimeError
     assert not {task for task in asyncio.all_tasks() - before if "sweep" in repr(task.get_coro())}
 
 
@@ -385,7 +385,7 @@ async def test_a_large_response_counts_as_several_keys(
     monkeypatch.setattr(idempotency, "KEYS_MAX", 4)
     creations = [{"op": "create", "task": {"title": "x", "description": "é" * 1000}} for _ in range(7)]
 
-    large = await bulk_once(alice, "a", *creations)  # 7 times 2,400 bytes: four keys
+    large = await bulk_once(alice, "a", *creations)  # 7 times 2,400 bytes count as four keys
     refused = await post_once(alice, "b")
 
     assert 15_000 <= len(large.content) < 20_000
@@ -471,7 +471,7 @@ async def test_twenty_concurrent_bulk_requests_with_one_key_create_one_task(alic
 async def test_a_response_stored_after_the_first_look_up_is_replayed(
     database_url: str, monkeypatch: pytest.MonkeyPatch, send: str
 ) -> None:
-    """The first request takes the last place, or the task, and is answered before the second has the lock."""
+    """The first request fills the quota or deletes the task, and commits before the second gets the lock."""
     async with running(create_app(settings_for(database_url, max_tasks_per_user=1))) as client:
         alice = person("alice", client)
         if send == "bulk of another task":
@@ -508,7 +508,7 @@ async def test_only_a_lost_connection_is_retried(
                 raise error
         return await one(self, statement, **values)
 
-    # Of PostgreSQL a transaction ends with its connection; here it has to be undone.
+    # A lost connection ends its transaction in PostgreSQL; this one survives and has to roll back.
     monkeypatch.setattr(postgres_database, "Unavailable", ZeroDivisionError)
     monkeypatch.setattr(Owner, "one", fail_once)
 

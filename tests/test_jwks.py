@@ -166,7 +166,7 @@ async def issuer() -> AsyncIterator[Issuer]:
 
 @pytest.fixture
 async def keys(issuer: Issuer, clock: Clock) -> AsyncIterator[FetchedKeys]:
-    """Keys that have been fetched once."""
+    """`FetchedKeys` after its first fetch."""
     keys = FetchedKeys(issuer.url)
     await keys.open()
     await keys.key("old")
@@ -331,7 +331,7 @@ async def test_a_key_that_is_no_longer_published_is_dropped(
     issuer.publish(NEW)
     clock.now += jwks.FRESH_S + 1
 
-    assert await keys.key("old")  # renewed behind this answer's back
+    assert await keys.key("old")  # returns the old key and renews in the background
     assert await keys.key("new")
     with pytest.raises(KeyUnknown):
         await keys.key("old")
@@ -350,7 +350,7 @@ async def test_a_key_missing_from_the_next_set_is_withdrawn_at_once(
 ) -> None:
     clock.now += jwks.FRESH_S + 1
     issuer.publish(*entries)
-    await keys.key("old")  # renewed behind this answer's back
+    await keys.key("old")  # returns the old key and renews in the background
     await end_of_fetch(keys)
 
     with pytest.raises(KeyUnknown):
@@ -390,7 +390,7 @@ async def test_after_idle_time_a_withdrawn_key_is_not_trusted(
     found = await asyncio.gather(*(keys.key("old") for _ in range(5)), return_exceptions=True)
 
     assert [type(each) for each in found] == [KeyUnknown] * 5
-    assert len(issuer.requests) == 1 + 2  # a renewal, and a search for a key made meanwhile
+    assert len(issuer.requests) == 1 + 2  # a renewal, and a fetch in search of the unknown key
     assert await keys.key("new")
 
 
@@ -409,11 +409,11 @@ async def test_after_idle_time_one_fetch_is_waited_for_while_the_issuer_is_away(
         clock.now += jwks.IDLE_MAX_S + 1
         began = time.perf_counter()
         assert await keys.key("old")
-        assert 0.2 < time.perf_counter() - began < 2  # this one has waited, and the old key serves on
+        assert 0.2 < time.perf_counter() - began < 2  # this call has waited, and the old key stays valid
 
         clock.now += jwks.COOL_DOWN_S
         began = time.perf_counter()
-        assert await keys.key("old")  # a fetch goes on behind this answer's back
+        assert await keys.key("old")  # a fetch goes on in the background
         assert time.perf_counter() - began < 0.2
         await end_of_fetch(keys)
 
@@ -465,7 +465,7 @@ async def test_an_invalid_response_of_the_issuer_keeps_the_known_keys(
     clock.now += jwks.FRESH_S + 1
 
     assert await keys.key("old")
-    with pytest.raises(KeysUnavailable):  # it may exist by now: nobody can tell
+    with pytest.raises(KeysUnavailable):  # the key may exist by now, but it cannot be fetched
         await keys.key("new")
     assert await keys.key("old")
 
@@ -484,7 +484,7 @@ async def test_keys_are_unavailable_if_the_first_fetch_fails(
 
     with pytest.raises(KeysUnavailable):
         await keys.key("old")
-    with pytest.raises(KeysUnavailable):  # at once: the cool-down has not passed
+    with pytest.raises(KeysUnavailable):  # at once, during the cool-down
         await keys.key("old")
 
     assert len(issuer.requests) == 1

@@ -1,4 +1,4 @@
-"""What a client is told when its change was committed and the database's answer was lost."""
+"""The response to a client whose write was committed, but whose result was lost on the way back."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,14 +19,14 @@ from tests.postgres_proxy import Proxy, running_proxy
 
 @dataclass(frozen=True)
 class Line:
-    """A person, and the link between the service and its database."""
+    """A user, and the proxy between the service and its database."""
 
     alice: Person
     proxy: Proxy
     server: Server
 
     async def nothing(self) -> None:
-        """Nothing happens between the loss and the next attempt."""
+        """No other change happens between the loss and the retry."""
 
     async def another_change(self) -> None:
         await self.server.execute(
@@ -39,7 +39,7 @@ class Line:
 
 @pytest.fixture
 async def line(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Line]:
-    monkeypatch.setattr(idempotency, "SWEEP_S", 3600)  # or the proxy may cut the sweep's statement
+    monkeypatch.setattr(idempotency, "SWEEP_S", 3600)  # otherwise the proxy might cut the sweep's statement
     async with running_proxy(postgres_url) as proxy:
         settings = settings_for(proxy.url, database_pool_size=1)
         async with running(create_app(settings)) as client:
@@ -57,7 +57,7 @@ CHANGES: dict[str, tuple[str, str, Any]] = {
 
 
 async def _prepare(line: Line, change: str) -> None:
-    """Send *change* about another task, so that its statement is prepared and has one answer only."""
+    """Send *change* for another task first: once prepared, a statement has a single response."""
     await _send(line, change, (await line.alice.create())["id"], '"1"')
 
 
@@ -121,7 +121,7 @@ async def test_a_lost_result_of_a_write_to_a_task_deleted_since_is_404(line: Lin
 
 @asynccontextmanager
 async def _locked(line: Line, task_id: int, *, waiting: int) -> AsyncIterator[None]:
-    """Lock a task until the block has ended and *waiting* statements wait for it."""
+    """Lock a task; when the block ends, wait until *waiting* statements are blocked, then release it."""
     other = await asyncpg.connect(line.server.url)
     try:
         async with other.transaction(), asyncio.timeout(5):
@@ -164,7 +164,7 @@ async def test_a_toggle_with_several_etags_is_not_retried_after_a_lost_connectio
     assert answer.status_code == 503
     now: dict[str, Any] = {}
     async with asyncio.timeout(5):
-        while now.get("version") != 2:  # the first attempt goes on by itself
+        while now.get("version") != 2:  # the server completes the first attempt
             now = (await line.alice.get(f"/{task['id']}")).json()
     assert now["completed"] is True
 

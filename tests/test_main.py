@@ -23,7 +23,7 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture(scope="module")
 def unconfigured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str, Path]]:
-    """A service that was started with nothing but a port, its address and its folder."""
+    """A service started with only a port configured, with its URL and its folder."""
     folder, port = tmp_path_factory.mktemp("unconfigured"), str(free_port())
     with running_service(folder, PORT=port) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -146,7 +146,7 @@ def test_a_damaged_file_ends_the_start_with_a_sentence(tmp_path: Path, kept: int
     path.parent.mkdir()
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE task (id INTEGER)")
-    content = path.read_bytes()[:kept] + b"\xff" * 8192  # the first 100 bytes say what it is
+    content = path.read_bytes()[:kept] + b"\xff" * 8192  # the first 100 bytes are SQLite's file header
     path.write_bytes(content)
 
     done = run(tmp_path, MAIN)
@@ -249,7 +249,7 @@ def test_the_service_runs_when_stdout_cannot_be_written(tmp_path: Path) -> None:
     with running_service(tmp_path, "-c", code, PORT=port) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
 
-        assert service.stop() in (0, 120)  # the latter is Python's, when its last output cannot be written
+        assert service.stop() in (0, 120)  # Python exits with 120 if it cannot flush stdout
 
 
 def test_x_forwarded_proto_counts_from_a_trusted_proxy_only(

@@ -25,7 +25,7 @@ TOKEN = "a-token-that-only-prometheus-knows-01"
 
 
 def value(name: str, text: bytes | None = None, **labels: str) -> float:
-    """Return what the metric *name* says, now or in *text*; what has not happened yet is 0."""
+    """Return the value of the metric *name*, now or in *text*; an absent sample is 0."""
     families = text_string_to_metric_families((text or metrics.render()).decode())
     samples = [sample for family in families for sample in family.samples if sample.name == name]
     return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
@@ -33,7 +33,7 @@ def value(name: str, text: bytes | None = None, **labels: str) -> float:
 
 @pytest.fixture
 def risen() -> Callable[..., float]:
-    """Return by how much a metric has risen since the test began."""
+    """Return the increase of a metric since the test began."""
     before = metrics.render()
     return lambda name, **labels: value(name, **labels) - value(name, before, **labels)
 

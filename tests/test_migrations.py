@@ -20,12 +20,12 @@ from tests.postgres import Server
 PROJECT = Path(__file__).parent.parent
 BETTER_AUTH_TABLES = ("user", "session", "account", "verification", "jwks")
 OUR_TABLES = ("task", "idempotency_key", "local_account")
-FIRST = "0001"  # has what a task cannot be without
+FIRST = "0001"  # has the core columns only
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
 async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[db.Database]:
-    """A database in which Better Auth's tables stand, with a row each, and none of ours."""
+    """A database with Better Auth's tables, one row each, and without our tables."""
     if request.param == "sqlite":
         database = db.connect(f"sqlite:///{tmp_path / 'tasks.db'}", pool_size=1)
         await _add_better_auth(database)
@@ -86,7 +86,7 @@ async def test_up_down_and_up_again_leaves_other_tables_alone(database: db.Datab
 
 
 def _schema(connection: Connection) -> dict[str, Any]:
-    """Return all that the database itself says of our tables."""
+    """Return the definition of our tables from the database's catalogue."""
     inspector = inspect(connection)
     return {
         table: {
@@ -97,7 +97,7 @@ def _schema(connection: Connection) -> dict[str, Any]:
             "indexes": {
                 index["name"]: _as_text(index)
                 for index in inspector.get_indexes(table)
-                if index["name"] != "ix_task_words"  # PostgreSQL may have it, the models never
+                if index["name"] != "ix_task_words"  # PostgreSQL only, and not in the models
             },
             "key": inspector.get_pk_constraint(table)["constrained_columns"],
             "checks": inspector.get_check_constraints(table),
@@ -184,7 +184,7 @@ LATER_COLUMNS = "priority, category, tags, due_date, due_time, recurring, remind
 
 
 async def _add(database: db.Database, title: str) -> int:
-    """Insert a row as somebody does who knows the first columns only, and return its id."""
+    """Insert a row as an old release does, which knows only the first columns; return its id."""
     ((task_id,),) = await _run(
         database,
         "INSERT INTO task (user_id, title, description, completed, completed_at, version) "
@@ -240,7 +240,7 @@ async def test_no_migration_makes_an_id_reusable(database: db.Database) -> None:
     ):
         await asyncio.to_thread(migrate_, _alembic(database), target)
         given += [await _add(database, "Buy milk") for _ in range(2)]
-        await _run(database, f"DELETE FROM task WHERE id = {given[-1]}")  # the newest
+        await _run(database, f"DELETE FROM task WHERE id = {given[-1]}")  # the highest id
 
     assert given == sorted(set(given))
 
@@ -283,7 +283,7 @@ async def test_due_times_with_a_date_survive_dropping_and_restoring_their_constr
 
 
 ADDED_INDEXES = {"ix_idempotency_key_created_at", "ix_idempotency_key_user_id_weight"}
-RELEASED_INDEXES = {  # 0003 of the release built them, with a table that took no requests meanwhile
+RELEASED_INDEXES = {  # the released 0003 built them, blocking requests
     "ix_task_pending": "task (user_id, created_at DESC, id DESC) WHERE NOT completed",
     "ix_task_user_id_due_date_id": "task (user_id, due_date, id)",
     "ix_task_search": (

@@ -58,7 +58,7 @@ PARAMETERS = {
     "delete_task": {"user_id", "task_id", "If-Match", "If-None-Match"},
     "complete_task": {"user_id", "task_id", "If-Match", "If-None-Match"},
 }
-# Beside X-Request-ID, which every answer has.
+# In addition to X-Request-ID, which every response has.
 HEADERS_OF_PROBLEMS = {"401": {"WWW-Authenticate"}, "429": {"Retry-After"}, "503": {"Retry-After"}}
 HEADERS = {
     ("list_tasks", "200"): {"Link", "X-Total-Count"},
@@ -393,13 +393,13 @@ def test_the_document_names_the_licence_of_the_project(document: dict[str, Any])
 
 
 def _redocly() -> list[str]:
-    """Return the command, after the package of the lock file has been installed if it is not."""
+    """Install the package of the lock file if necessary, and return the command."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if not node or not npm:
         sentence = "Node.js 20.19 or newer with npm is not installed (https://nodejs.org)"
         if os.environ.get("CI"):
             pytest.fail(sentence)
-        pytest.skip(sentence)  # not from PyPI, so the README's test command cannot bring it
+        pytest.skip(sentence)  # not on PyPI, so the README's test command cannot install it
     installed, lock = REDOCLY / "node_modules" / ".package-lock.json", REDOCLY / "package-lock.json"
     if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
         command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
@@ -407,7 +407,7 @@ def _redocly() -> list[str]:
             command, cwd=REDOCLY, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
         )
         assert done.returncode == 0, done.stderr
-        installed.touch()  # a file of the lock's own age would install it again and again
+        installed.touch()  # must be newer than the lock file, or each run would install again
     return [node, str(REDOCLY / "node_modules" / "@redocly" / "cli" / "bin" / "cli.js")]
 
 
@@ -420,7 +420,7 @@ def test_redocly_lint_finds_no_problem(tmp_path: Path) -> None:
 
         done = subprocess.run(
             command,
-            cwd=tmp_path,  # where no configuration lies
+            cwd=tmp_path,  # a folder without Redocly configuration
             env=os.environ | quiet,
             capture_output=True,
             text=True,

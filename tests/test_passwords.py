@@ -7,7 +7,7 @@ from pwdlib.hashers.bcrypt import BcryptHasher
 
 from auth.passwords import PER_ADDRESS_MAX, ROUNDS, THREADS, Passwords, TooManyPasswords
 
-QUICK = 4  # the least that bcrypt can do
+QUICK = 4  # bcrypt's minimum
 
 DIFFERENT = {
     "in the 73rd byte": ("a" * 72 + "b", "a" * 72 + "c"),
@@ -21,7 +21,7 @@ DIFFERENT = {
 
 
 class WatchedHasher(BcryptHasher):
-    """Keeps what it was asked: the hashes it checked against, and on which threads."""
+    """Records the hashes that it checked against, and the threads."""
 
     def __init__(self, rounds: int = QUICK) -> None:
         super().__init__(rounds)
@@ -106,7 +106,7 @@ def test_there_are_as_many_slots_as_may_run_and_wait() -> None:
     with passwords.slot("1.2.3.4"), passwords.slot("1.2.3.4"):
         with passwords.slot("1.2.3.4"), pytest.raises(TooManyPasswords), passwords.slot("1.2.3.4"):
             pass
-        with passwords.slot("1.2.3.4"):  # given back
+        with passwords.slot("1.2.3.4"):  # the slot was released
             pass
 
 
@@ -120,7 +120,7 @@ def test_one_address_leaves_slots_for_others() -> None:
             pass
         with passwords.slot("5.6.7.8"):
             pass
-    with passwords.slot("1.2.3.4"):  # given back
+    with passwords.slot("1.2.3.4"):  # the slot was released
         pass
     assert passwords._held == {}
 

@@ -63,7 +63,7 @@ async def connection(url: str) -> AsyncIterator[Any]:
     await connection.close()
 
 
-# A filtered list is always planned for its values, as the test of searches shows.
+# A filtered list always gets a custom plan, as the test of searches shows.
 PLANS = [
     (each, generic) for each in LISTS for generic in (False, True) if each.shape != "filtered" or not generic
 ]
@@ -130,7 +130,7 @@ async def test_search_finds_the_same_with_and_without_extensions(postgres: Serve
     own = Server(postgres.url_of(name))
     url = own.url
     if extensions == "refused":
-        # An owner of tables who may not change the database, as a careful administrator gives it out.
+        # A role that owns the tables but may not create extensions, as a careful administrator grants it.
         await own.execute("CREATE ROLE careful LOGIN; GRANT CREATE ON SCHEMA public TO careful")
         url = url.replace("postgres@", "careful@")
     async with running(create_app(settings_for(url))) as client:
@@ -200,7 +200,7 @@ def test_sqlite_bulk_statements_do_little_work_for_untouched_tasks(
         connection.set_progress_handler(lambda: next(steps) < 0, 100)
         assert len(connection.execute(compiled.sql, arguments).fetchall()) == 100
 
-    # 100 records looked through for each of 10,000 tasks were 5,000,000 steps of SQLite's machine.
+    # Scanning the 100 records for each of 10,000 tasks took 5,000,000 steps of SQLite's virtual machine.
     assert next(steps) * 100 < 30 * TASKS
 
 

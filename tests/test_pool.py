@@ -22,13 +22,13 @@ async def pool(postgres: Server) -> AsyncIterator[Pool]:
 
 
 async def pid(pool: Pool) -> int:
-    """Return which connection served us."""
+    """Return the backend's process id, which identifies the connection."""
     ((found,),) = await pool.fetch(PID, [])
     return int(found)
 
 
 async def occupied(pool: Pool, count: int = 2) -> list["asyncio.Task[object]"]:
-    """Return tasks that each hold a connection for ever, once they do."""
+    """Start tasks that each hold a connection until cancelled; return once they do."""
     tasks: list[asyncio.Task[object]] = [
         asyncio.create_task(pool.fetch("SELECT pg_sleep(60)", [])) for _ in range(count)
     ]
@@ -61,7 +61,7 @@ async def test_a_connection_keeps_its_most_recent_statements_prepared(pool: Pool
 
         kept = {row["statement"] for row in await connection.fetch(prepared, [])}
 
-    # The server has yet to hear of the last one that was dropped.
+    # The server may not know yet that the last statement was dropped.
     assert STATEMENTS_MAX <= len(kept) <= STATEMENTS_MAX + 1
     assert {"SELECT 'often used'", f"SELECT {3 * STATEMENTS_MAX - 1} + $1::int"} <= kept
 
@@ -75,7 +75,7 @@ async def test_a_connection_is_replaced_after_its_lifetime(
     assert await pid(pool) == first
     await asyncio.sleep(0.25)
 
-    assert await pid(pool) == first  # the request that finds it old is still served by it
+    assert await pid(pool) == first  # the request that finds the connection expired still uses it
     assert await pid(pool) != first
     assert pool.usage == {"in use": 0, "idle": 1, "waiting": 0}
     await pool.close()
@@ -214,7 +214,7 @@ async def test_a_dead_idle_connection_and_all_others_are_replaced(
         pool = Pool(lambda: asyncpg.connect(proxy.url), 3, wait_s=6)
         await pool.warm()
         before = set(await asyncio.gather(*(pid(pool) for _ in range(20))))
-        proxy.swallow()  # whatever is sent by the connections of now
+        proxy.swallow()  # drop all data of the current connections
         monkeypatch.setattr(pool_module, "UNCHECKED_S", 0.0)
 
         started = time.monotonic()
@@ -243,7 +243,7 @@ async def test_a_connection_is_checked_once_it_has_been_idle_for_half_a_minute(
     assert await pid(pool) == before
     assert len(asked) == checks
     assert await pid(pool) == before
-    assert len(asked) == checks  # it has just been used
+    assert len(asked) == checks  # the connection was just used
 
 
 async def test_a_cancelled_check_drops_its_connection(
@@ -273,7 +273,7 @@ async def test_a_cancelled_check_drops_its_connection(
         with pytest.raises(ConnectionRefusedError):
             await pid(pool)
 
-        assert time.monotonic() - started < 1  # it would wait longer for a connection that somebody has
+        assert time.monotonic() - started < 1  # it would wait longer if the connection were still in use
         await pool.close()
 
 

@@ -18,7 +18,7 @@ CLIENTS = 20
 
 @dataclass
 class Pooled:
-    """The app behind a pooler in transaction mode, and what it sends to that pooler."""
+    """The app with a pooler in transaction mode, and a proxy that records what it sends to the pooler."""
 
     client: httpx.AsyncClient
     proxy: Proxy
@@ -68,7 +68,7 @@ async def test_no_prepared_statement_is_left_on_pooled_connections(pooled: Poole
 
 
 async def _transactions(someone: Person) -> None:
-    """Send what takes several statements, each kind with an answer that tells whether all were done."""
+    """Send requests that take several statements; each response shows whether all of them ran."""
     first, again = [
         await someone.post(json={"title": "Buy milk"}, headers={"Idempotency-Key": "once"}) for _ in range(2)
     ]
@@ -87,7 +87,7 @@ async def _transactions(someone: Person) -> None:
     ]
     results = (await someone.post("/bulk", json={"operations": operations})).json()["results"]
     assert [result["status"] for result in results] == [200, 201, 204]
-    refused = await someone.post("/bulk", json={"operations": operations})  # the last is not there any more
+    refused = await someone.post("/bulk", json={"operations": operations})  # the last task no longer exists
     assert refused.status_code == 404
     assert (await someone.patch("?status=pending", json={"completed": True})).json() == {"count": 2}
     assert len((await someone.get()).json()) == 4
@@ -107,7 +107,7 @@ async def test_transactions_leave_no_lock_or_statement_on_pooled_connections(poo
     direct = await asyncpg.connect(pooled.direct_url)
     async with asyncio.timeout(5):
         while [tuple(row) for row in await direct.fetch(STATES)] != [("idle",)]:
-            await direct.execute("SELECT pg_sleep(0.01)")  # a sweep may be under way
+            await direct.execute("SELECT pg_sleep(0.01)")  # a sweep may be running
     locks = await direct.fetch(
         "SELECT * FROM pg_locks JOIN pg_database ON database = pg_database.oid "
         "WHERE locktype = 'advisory' AND datname = current_database()"
@@ -123,7 +123,7 @@ async def test_transactions_leave_no_lock_or_statement_on_pooled_connections(poo
 
 async def test_a_request_is_one_round_trip(pooled: Pooled) -> None:
     alice = person("alice", pooled.client)
-    for _ in range(12):  # every connection of the pool learns the statements once
+    for _ in range(12):  # each connection of the pool prepares the statements once
         await asyncio.gather(*(_lifecycle(alice) for _ in range(10)))
     pooled.proxy.clear()
 

@@ -1,4 +1,4 @@
-"""What arrives over a socket, byte by byte, at the service as its own process."""
+"""HTTP over real sockets, byte by byte, against the service as its own process."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.process
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 SCRIPT = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
-# The real times would make the tests slow.
+# The real timeouts would make the tests slow.
 CODE = """
 import main
 from server import connections, protocol
@@ -41,7 +41,7 @@ import functools, uvicorn
 uvicorn.Config = functools.partial(uvicorn.Config, timeout_keep_alive=1)
 """
 SPEED = 5
-# The service with its real times, on a clock that runs five times as fast.
+# The service with its real timeouts, on a clock that runs five times as fast.
 FAST = f"""
 import asyncio, selectors, sys, time
 sys.modules["uvloop"] = None  # its clock cannot be set
@@ -64,7 +64,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 def exchange(port: int, *pieces: bytes, pause_s: float = 0.0) -> bytes:
-    """Send *pieces* and return all that comes until the service closes, within two seconds."""
+    """Send *pieces* and return everything received until the service closes, within two seconds."""
     with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
         received = b""
         try:
@@ -75,13 +75,13 @@ def exchange(port: int, *pieces: bytes, pause_s: float = 0.0) -> bytes:
                 received += data
         except TimeoutError:
             received += b"<not closed>"
-        except ConnectionError:  # it was reset
+        except ConnectionError:  # the connection was reset
             pass
         return received
 
 
 def problem(answer: bytes) -> tuple[int, str]:
-    """Return status and sentence of *answer*, which must be a whole problem."""
+    """Return status and detail of *answer*, which must be a complete problem response."""
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"content-type: application/problem+json" in head.lower()
     assert b"connection: close" in head.lower()
@@ -137,13 +137,13 @@ def test_an_incomplete_head_is_408(port: int) -> None:
 
 
 def test_head_body_and_read_timeouts_are_as_documented(tmp_path: Path) -> None:
-    """10 s for a head, 5 s for a body, 30 s to read something."""
+    """10 s for a head, 5 s for a body, 30 s without reading."""
     port, token = free_port(), tokens.issue("alice", SECRET, 900)
     post = f"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n".encode()
     body = b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
 
     def seconds(request: bytes) -> float:
-        """Return after how long the service answers or gives up, by its own clock."""
+        """Return the seconds until the service responds or disconnects, by its own clock."""
         started = time.monotonic()
         with socket.socket() as connection:
             connection.settimeout(20)
@@ -164,7 +164,7 @@ def test_head_body_and_read_timeouts_are_as_documented(tmp_path: Path) -> None:
 
     assert 10 <= head_s < 13
     assert 5 <= body_s < 8
-    assert 30 <= unread_s < 37  # it looks every 5 s
+    assert 30 <= unread_s < 37  # the service checks every 5 s
 
 
 def test_a_head_that_comes_too_slowly_is_408(port: int) -> None:
@@ -261,7 +261,7 @@ def test_a_request_with_a_malformed_chunked_body_is_not_started(tmp_path: Path) 
 
 
 def test_a_body_malformed_after_the_response_gets_no_second_response(port: int) -> None:
-    """Its body breaks off only then: a proxy would take another answer for that of its next request."""
+    """The body turns out malformed later: a proxy would take a second response for the next request's."""
     head = b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
     answer = exchange(port, head, b"no chunk", pause_s=0.2)
@@ -283,17 +283,17 @@ def test_a_client_that_does_not_read_is_disconnected(port: int) -> None:
         connection.settimeout(5)
         connection.connect(("127.0.0.1", port))
         connection.sendall(SCRIPT * 20)
-        time.sleep(2)  # four times as long as it has
+        time.sleep(2)  # four times the stall timeout
         received = 0
         with contextlib.suppress(ConnectionError):
             while data := connection.recv(65536):
                 received += len(data)
 
-    assert received < 15_000_000  # of thirty: what the kernel had taken already
+    assert received < 15_000_000  # of 30 MB: what the kernel had buffered already
 
 
 def _read(connection: socket.socket, bytes_: int) -> bytes:
-    """Return so many bytes, or fewer at the end."""
+    """Return that many bytes, or fewer at the end."""
     received = b""
     while len(received) < bytes_ and (data := connection.recv(bytes_ - len(received))):
         received += data
@@ -314,12 +314,12 @@ def test_a_client_that_reads_slowly_gets_everything(port: int, bytes_: int, paus
 
     length = int(received.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
     assert received.count(b"HTTP/1.1 200") == 9
-    assert len(received) > 8 * length  # more than the kernel takes before any of it is read
+    assert len(received) > 8 * length  # more than the kernel buffers before any of it is read
 
 
 @contextlib.contextmanager
 def narrow_service(folder: Path, code: str, **settings: str) -> Iterator[tuple[Service, socket.socket]]:
-    """A service by *code*, and a connection to it on which the two kernels keep next to nothing."""
+    """A service started by *code*, and a connection to it with minimal socket buffers on both sides."""
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as connection:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
@@ -331,7 +331,7 @@ def narrow_service(folder: Path, code: str, **settings: str) -> Iterator[tuple[S
 
 
 def test_reading_restarts_the_stall_timeout(tmp_path: Path) -> None:
-    """Though more waits then than before: the next answers have taken the place of what it has read."""
+    """Although more is unread than before: new responses have replaced the bytes that were read."""
     code = "import main\nfrom server import connections, protocol\nprotocol.STALL_CHECK_S = 0.1\n"
     code += "connections.STALL_TIMEOUT_S = 2.0\nmain.main([])"
     with narrow_service(tmp_path, code) as (service, connection):
@@ -341,7 +341,7 @@ def test_reading_restarts_the_stall_timeout(tmp_path: Path) -> None:
             connection.sendall(HEALTH + b"\r\n")
             time.sleep(0.01)
         time.sleep(0.3)
-        for bytes_ in (8_000, 6_000):  # half of what waits, and then nearly all
+        for bytes_ in (8_000, 6_000):  # half of the unread bytes, and then nearly all
             assert len(_read(connection, bytes_)) == bytes_
             time.sleep(1.4)
 
@@ -404,7 +404,7 @@ def test_a_client_that_does_not_read_gets_a_bounded_number_of_responses(tmp_path
 def test_a_client_that_leaves_a_little_unread_is_disconnected(
     tmp_path: Path, last: bytes, later: bytes
 ) -> None:
-    """Less waits than would pause the service; but its connection would never end."""
+    """The unread bytes are too few to pause the service, but the connection would never close."""
     with narrow_service(tmp_path, IDLE + CODE) as (service, connection):
         connection.sendall((HEALTH + b"\r\n") * 20 + last)
         time.sleep(0.3)
@@ -430,7 +430,7 @@ def test_a_request_sent_during_the_drain_is_answered_with_connection_close(tmp_p
             assert _until(b"}", connection).startswith(b"HTTP/1.1 200")
 
             service.process.terminate()
-            time.sleep(0.1)  # it is stopping now, and this client has not heard of it
+            time.sleep(0.1)  # the service is draining, but this client has not been told
             connection.sendall(HEALTH + b"\r\n")
             answer = _until(b"}", connection)
 
@@ -443,7 +443,7 @@ def test_the_drain_closes_an_idle_keep_alive_connection(tmp_path: Path) -> None:
     port = free_port()
     with running_service(tmp_path, "-c", CODE, PORT=str(port)) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
-        with socket.create_connection(("127.0.0.1", port), timeout=3) as connection:  # keep-alive is five
+        with socket.create_connection(("127.0.0.1", port), timeout=3) as connection:  # keep-alive is 5 s
             connection.sendall(HEALTH + b"\r\n")
             assert _until(b"}", connection).startswith(b"HTTP/1.1 200")
 
@@ -457,7 +457,7 @@ def test_the_drain_closes_an_idle_keep_alive_connection(tmp_path: Path) -> None:
 async def locked_out(
     tmp_path: Path, postgres_url: str, *program: str, **settings: str
 ) -> AsyncIterator[tuple[int, Service, asyncpg.Connection]]:
-    """A service with one database connection, and a transaction that lets nobody read tasks."""
+    """A service with one database connection, and a transaction that locks the task table against reads."""
     port = free_port()
     settings |= {
         "DATABASE_URL": postgres_url,
@@ -520,7 +520,7 @@ async def test_a_request_that_takes_longer_than_the_drain_is_answered(
         await asyncio.sleep(0.1)
         writer.write(list_request())
         await _until_true(5, lambda: _waits_for_a_lock(locking))
-        await asyncio.sleep(1)  # twice as long as it waits for a request
+        await asyncio.sleep(1)  # twice the drain
         await locking.execute("ROLLBACK")
 
         assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
@@ -531,13 +531,13 @@ async def test_a_request_that_takes_longer_than_the_drain_is_answered(
 async def test_a_connection_answered_with_busy_503_is_read_again_after_a_pause(
     tmp_path: Path, postgres_url: str, proxies: str
 ) -> None:
-    """Unless it is a proxy's, on which the requests of other clients follow."""
+    """A trusted proxy's connection is read at once, since it carries requests of other clients."""
     code = "import main\nfrom database import pool\n"
     code += "pool.WAITING_MAX_AT_LEAST = pool.WAITING_MAX_PER_CONNECTION = 0\nmain.main([])"
     locked = locked_out(tmp_path, postgres_url, "-c", code, TRUSTED_PROXIES=proxies)
     async with locked as (port, _, locking):
         _, waiting = await _connected(port, list_request())
-        await _until_true(5, lambda: _waits_for_a_lock(locking))  # now the only connection is taken
+        await _until_true(5, lambda: _waits_for_a_lock(locking))  # the only database connection is in use
         started = time.monotonic()
         reader, writer = await _connected(port, list_request("bob"))
         refused, refused_s = await reader.readuntil(b"}"), time.monotonic() - started
@@ -561,7 +561,7 @@ async def test_a_client_disconnect_cancels_its_statements(tmp_path: Path, postgr
         for _, writer in hasty:
             writer.close()
 
-        # In less than the four seconds that the statement alone would take.
+        # Sooner than the statement timeout of 4 s would end the statement.
         await _until_true(2, lambda: _are_cancelled(service, locking, 3))
 
         await locking.execute("ROLLBACK")
@@ -582,7 +582,7 @@ async def _are_cancelled(service: Service, locking: asyncpg.Connection, count: i
 
 async def _until_true(timeout_s: float, happened: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(timeout_s):
-        while not await happened():  # noqa: ASYNC110 - it happens in another process
+        while not await happened():  # noqa: ASYNC110 - another process sends no event
             await asyncio.sleep(0.01)
 
 

@@ -17,7 +17,7 @@ from tests.postgres_proxy import running_proxy
 
 @asynccontextmanager
 async def observing(database_url: str, **settings: Any) -> AsyncIterator[tuple[Person, list[str]]]:
-    """Lend somebody whose app is watched, and the list of statements that really reach the database."""
+    """Yield a user of an app whose statements are recorded as they reach the database."""
     async with AsyncExitStack() as stack:
         sent: list[str] = []
         if database_url.startswith("postgresql"):
@@ -128,7 +128,7 @@ async def test_each_operation_is_one_round_trip_to_a_database_ten_milliseconds_a
     ):
         anna = person("anna", client)
         counted: list[int] = []
-        for _ in range(2):  # the first time, the connection learns the statement
+        for _ in range(2):  # the first time, the connection prepares the statement
             counted.clear()
             for method, path, body, _verb in OPERATIONS:
                 task = await anna.create()
@@ -292,7 +292,7 @@ async def test_a_transaction_is_a_round_trip_for_each_statement(postgres: Server
         running(create_app(settings_for(proxy.url, database_pool_size=1))) as client,
     ):
         anna = person("anna", client)
-        for number in range(2):  # the first time, the connection learns the statements
+        for number in range(2):  # the first time, the connection prepares the statements
             task = await anna.create(recurring="daily", due_date="2026-06-01")
             proxy.clear()
             await anna.post(json={"title": "Buy milk"}, headers={"Idempotency-Key": str(number)})

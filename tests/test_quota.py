@@ -60,7 +60,7 @@ async def test_a_task_beyond_the_limit_is_409(database_url: str, most: int) -> N
 async def test_tasks_created_in_bulk_count_for_single_creates(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=30))) as client:
         alice = person("alice", client)
-        await alice.create()  # and two more may go unchecked
+        await alice.create()  # two more may be created uncounted
 
         create = {"op": "create", "task": {"title": "x"}}
         filled = await alice.post("/bulk", json={"operations": [create] * 29})

@@ -26,7 +26,7 @@ ALICE = {"name": "Alice", "email": "alice@example.com", "password": "correct hor
 
 @pytest.fixture(autouse=True)
 def _noon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no window end while a test counts; all keys' windows begin together."""
+    """Align the rate limit windows of all keys, so that none ends during a test."""
     started = time.time()
     monkeypatch.setattr(rate_limits, "crc32", lambda _: 30 - int(started) % 60)
 
@@ -41,7 +41,7 @@ async def limited(database_url: str, **settings: Any) -> AsyncIterator[httpx.Asy
 
 
 def moved(client: httpx.AsyncClient, address: str) -> None:
-    client._transport.client = (address, 1)  # type: ignore[attr-defined] # what ASGITransport tells
+    client._transport.client = (address, 1)  # type: ignore[attr-defined] # the peer that ASGITransport passes
 
 
 def left(answer: httpx.Response) -> int:
@@ -74,7 +74,7 @@ async def test_the_ratelimit_header_counts_down_and_the_next_request_is_429(data
         assert [left(answer) for answer in answers] == [2, 1, 0]
         for answer in refused:
             assert_refused(answer, "user")
-        assert_refused(await alice.get(), "user")  # wherever she is
+        assert_refused(await alice.get(), "user")  # from any address
         assert left(await bob.get()) == 2
         assert (await bob.get(f"{alice.tasks}/1")).status_code == 403
 
@@ -130,7 +130,7 @@ async def test_a_rate_limited_request_has_no_effect(database_url: str) -> None:
     async with limited(database_url) as client:
         for _ in range(3):
             await client.get("/nope")
-        headers = {"Authorization": f"Bearer {bob.token}"}  # a token does not open another quota
+        headers = {"Authorization": f"Bearer {bob.token}"}  # a token does not select another limit here
         signed_up = await client.post("/api/auth/sign-up/email", json=ALICE, headers=headers)
         signed_in = await client.post("/api/auth/sign-in/email", json=ALICE, headers=headers)
         form = {"grant_type": "password", "username": ALICE["email"], "password": ALICE["password"]}
@@ -142,7 +142,7 @@ async def test_a_rate_limited_request_has_no_effect(database_url: str) -> None:
         assert_refused(answer, "anonymous")
     assert signed_up.json()["code"] == "TOO_MANY_REQUESTS"
     assert granted.json()["error"] == "temporarily_unavailable"
-    assert afterwards.status_code == 401  # there is no such account
+    assert afterwards.status_code == 401  # the account was not created
 
 
 async def test_a_request_is_counted_once(database_url: str) -> None:
@@ -241,10 +241,10 @@ def test_clients_without_an_address_share_one_key() -> None:
 @pytest.mark.parametrize(
     ("trusted", "forwarded", "other"),
     [
-        (None, "198.51.100.1", "198.51.100.2"),  # nobody is believed: one client
-        ("127.0.0.1", "198.51.100.7, 198.51.100.1", "198.51.100.8, 198.51.100.1"),  # what a client adds
+        (None, "198.51.100.1", "198.51.100.2"),  # no proxy is trusted: one client
+        ("127.0.0.1", "198.51.100.7, 198.51.100.1", "198.51.100.8, 198.51.100.1"),  # forged by the client
         ("127.0.0.0/8", "198.51.100.1, 127.0.0.9", "198.51.100.1"),  # a second proxy
-        ("10.0.0.0/8", "198.51.100.1", "198.51.100.2"),  # another than this peer is trusted
+        ("10.0.0.0/8", "198.51.100.1", "198.51.100.2"),  # this peer is not trusted
     ],
 )
 def test_only_a_trusted_proxy_sets_the_client_address(

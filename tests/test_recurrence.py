@@ -202,7 +202,7 @@ async def test_completing_at_the_same_moment_makes_one_successor(alice: Person) 
     statuses = await asyncio.gather(*(complete(alice, task["id"], way) for way in ways))
 
     assert set(statuses) == {200}
-    # "all" completes the successors that it finds, too: each has one.
+    # "all" also completes existing successors, and each of them gets its own successor.
     due_dates = [task["due_date"] for task in await tasks(alice)]
     assert len(due_dates) == len(set(due_dates))
     assert len([task for task in await tasks(alice) if not task["completed"]]) == 1

@@ -1,4 +1,4 @@
-"""Services that are stopped and started under load, as their own processes over real sockets."""
+"""Stopping and starting services under load, as separate processes over real sockets."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from tests.conftest import SECRET, pages
 from tests.postgres import free_port
 from tests.service import UNMEASURED, Service, running_service, running_service_on
 
-# What is run here is measured elsewhere; coverage would only slow the load.
+# Other tests cover these lines; coverage would only slow the load.
 pytestmark = [pytest.mark.no_cover, pytest.mark.process]
 
 CLIENTS = 16
@@ -25,7 +25,7 @@ CLIENTS = 16
 
 @dataclass
 class Load:
-    """What clients that never stop asking have been answered, and what has failed."""
+    """Responses to and failures of clients that send requests without pause."""
 
     address: str
     acknowledged: set[str] = field(default_factory=set)
@@ -93,7 +93,7 @@ async def test_a_service_stopped_under_load_drops_no_request(url: str, tmp_path:
         await asyncio.to_thread(service.wait_for, address)
         async with loading(address) as load:
             async with asyncio.timeout(20):
-                while len(load.acknowledged) <= CLIENTS:  # noqa: ASYNC110 - nothing tells
+                while len(load.acknowledged) <= CLIENTS:  # noqa: ASYNC110 - there is no event
                     await asyncio.sleep(0.05)
 
             code = await asyncio.to_thread(service.stop)
@@ -148,8 +148,8 @@ async def test_four_processes_on_one_socket_act_as_one(
         services = [await _start(stack, tmp_path / str(number), listening, url) for number in range(4)]
         async with loading(address) as load:
             await asyncio.sleep(2)
-        kept = await titles(address)  # by cursors that another process has signed
-        # The kernel decides which process a connection goes to: with enough of them, not always the same.
+        kept = await titles(address)  # with cursors that another process may have sealed
+        # The kernel assigns connections to processes: enough connections reach more than one process.
         for _ in range(200):
             answered = [service for service in services if "path=/api/alice/tasks" in service.logged]
             if len(answered) > 1:

@@ -1,4 +1,4 @@
-"""What the sender writes is what uvicorn writes, in fewer pieces."""
+"""The sender writes the same bytes as uvicorn, in fewer writes."""
 
 import asyncio
 import logging

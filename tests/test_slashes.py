@@ -1,4 +1,4 @@
-"""Users whose `sub` has a slash, at the service as its own process, since the server decodes paths."""
+"""Users whose `sub` has a slash, against the service as its own process, since the server decodes paths."""
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -70,9 +70,9 @@ SPELLINGS = [
     "al/ice",
     "al%252Fice",
     "al%25252Fice",
-    "al%ED%B0%AFice",  # the sign that stands for a slash inside
-    "al%C0%AFice",  # a slash, too long
-    "al%EF%BC%8Fice",  # a wide slash
+    "al%ED%B0%AFice",  # the internal placeholder for an encoded slash
+    "al%C0%AFice",  # an overlong encoding of a slash
+    "al%EF%BC%8Fice",  # a full-width slash
     "al%5Cice",
     "al%00ice",
     "al%2F%2Fice",

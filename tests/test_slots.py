@@ -37,7 +37,7 @@ async def test_a_cancelled_request_loses_no_slot() -> None:
     first, second = (asyncio.create_task(slots.wait()) for _ in range(2))
     await asyncio.sleep(0)
 
-    slots.give()  # to the first, which is cancelled before it runs again
+    slots.give()  # to the first waiter, which is cancelled before it runs again
     first.cancel()
     await second
 

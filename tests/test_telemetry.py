@@ -17,7 +17,7 @@ ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 @contextmanager
 def collector() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Take what is exported, and lend the address and the bodies by path."""
+    """Receive exported telemetry; yield the collector's URL and the bodies by path."""
     bodies: dict[str, bytes] = {}
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Tokens are signed by hand here, so that a refusal is for the rule in question and not the signature."""
+"""Tokens here have valid signatures, so that a refusal is for the tested rule and not for the signature."""
 
 import base64
 import hmac
@@ -38,7 +38,7 @@ def part(content: Json) -> str:
 
 
 def signed(header: str, payload: str, secret: str = SECRET, digest: str = "sha256") -> str:
-    """Return a token of two parts as they are, with the signature that belongs to them."""
+    """Return a token of the two given parts, with a valid signature."""
     mac = hmac.digest(secret.encode(), f"{header}.{payload}".encode(), digest)
     return f"{header}.{payload}.{part(mac)}"
 
@@ -68,7 +68,7 @@ def signature_of(token: str) -> bytes:
 
 
 def respelt(text: str) -> str:
-    """Return another base64 text that decodes to the same bytes: its last character has bits to spare."""
+    """Return another base64 text of the same bytes: the last character has unused bits."""
     alphabet = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
     other = text[:-1] + alphabet[alphabet.index(text[-1]) ^ 1]
     padding = "=" * (-len(text) % 4)
@@ -77,14 +77,14 @@ def respelt(text: str) -> str:
 
 
 def standard(text: str) -> str:
-    """Return *text* in the alphabet of base64, which differs in two characters from base64url."""
+    """Return *text* in the base64 alphabet, which differs from base64url in two characters."""
     assert "-" in text
     assert "_" in text
     return text.replace("-", "+").replace("_", "/")
 
 
 def of_length(length: int) -> str:
-    """Return a good token of *length* characters."""
+    """Return a valid token of *length* characters."""
     bare = token(CLAIMS | {"image": ""})
     payload = part(CLAIMS | {"image": ""})
     wanted = len(payload) + length - len(bare)
@@ -97,9 +97,9 @@ def of_length(length: int) -> str:
 H, P = part(HEADER), part(CLAIMS)
 GOOD = token()
 WITHDRAWN, STAYING = new_key("EdDSA", "withdrawn"), new_key("EdDSA", "staying")
-# Of 16 bytes, as P is of 35: the last character has bits to spare.
+# 16 bytes, as P has 35: the last base64 character has unused bits.
 LOOSE_HEADER = part({"alg": "HS256"})
-# With characters that base64 and base64url spell differently.
+# Contains characters that base64 and base64url encode differently.
 ODD_PAYLOAD = part(b'{"sub": "~~~???>>>", "exp": %d, "x": "\xc3\xbe\xc3\xbf~?"}' % SOON)
 ODD_HEADER = part({"alg": "HS256", "kid": "~~~???>>>"})
 
@@ -599,7 +599,7 @@ def of_key(key: SigningKey) -> str:
 async def renew(issuer: Issuer, keys: FetchedKeys, clock: Clock, *published: SigningKey) -> None:
     issuer.publish(*published, STAYING)
     clock.now += jwks.FRESH_S + 1
-    await keys.key(WITHDRAWN.kid)  # too old: renewed behind this answer's back, which the next one awaits
+    await keys.key(WITHDRAWN.kid)  # stale: this call renews in the background, and the next one awaits that
     await keys.key(STAYING.kid)
 
 
