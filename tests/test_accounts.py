@@ -110,7 +110,7 @@ async def test_a_signed_up_user_has_tasks_of_their_own(client: httpx.AsyncClient
     assert (await bob.get(f"/{task['id']}")).status_code == 404
 
 
-async def test_signing_up_answers_as_better_auth_does(client: httpx.AsyncClient, email: str) -> None:
+async def test_sign_up_responds_as_better_auth_does(client: httpx.AsyncClient, email: str) -> None:
     answer = await _sign_up(client, email.upper(), image="https://example.com/alice.png")
 
     assert (answer.status_code, set(answer.json())) == (200, {"token", "user"})
@@ -159,7 +159,7 @@ async def test_the_newest_secret_signs_for_the_issuer_and_audience_of_the_settin
         assert (await alice.get(TOKEN)).status_code == 200
 
 
-async def test_signing_in_leads_to_the_same_account(client: httpx.AsyncClient, email: str) -> None:
+async def test_signing_in_returns_the_same_account(client: httpx.AsyncClient, email: str) -> None:
     signed_up = (await _sign_up(client, email)).json()
 
     answer = await _sign_in(client, email)
@@ -455,7 +455,9 @@ async def _assert_ended(account: Person, reason: str = ENDED) -> None:
     assert (await account.send("POST", REVOKE)).status_code == 401
 
 
-async def test_every_exchange_carries_the_time_of_sign_in(client: httpx.AsyncClient, email: str) -> None:
+async def test_every_renewed_token_has_the_auth_time_of_the_sign_in(
+    client: httpx.AsyncClient, email: str
+) -> None:
     alice = await _alice(client, email)
     signed_in_at = _claims(alice.token)["auth_time"]
 
@@ -501,7 +503,7 @@ async def test_the_settings_say_how_long_a_session_lasts(
         await _assert_ended(_signed_in(alice, 1.1 / 24))
 
 
-async def test_a_token_of_an_older_release_began_its_session_when_it_was_issued(
+async def test_a_token_without_auth_time_starts_its_session_at_iat(
     client: httpx.AsyncClient, email: str
 ) -> None:
     alice = await _alice(client, email)
@@ -745,7 +747,7 @@ async def test_a_grant_must_be_a_form(client: httpx.AsyncClient, email: str) -> 
     assert "application/x-www-form-urlencoded" in answer.json()["detail"]
 
 
-async def test_a_failed_sign_in_is_logged_without_what_was_sent(
+async def test_a_failed_sign_in_is_logged_without_email_and_password(
     log: Log, database_url: str, email: str
 ) -> None:
     async with running(_keeping(database_url)) as client:

@@ -314,7 +314,7 @@ def _outline(answer: httpx.Response) -> dict[str, Any]:
     }
 
 
-async def test_local_accounts_answer_as_better_auth_does(url: str, tmp_path: Path) -> None:
+async def test_local_accounts_respond_as_better_auth_does(url: str, tmp_path: Path) -> None:
     async with running_better_auth(url, tmp_path) as issuer, _local(url) as local:
         for name, (verb, body) in SAME_REQUESTS.items():
             outlines = []

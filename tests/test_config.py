@@ -337,7 +337,7 @@ def test_settings_built_in_code_ignore_environment_and_env_file(
     assert (Settings().port, Settings().host) == (8000, "127.0.0.1")
 
 
-def test_the_embedded_secret_is_made_once_for_its_owner_only(folder: Path) -> None:
+def test_the_embedded_secret_is_created_once_with_mode_600(folder: Path) -> None:
     data = folder / "deep" / "data"
     before = os.umask(0)
     try:

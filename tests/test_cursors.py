@@ -169,7 +169,7 @@ def test_a_malformed_cursor_is_refused(sealer: CursorSealer, cursor: str) -> Non
         sealer.read(cursor, BINDING)
 
 
-def test_cursors_outlive_a_change_of_the_secret() -> None:
+def test_cursors_stay_valid_while_their_secret_is_rotated() -> None:
     before, between, after = CursorSealer([OLDER]), CursorSealer([SECRET, OLDER]), CursorSealer([SECRET])
     old, new = before.write([7], BINDING), between.write([7], BINDING)
 
@@ -188,7 +188,7 @@ def test_a_cursor_sealed_with_the_token_secret_is_refused(sealer: CursorSealer) 
             sealer.read(encode(AESSIV(key).encrypt(payload, [b"list:" + BINDING.encode()])), BINDING)
 
 
-def test_a_cursor_does_not_show_what_it_holds(sealer: CursorSealer) -> None:
+def test_a_cursor_does_not_reveal_its_position_or_binding(sealer: CursorSealer) -> None:
     raw = decode(sealer.write(["Divorce lawyer", 1234567], BINDING))
 
     for part in (b"Divorce", b"lawyer", b"1234567", b"[", BINDING.encode()):

@@ -158,7 +158,7 @@ async def test_a_column_type_change_does_not_break_prepared_statements(postgres_
         assert (await alice.get(f"/{task['id']}")).json() == task
 
 
-async def test_rows_loaded_with_few_columns_are_tasks(database_url: str, alice: Person) -> None:
+async def test_rows_inserted_with_user_id_and_title_only_are_tasks(database_url: str, alice: Person) -> None:
     engine = db.connect(database_url, pool_size=1).engine()
     async with engine.begin() as connection:
         await connection.exec_driver_sql(

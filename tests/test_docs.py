@@ -20,7 +20,7 @@ from tests.service import printed_token, running_service
 BROWSER_OPTIONS = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
 
 
-async def test_the_root_leads_to_the_docs(client: httpx.AsyncClient) -> None:
+async def test_the_root_redirects_to_the_docs(client: httpx.AsyncClient) -> None:
     answer = await client.get("/")
 
     assert answer.status_code == 307

@@ -395,7 +395,7 @@ async def test_after_idle_time_a_withdrawn_key_is_not_trusted(
 
 
 @pytest.mark.parametrize("failed_before", [False, True])
-async def test_after_idle_time_one_fetch_is_waited_for_while_the_issuer_is_away(
+async def test_after_idle_time_one_call_waits_for_a_fetch_while_the_issuer_is_down(
     issuer: Issuer, keys: FetchedKeys, clock: Clock, monkeypatch: pytest.MonkeyPatch, failed_before: bool
 ) -> None:
     monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.3)
@@ -524,7 +524,7 @@ async def test_a_fetch_that_arrives_byte_by_byte_times_out(
     server.close()
 
 
-async def test_keys_serve_for_a_day_while_the_issuer_is_away(
+async def test_keys_stay_valid_for_a_day_while_the_issuer_is_down(
     issuer: Issuer, keys: FetchedKeys, clock: Clock
 ) -> None:
     issuer.reply = None
@@ -539,7 +539,7 @@ async def test_keys_serve_for_a_day_while_the_issuer_is_away(
         await keys.key("old")
 
 
-async def test_an_issuer_that_is_away_is_asked_once_per_cool_down(
+async def test_an_issuer_that_is_down_is_fetched_from_once_per_cool_down(
     issuer: Issuer, keys: FetchedKeys, clock: Clock
 ) -> None:
     issuer.reply = None

@@ -71,7 +71,7 @@ def _alembic(database: db.Database) -> Config:
     return config
 
 
-async def test_up_down_and_up_again_leaves_other_tables_alone(database: db.Database) -> None:
+async def test_upgrade_and_downgrade_leave_other_tables_alone(database: db.Database) -> None:
     others = set(BETTER_AUTH_TABLES)
     await asyncio.to_thread(command.upgrade, _alembic(database), "head")
     assert await _tables(database) == others | {*OUR_TABLES, "task_schema_version"}
@@ -303,7 +303,7 @@ async def _names_of_indexes(database: db.Database) -> set[str]:
     return {name for (name,) in found}
 
 
-async def test_the_indexes_of_a_released_database_are_kept_replaced_and_given_back(
+async def test_upgrade_keeps_or_replaces_released_indexes_and_downgrade_restores_them(
     database: db.Database,
 ) -> None:
     alembic = _alembic(database)

@@ -205,7 +205,7 @@ def test_a_patch_has_two_media_types_and_other_bodies_one(document: dict[str, An
     assert all(types == {"application/json"} for types in found.values())
 
 
-def test_links_lead_from_a_task_to_what_can_be_done_with_it(document: dict[str, Any]) -> None:
+def test_links_lead_from_a_task_to_its_operations(document: dict[str, Any]) -> None:
     created = document["paths"][TASKS]["post"]["responses"]["201"]["links"]
     read = document["paths"][f"{TASKS}/{{task_id}}"]["get"]["responses"]["200"]["links"]
 
@@ -323,7 +323,7 @@ def test_a_task_always_has_all_its_members(document: dict[str, Any]) -> None:
     assert set(schema["examples"][0]) == set(schema["properties"])
 
 
-def test_only_what_can_be_null_is_nullable(document: dict[str, Any]) -> None:
+def test_only_optional_task_fields_are_nullable(document: dict[str, Any]) -> None:
     fields = document["components"]["schemas"]["TaskOut"]["properties"]
 
     nullable = {name for name, field in fields.items() if {"type": "null"} in field.get("anyOf", ())}
@@ -335,14 +335,14 @@ def test_only_what_can_be_null_is_nullable(document: dict[str, Any]) -> None:
     assert done["required"] == ["status"]
 
 
-def test_an_update_promises_no_defaults(document: dict[str, Any]) -> None:
+def test_an_update_has_no_defaults_and_no_required_fields(document: dict[str, Any]) -> None:
     for name in ("TaskUpdate", "Completion"):
         schema = document["components"]["schemas"][name]
         assert "required" not in schema
         assert not any("default" in field for field in schema["properties"].values())
 
 
-def test_no_reference_leads_nowhere(document_with_accounts: dict[str, Any]) -> None:
+def test_every_ref_resolves_to_a_component(document_with_accounts: dict[str, Any]) -> None:
     document = document_with_accounts
     found: list[str] = []
 

@@ -118,7 +118,7 @@ async def test_a_successor_counts_towards_the_limit(
         assert third["id"] in {each["id"] for each in (await alice.get()).json()}
 
 
-async def test_completing_all_again_and_again_makes_no_more_than_the_limit(database_url: str) -> None:
+async def test_completing_all_repeatedly_never_exceeds_the_task_limit(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=20))) as client:
         alice = person("alice", client)
         for _ in range(5):

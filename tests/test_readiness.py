@@ -94,7 +94,7 @@ async def test_without_a_schema_requests_are_503_and_the_start_logs_why(
     assert log.events("crash") == []
 
 
-async def test_a_database_that_has_stopped_is_not_ready(tmp_path: Path) -> None:
+async def test_a_stopped_database_is_not_ready(tmp_path: Path) -> None:
     with own_server() as server:
         url = server.url_of(await server.create_database())
         app = create_app(settings_for(url))
@@ -105,7 +105,7 @@ async def test_a_database_that_has_stopped_is_not_ready(tmp_path: Path) -> None:
     await lifespan.__aexit__(None, None, None)
 
 
-async def test_a_database_that_is_frozen_is_not_ready_until_it_goes_on() -> None:
+async def test_a_frozen_database_is_not_ready_until_it_resumes() -> None:
     with own_server() as server:
         async with running(create_app(settings_for(server.url, database_pool_size=2))) as client:
             assert (await ready(client)).status_code == 200

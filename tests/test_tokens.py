@@ -358,7 +358,7 @@ def test_a_reason_may_stand_in_a_challenge(reason: str) -> None:
 
 
 @pytest.mark.parametrize(("reason", "refused"), ALL_REFUSED)
-async def test_a_refusal_never_holds_the_token(verifier: Verifier, reason: str, refused: str) -> None:
+async def test_a_refusal_never_contains_the_token(verifier: Verifier, reason: str, refused: str) -> None:
     with pytest.raises(TokenInvalid) as refusal:
         await verifier.verify(refused)
 
