@@ -1,4 +1,4 @@
-"""What faults of the database do to 32 clients: `uv run --group bench bench/faults.py`, a table."""
+"""How database faults affect 32 clients; prints a table: `uv run --group bench bench/faults.py`."""
 
 import asyncio
 import sys

@@ -1,6 +1,6 @@
-"""The floor: the same work with no framework. A bare ASGI callable, asyncpg, orjson, PyJWT.
+"""The lower bound: the same work without a framework, i.e. a bare ASGI callable, asyncpg, orjson and PyJWT.
 
-Every token is verified afresh. There is no validation beyond what the work needs, no error handling, no log.
+It verifies every token anew. It has no optional validation, no error handling and no log.
 """
 
 import os
@@ -32,7 +32,7 @@ pool: asyncpg.Pool
 
 
 async def _no_reset(_: Any) -> None:
-    """The pool's own reset would be a round trip for every request."""
+    """Skip the pool's reset: it costs a round trip per request."""
 
 
 def user_of(headers: list[tuple[bytes, bytes]]) -> str:

@@ -1,8 +1,8 @@
-"""What one user can take from the others: `uv run --group bench bench/hostile.py`.
+"""How much one user can slow down the others: `uv run --group bench bench/hostile.py`.
 
-Memory: how much the service and each PostgreSQL server process grow by 2,000 varied lists. Searches: what
-another user's reads are answered, and how fast, while one user sends as many expensive searches as the rate
-limit admits, on both databases, directly and by a pooler's rules.
+Memory: how much the service and each PostgreSQL backend grow after 2,000 different list queries. Searches:
+the status and latency of another user's reads while one user sends as many expensive searches as the rate
+limit admits, on both databases, directly and with the settings for a pooler.
 """
 
 import argparse
@@ -50,7 +50,7 @@ SORTS = ("created_at", "updated_at", "title", "priority", "due_date")
 
 
 def varied() -> str:
-    """Return the query of a list like no other: any filters, up to eight words, any order."""
+    """Return a random list query: any filters, up to eight words, any order."""
     pick = random.Random(random.getrandbits(64))
     query: list[tuple[str, Any]] = [
         ("status", pick.choice(("all", "pending", "completed"))),
@@ -88,7 +88,7 @@ class Client:
 
 
 def resident_mb(pid: int) -> float:
-    """Return the memory of a process; of a server process only what it does not share."""
+    """Return the memory of a process; for a PostgreSQL backend, its unshared memory only."""
     fields = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return (
         sum(int(fields.partition(f"{name}:")[2].split()[0]) for name in ("Private_Dirty", "Private_Clean"))
@@ -136,7 +136,7 @@ async def neighbours(port: int, seconds: float) -> dict[str, Any]:
         attacked[await attacker.get("search=t+a+s+k+n+u+m+%21")] += 1
 
     ends = time.monotonic() + seconds
-    while time.monotonic() < ends:  # ten a second, which the default rate limit admits
+    while time.monotonic() < ends:  # ten per second, the default rate limit
         attacks.add(asyncio.create_task(attack()))
         for _ in range(2):
             began = time.monotonic()

@@ -1,7 +1,7 @@
-"""What ten times the load does: `uv run --group bench bench/overload.py`.
+"""How the service behaves at ten times its best load: `uv run --group bench bench/overload.py`.
 
-Rounds of the load that one process serves best and of ten times as many connections, interleaved; clients
-ask again at once, whatever they were answered. Prints per load what was answered, how fast, and the memory.
+Interleaves rounds at the number of connections with the best throughput and at ten times as many. Clients
+send their next request at once, whatever the status. Prints the statuses, latencies and memory of each load.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PEAK = 48
 
 
 class Client(asyncio.Protocol):
-    """One connection that sends the same request for ever."""
+    """One connection that repeats the same request until it is stopped."""
 
     def __init__(self, request: bytes, answered: Counter[int], times_s: list[float]) -> None:
         self._request, self._answered, self._times_s = request, answered, times_s

@@ -1,7 +1,7 @@
 """How PostgreSQL runs the lists: `uv run bench/plans.py`.
 
-Prints the plan of each list of a user with 10,000 tasks in a table of 1,000,000, planned for these values
-and for any values, and what page 1,000 costs in the time of page 1. Brings its own PostgreSQL.
+Prints the custom and the generic plan of each list of a user with 10,000 tasks in a table of 1,000,000, and
+the ratio of the times of page 1,000 and page 1. Starts its own PostgreSQL.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tests.postgres import running_server
 
 PAGE_SIZE = 10
 PAGES = (1, TASKS // PAGE_SIZE // 2, TASKS // PAGE_SIZE)
-# What no index can answer alone: many matches, and words shorter than a trigram.
+# Searches that no index can answer alone: many matches, or words shorter than a trigram.
 HARDER = (
     List("search, a word in every task", Filter(words=("number",))),
     List("search, two letters", Filter(words=("om",))),
@@ -55,7 +55,7 @@ async def plans(url: str) -> None:
     for wanted in (*LISTS, *HARDER):
         for generic in (False, True):
             sql, arguments = wanted.compiled()
-            await plan(connection, sql, arguments, generic=generic)  # once for the cache
+            await plan(connection, sql, arguments, generic=generic)  # warms the cache
             found = await plan(connection, sql, arguments, generic=generic)
             label = "any values" if generic else "these values"
             print(
@@ -67,7 +67,7 @@ async def plans(url: str) -> None:
 
 
 async def pages(url: str, rounds: int) -> None:
-    """Run the pages in turn, and compare the medians."""
+    """Run the pages alternately and compare their median times."""
     database = db.connect(url, pool_size=1)
     owner = Owner(OWNER, database)
     print(f"\npages of {PAGE_SIZE}, ms (times of page 1)")

@@ -1,6 +1,6 @@
-"""Compare this service with a floor and with the usual back end: `uv run --group bench bench/run.py`.
+"""Compare this service with a lower bound and with a typical back end: `uv run --group bench bench/run.py`.
 
-Needs wrk (Debian: apt-get install wrk). Brings its own PostgreSQL, seeds it, runs each server on one core and
+Needs wrk (Debian: apt-get install wrk). Starts and seeds its own PostgreSQL, runs each server on one core and
 the load on the other in interleaved rounds, and writes `results.json` and `results.svg` beside this file.
 """
 
@@ -45,12 +45,12 @@ SERVERS: dict[str, tuple[str, dict[str, str]]] = {
     "this service, SQLite": ("main.py", BARE),
     "the usual back end": ("bench.usual:app", {}),
 }
-MADE = ("id", "completed", "completed_at", "version", "created_at", "updated_at")  # differs by server
+MADE = ("id", "completed", "completed_at", "version", "created_at", "updated_at")  # values differ by server
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Process:
-    """A server on the first core, measured by what the kernel says of it."""
+    """A server pinned to the first core; its CPU time and memory are read from /proc."""
 
     def __init__(self, name: str, database_url: str, folder: Path) -> None:
         self.name, self.port = name, free_port()
@@ -106,7 +106,7 @@ def cpu_s(pid: int) -> float:
 
 
 def postgres_cpu_s() -> float:
-    """Return what all PostgreSQL processes of this run have used."""
+    """Return the CPU seconds of all PostgreSQL processes of this run."""
     total = 0.0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -136,7 +136,7 @@ async def seed(url: str, users: int) -> None:
 
 
 def seed_sqlite(path: Path, users: int) -> str:
-    """Make the same rows in a file and return its URL."""
+    """Create the same rows in a SQLite file and return its URL."""
     url = f"sqlite:///{path}"
     startup.migrate(db.connect(url, pool_size=1))
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
@@ -165,7 +165,7 @@ def running(names: list[str], url: str, folder: Path, sqlite_url: str = "") -> I
 
 
 def check_bodies(processes: list[Process], token: str) -> None:
-    """Fail unless every server gives the same answers, up to times and ids of what it has made."""
+    """Fail unless all servers return the same bodies, except for timestamps and ids."""
     for method, path, body in (
         ("GET", "/7", None),
         ("GET", "?limit=20", None),
@@ -286,7 +286,7 @@ def main_() -> None:
             for number in range(options.rounds + 1):
                 for operation in OPERATIONS:
                     for process in processes:
-                        seconds = options.seconds if number else 1  # the first round warms up
+                        seconds = options.seconds if number else 1  # the first round is the warm-up
                         result = load(process, operation, token_file, seconds, options.connections)
                         if number:
                             measured[process.name][operation].append(result)

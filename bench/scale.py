@@ -1,7 +1,7 @@
-"""How this service scales: `uv run --group bench bench/scale.py`.
+"""How the service scales with rows, connections and requests: `uv run --group bench bench/scale.py`.
 
-The cost of page 1 and page 1,000 in growing tables, the load in growing numbers of connections, and the
-memory after many requests. Prints, and writes `scale.json` beside this file. Needs wrk, as `run.py` does.
+Measures page 1 and page 1,000 in growing tables, the throughput with more and more connections, and the
+memory after many requests. Prints the results and writes `scale.json` beside this file. Needs wrk.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from server import startup
 from tests.postgres import Server, running_server
 
 USER = "user0001"
-USERS = 500  # a client each: statements of one user take a third of the connections
+USERS = 500  # one per client, since one user's statements take at most a third of the connections
 PAGE, PAGE_SIZE = 1_000, 10
 NAME = "this service"
 
@@ -37,7 +37,7 @@ def user(number: int) -> str:
 
 
 async def filled(server: Server, rows: int, users: int = 1) -> str:
-    """Return the URL of a database in which *users* have *rows* tasks together."""
+    """Return the URL of a database in which *users* users have *rows* tasks in total."""
     url = server.url_of(await server.create_database())
     await asyncio.to_thread(startup.migrate, db.connect(url, pool_size=1))
     connection = await asyncpg.connect(url)

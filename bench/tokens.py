@@ -1,7 +1,7 @@
-"""What a token costs: `uv run --group bench bench/tokens.py`.
+"""The cost of verifying a token: `uv run --group bench bench/tokens.py`.
 
-The time that verifying takes, for a token that is new and for one that is remembered; and what is left for
-tokens of known keys while tokens of unknown ones arrive. Takes a minute. Needs wrk, as `run.py` does.
+Measures the verification time of a new and of a remembered token, and the throughput for tokens of known keys
+while tokens with unknown key ids arrive. Takes a minute. Needs wrk, as `run.py` does.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from bench.run import SECRET, load, running, seed_sqlite, summarise
 from tests.issuer import ORIGIN, SigningKey, new_key, running_issuer
 
 ALGORITHMS = ("HS256", "EdDSA", "ES256", "RS256")
-TOKENS = 2_000  # of each algorithm
+TOKENS = 2_000  # per algorithm
 USERS = 10  # each with 1,000 tasks, in SQLite
 UNKNOWN_PER_S = 100
 ROUNDS, SECONDS, CONNECTIONS = 6, 3, 32
@@ -32,7 +32,7 @@ NAME = "this service"
 
 
 async def verify_us(verifier: tokens.Verifier, made: list[str]) -> float:
-    """Return the median of the microseconds that each of *made* takes."""
+    """Return the median time to verify one of *made*, in microseconds."""
     taken = []
     for token in made:
         began = time.perf_counter_ns()
@@ -57,7 +57,7 @@ async def measure_verifying() -> None:
             expected = tokens.Expectations(frozenset({ORIGIN}), frozenset({ORIGIN}))
             verifier = tokens.Verifier([SECRET], fetched, of_keys=expected)
             if algorithm in keys:
-                await fetched.key(keys[algorithm].kid)  # fetching is another matter
+                await fetched.key(keys[algorithm].kid)  # the first fetch is not measured
             new, remembered = await verify_us(verifier, made), await verify_us(verifier, made)
             print(f"{algorithm:12}{new:8.1f}{remembered:12.1f}")
         await fetched.close()
@@ -65,7 +65,7 @@ async def measure_verifying() -> None:
 
 @asynccontextmanager
 async def unknown_tokens(address: str, per_s: int) -> AsyncIterator[list[int]]:
-    """Send tokens of a stranger, each of a key that nobody has heard of; lend the statuses of the answers."""
+    """Send tokens of an unknown issuer, each with another key id; yield the response statuses."""
     stranger, statuses = new_key("EdDSA"), list[int]()
     made = [stranger.token({"kid": f"unknown-{number}"}) for number in range(per_s * (SECONDS + 3))]
 
@@ -105,7 +105,7 @@ async def measure_unknown(folder: Path, key: SigningKey) -> None:
                             load, process, "one", token_file, SECONDS if number else 1, CONNECTIONS
                         )
                     statuses += answered
-                    if number:  # the first round warms up
+                    if number:  # the first round is the warm-up
                         results.append(result)
         report(rounds, statuses, len(issuer.requests))
 

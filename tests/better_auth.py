@@ -1,4 +1,4 @@
-"""A real Better Auth, which keeps its tables in the same database as ours."""
+"""A real Better Auth server, whose tables are in the same database as ours."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ START_TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class Account:
-    """Somebody who has signed up and in; *cookie_cache* is the session as their browser keeps it."""
+    """An account that is signed in; *cookie_cache* is the cached session in the browser's cookie."""
 
     user_id: str
     session: str
@@ -42,7 +42,7 @@ class BetterAuth:
     output: Path
 
     async def sign_up(self, name: str) -> Account:
-        """Make an account and sign in, as a browser does."""
+        """Create an account and sign in, as a browser does."""
         account = {"name": name, "email": f"{name}@example.com", "password": PASSWORD}
         answer = await self.client.post("/api/auth/sign-up/email", json=account)
         assert answer.status_code == 200, answer.text
@@ -58,7 +58,7 @@ class BetterAuth:
         return Account(answer.json()["user"]["id"], answer.json()["token"], cookie_cache)
 
     async def token(self, account: Account) -> str:
-        """Return what `authClient.token()` does."""
+        """Return the token that `authClient.token()` would."""
         answer = await self.client.get(
             "/api/auth/token", headers={"Authorization": f"Bearer {account.session}"}
         )
@@ -66,7 +66,7 @@ class BetterAuth:
         return str(answer.json()["token"])
 
     async def mailed_token(self, name: str) -> str:
-        """Return the token of the mail that asks *name* to confirm the address."""
+        """Return the token from the mail that asks *name* to confirm the e-mail address."""
         for _ in range(100):
             mails = [json.loads(line) for line in self.output.read_text().splitlines() if line[:1] == "{"]
             for mail in mails:
@@ -109,7 +109,7 @@ async def running_better_auth(
             yield BetterAuth(origin, client, output)
     finally:
         assert process.stdin is not None
-        process.stdin.close()  # it ends with its standard input
+        process.stdin.close()  # Better Auth exits when its standard input closes
         await asyncio.wait_for(process.wait(), START_TIMEOUT_S)
 
 
@@ -119,8 +119,8 @@ async def _wait_until_answering(
     deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
     while asyncio.get_running_loop().time() < deadline and process.returncode is None:
         with contextlib.suppress(httpx.TransportError):
-            # Asked for keys and for a token at once, it makes two first keys, and the service may have
-            # fetched the one that the token is not signed with: so the first is made here.
+            # Concurrent first requests for keys and for a token create two keys, and the service might
+            # fetch the one that did not sign the token. This request creates the only key.
             if (await client.get("/api/auth/jwks")).status_code == 200:
                 return
         await asyncio.sleep(0.02)
@@ -128,7 +128,7 @@ async def _wait_until_answering(
 
 
 def _install() -> str:
-    """Return the path of Node, after the packages of the lock file have been installed if they are not."""
+    """Install the packages of the lock file if necessary, and return the path of Node."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if not node or not npm:
         _give_up(f"Node.js {NODE_MIN} or newer with npm is not installed (https://nodejs.org)")
@@ -148,11 +148,11 @@ def _install() -> str:
     )
     if done.returncode:
         raise RuntimeError(f"npm ci failed: {done.stderr}")
-    installed.touch()  # a file of the lock's own age would install it again and again
+    installed.touch()  # must be newer than the lock file, or each run would install again
     return node
 
 
 def _give_up(sentence: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(sentence)
-    pytest.skip(sentence)  # not from PyPI, so the README's test command cannot bring it
+    pytest.skip(sentence)  # not on PyPI, so the README's test command cannot install it

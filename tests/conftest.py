@@ -1,4 +1,4 @@
-"""The real app on both databases, and the people who use it."""
+"""The real app on both databases, and its users."""
 
 import io
 import json
@@ -30,14 +30,14 @@ from tests.postgres import Server, running_server
 from web.counters import LocalStorage
 from web.rate_limits import RateLimits
 
-logging.getLogger("httpx").setLevel(logging.WARNING)  # clients would mix with the service's log
+logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx's lines would mix with the service's log
 
 SECRET = "a-secret-that-only-the-tests-know-0001"
 
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody with a token, and a client that speaks to their own tasks unless told otherwise."""
+    """A user with a token, and a client whose relative paths are below that user's tasks."""
 
     user_id: str
     client: httpx.AsyncClient
@@ -48,10 +48,10 @@ class Person:
         return f"/api/{self.user_id}/tasks"
 
     async def send(self, method: str, path: str = "", **options: Any) -> httpx.Response:
-        """Send to *path* below the person's tasks, or to an absolute one."""
+        """Send a request to *path*: below the user's tasks, or an absolute path."""
         url = path if path.startswith("/api/") else f"{self.tasks}{path}"
         headers = {"Authorization": f"Bearer {self.token}"}
-        if "json" in options:  # the client's own encoder cannot write null or an unpaired surrogate
+        if "json" in options:  # httpx's encoder cannot send null or an unpaired surrogate
             options["content"] = json.dumps(options.pop("json"))
             headers["Content-Type"] = "application/json"
         headers |= options.pop("headers", {})
@@ -80,9 +80,9 @@ class Person:
 
 
 def reset_log() -> None:
-    """Log as if nothing had been configured, but with plain tracebacks.
+    """Reset structlog to its defaults, but with plain tracebacks.
 
-    By default Rich, which Schemathesis brings, prints all values around a crash: 5 s, with coverage 16 s.
+    By default Rich, a dependency of Schemathesis, prints all local variables: 5 s, with coverage 16 s.
     """
     structlog.reset_defaults()
     renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
@@ -105,8 +105,8 @@ def log_format() -> str:
 
 @pytest.fixture
 def log(log_format: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
-    """What services that start from now on write, in the format that they write to standard error."""
-    for module in (middleware.auth, routes.accounts):  # the last test may have used up this second's lines
+    """The log of services started from now on, in the format that they write to standard error."""
+    for module in (middleware.auth, routes.accounts):  # an earlier test may have used up this second's lines
         monkeypatch.setattr(module, "_log", logs.BoundedLog("security"))
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
@@ -119,7 +119,7 @@ def log(log_format: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
 
 
 class Clock:
-    """Stands in for the module `time`. It passes when it is told to."""
+    """Replaces the module `time`; tests advance `now`."""
 
     def __init__(self, now: float = 1_000_000.0) -> None:
         self.now = now
@@ -132,7 +132,7 @@ class Clock:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run the whole suite in several processes, as much of it waits, and what is named in this one."""
+    """Run the whole suite in several processes, since many tests wait; run named tests in this process."""
     if config.args_source != pytest.Config.ArgsSource.TESTPATHS or config.option.keyword:
         return 0
     return (os.cpu_count() or 1) + 1
@@ -140,10 +140,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the files that measure time, then with those that start processes, which take longest.
+    """Run files that measure time first, then files that start processes, which take longest.
 
-    A file runs in one process (`--dist=loadfile`), so that what its tests share is made once. The groups of
-    xdist 3.8 would do so for less than a file, but with pytest 9.2 they have no effect.
+    All tests of a file run in one process (`--dist=loadfile`), so that shared fixtures are set up once.
+    xdist 3.8's groups are finer than files, but have no effect with pytest 9.2.
     """
     if not hasattr(config, "workerinput"):
         return
@@ -162,10 +162,10 @@ def _rank(item: pytest.Item) -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Measure a worker's coverage once, and not at all in a test marked `no_cover`.
+    """Measure coverage once per worker, and not in tests marked `no_cover`.
 
-    pytest-cov 7.1 starts a second measurement in each worker, as if the worker were the main process, and
-    coverage's patch for subprocesses a third. They are thrown away, but a test waits for all of them.
+    pytest-cov 7.1 starts a second measurement in each worker, as if it were the main process, and coverage's
+    subprocess patch starts a third. Their results are discarded, but they slow down every test.
     """
     if hasattr(session.config, "workerinput") and session.config.pluginmanager.has_plugin("_cov"):
         while (measurement := coverage.Coverage.current()) is not None:
@@ -184,7 +184,7 @@ def postgres() -> Iterator[Server]:
 
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])
 async def database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
-    """An empty database, shared by the run: who needs an empty list takes a new person."""
+    """A database shared by the whole run: a test that needs an empty list uses a new user."""
     if request.param == "sqlite":
         yield f"sqlite:///{request.getfixturevalue('tmp_path_factory').mktemp('data') / 'tasks.db'}"
         return
@@ -193,7 +193,7 @@ async def database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
         yield url
 
 
-# For properties of what is refused before any statement is made.
+# For properties of requests that are refused before any statement runs.
 on_one_database = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
@@ -222,7 +222,7 @@ def settings_for(database_url: str, **changes: Any) -> Settings:
             "better_auth_secret": SECRET,
             "migrate_on_start": True,
             "allowed_origins": "https://app.example.com/",
-            # All the people of a run come from one address.
+            # All test users share one client address.
             "rate_limit": "off",
             "rate_limit_anonymous": "off",
         }
@@ -241,14 +241,14 @@ SCOPE = {
 
 
 def front(app: Any, *, deadline_s: float = 10, origins: Sequence[str] = ()) -> Any:
-    """Put the front before an ASGI application that is not ours."""
+    """Wrap an ASGI application in `FrontMiddleware`."""
     limits = RateLimits(LocalStorage(), user="off", anonymous="off")
     return FrontMiddleware(app, rate_limits=limits, deadline_s=deadline_s, origins=origins)
 
 
 @asynccontextmanager
 async def running(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """Start *app* and lend a client of it that gets the answer to a crash, as a real client does."""
+    """Start *app* and yield a client that receives the 500 after a crash, as a real client does."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -260,7 +260,7 @@ async def running(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 async def raw_status(
     app: FastAPI, method: str, path: str, query: bytes = b"", *headers: tuple[bytes, bytes]
 ) -> int:
-    """Return the status of the answer to a request of any bytes, some of which no client would send."""
+    """Return the response status of a raw request, which may contain bytes that httpx would not send."""
     scope = {
         "type": "http",
         "http_version": "1.1",
@@ -336,7 +336,7 @@ def chromium() -> str:
     sentence = "There is no Chromium: install Debian's package `chromium`."
     if os.environ.get("CI"):
         pytest.fail(f"{sentence} CI must not go without this test.")
-    pytest.skip(reason=sentence)  # a browser is much to ask of everybody who runs the tests
+    pytest.skip(reason=sentence)  # a browser is optional outside CI
 
 
 PAGES_MAX = 1_000

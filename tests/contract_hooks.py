@@ -1,4 +1,4 @@
-"""What Schemathesis has to know about the service and an OpenAPI document cannot say."""
+"""What Schemathesis has to know about the service but OpenAPI cannot express."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from schemathesis import Case, HookContext, Response
 from routes.tasks import IDEMPOTENCY_KEY_PATTERN
 
 ETAGS = ['"1"', '"2"', 'W/"1"', '"3", "1"', '"a,b"', "*"]
-# Rules about several members or about what is stored already: (parameter or pointer, clause).
+# Rules about several parameters or about stored data: (parameter or pointer, detail).
 BEYOND_THE_DOCUMENT = {
     ("status", "or another filter must be given"),
 }
@@ -25,17 +25,17 @@ def before_load_schema(context: HookContext, raw_schema: dict[str, Any]) -> None
     for operations in raw_schema["paths"].values():
         for operation in operations.values():
             parameters = operation.get("parameters", [])
-            # It is signed: no document says how to make one up.
+            # Cursors are sealed by the service; Schemathesis cannot generate a valid one.
             parameters[:] = [each for each in parameters if each["name"] != "cursor"]
             for parameter in parameters:
-                # In its coverage phase Schemathesis writes only letters and digits by a header's pattern.
+                # In its coverage phase Schemathesis generates only letters and digits for a header's pattern.
                 if parameter["name"] in ("If-Match", "If-None-Match"):
                     parameter["schema"] = {"type": "string", "enum": ETAGS}
 
 
 @schemathesis.hook
 def before_call(context: HookContext, case: "Case[Any]", kwargs: dict[str, Any]) -> None:
-    """Use no key twice: with another body it would be refused."""
+    """Make every Idempotency-Key unique: a reused key with another body is a 422."""
     headers: Any = case.headers or {}
     if re.fullmatch(IDEMPOTENCY_KEY_PATTERN, headers.get("Idempotency-Key", "")):
         headers["Idempotency-Key"] = str(next(_keys))
@@ -43,14 +43,14 @@ def before_call(context: HookContext, case: "Case[Any]", kwargs: dict[str, Any])
 
 @schemathesis.hook
 def filter_failure(context: HookContext, failure: Exception, case: "Case[Any]", response: Response) -> bool:
-    """Drop what is right by a rule beyond the document."""
+    """Ignore failures that are correct by a rule that OpenAPI cannot express."""
     match type(failure).__name__:
         case "RejectedPositiveData" if response.status_code == 422:
             errors = json.loads(response.content)["errors"]
             mistakes = {(error.get("parameter") or error.get("pointer"), error["detail"]) for error in errors}
             return not mistakes <= BEYOND_THE_DOCUMENT
         case "AcceptedNegativeData" if "maxLength" in str(failure):
-            return all(text == text.strip() for text in _texts(case.body))  # it counts what it keeps
+            return all(text == text.strip() for text in _texts(case.body))  # maxLength counts stripped text
     return True
 
 

@@ -1,4 +1,4 @@
-"""A load that keeps account of every answer, and what can happen to a database meanwhile."""
+"""A load that records every response, and the faults that a database can suffer meanwhile."""
 
 import asyncio
 import contextlib
@@ -23,10 +23,10 @@ from tests.postgres_proxy import Proxy, running_proxy
 
 CLIENTS = 32
 ROLE = "service"
-CALM_ANSWERS = 6 * CLIENTS  # before the fault, and again when it has passed
+CALM_ANSWERS = 6 * CLIENTS  # successes awaited before the fault and again after it
 CALM_TIMEOUT_S = 30
-AFTER_S = 2.0  # of load after the fault, in which failures are still noted
-# What the service waits for: all of it is scaled as the faults are.
+AFTER_S = 2.0  # the load goes on this long after the fault and records failures
+# The service's timeouts, which are scaled like the faults.
 SETTINGS = (
     "database_connect_timeout_s",
     "database_statement_timeout_s",
@@ -44,18 +44,18 @@ CONSTANTS = (
 
 @dataclass
 class Account:
-    """What was asked and what was answered."""
+    """The requests sent and the responses received."""
 
     requests: int = 0
     successes: int = 0
-    failures: list[float] = field(default_factory=list)  # when
+    failures: list[float] = field(default_factory=list)  # times of the failures
     longest_s: float = 0.0
     longest_failure_s: float = 0.0
     odd: list[str] = field(default_factory=list)
     acknowledged: set[str] = field(default_factory=set)
-    ended: float = math.inf  # when the fault was over
-    served_again: dict[str, float] = field(default_factory=dict)  # when who asked after that was served
-    late_s: float = 0.0  # how much longer than asked for this process has slept at most
+    ended: float = math.inf  # time at which the fault ended
+    served_again: dict[str, float] = field(default_factory=dict)  # first success after that, per user
+    late_s: float = 0.0  # the longest oversleep of this process
 
     def note(self, someone: Person, answer: httpx.Response, started: float) -> None:
         took_s = time.monotonic() - started
@@ -77,15 +77,15 @@ class Account:
 class Outcome:
     account: Account
     began: float
-    recovery_s: float  # from the end of the fault to the last failure, and until everybody is served
-    calm_s: float  # that `CALM_ANSWERS` took before the fault, which is up to this machine and its users
+    recovery_s: float  # from the end of the fault to the last failure or until every user is served, if later
+    calm_s: float  # time of `CALM_ANSWERS` successes without a fault, which depends on the machine's load
     lost: int
     doubled: int
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a fault happens: the server, the proxy before it, and the database that the load is on."""
+    """The target of a fault: the server, the proxy in front of it, and the loaded database."""
 
     process: Process
     proxy: Proxy
@@ -93,11 +93,11 @@ class Scene:
     scale: float
 
     async def last(self, seconds: float) -> None:
-        """Let the fault last for *seconds*, at the scale of the scene."""
+        """Keep the fault up for *seconds* times the scale."""
         await asyncio.sleep(seconds * self.scale)
 
     async def alter(self, change: str) -> None:
-        """Alter the database, for connections that are made from now on: those of now are ended."""
+        """Alter the database and terminate its connections, since only new ones get the change."""
         await Server(self.process.url).execute(f'ALTER DATABASE "{self.database}" {change}')
         await self.terminate()
 
@@ -111,9 +111,9 @@ Fault = Callable[[Scene], Awaitable[None]]
 
 
 async def suffer(process: Process, fault: Fault, scale: float = 1.0) -> Outcome:
-    """Run *fault* under the load of `CLIENTS`, and return when they have been served in peace again.
+    """Run *fault* under a load of `CLIENTS` users, and return once all are served again.
 
-    *scale* is that of the fault's times and of the service's, so that their relations stay.
+    *scale* multiplies the fault's durations and the service's timeouts, which keeps their ratios.
     """
     server = Server(process.url)
     account = Account()
@@ -146,7 +146,7 @@ async def suffer(process: Process, fault: Fault, scale: float = 1.0) -> Outcome:
 
 @contextlib.contextmanager
 def _scaled(scale: float) -> Iterator[dict[str, float]]:
-    """Scale the constants of the service, and lend the settings that go with them."""
+    """Scale the service's constants, and yield the scaled settings."""
     with contextlib.ExitStack() as stack:
         for module, name in CONSTANTS:
             stack.enter_context(mock.patch.object(module, name, getattr(module, name) * scale))
@@ -155,7 +155,7 @@ def _scaled(scale: float) -> Iterator[dict[str, float]]:
 
 @contextlib.asynccontextmanager
 async def _database_of_an_ordinary_role(server: Server) -> AsyncIterator[str]:
-    """Lend a database of somebody whom limits hold, as they do not hold the superuser."""
+    """Yield a database owned by an ordinary role: limits do not apply to a superuser."""
     with contextlib.suppress(asyncpg.DuplicateObjectError):
         await server.execute(f"CREATE ROLE {ROLE} LOGIN")
     name = await server.create_database()
@@ -179,16 +179,16 @@ async def _load(people: list[Person], account: Account) -> AsyncIterator[None]:
 
 
 async def _calm(account: Account) -> float:
-    """Return after `CALM_ANSWERS` more have succeeded, and how many seconds this machine took for them."""
+    """Wait for `CALM_ANSWERS` more successes, and return the seconds that they took."""
     began, enough = time.monotonic(), account.successes + CALM_ANSWERS
     async with asyncio.timeout(CALM_TIMEOUT_S):
-        while account.successes < enough:  # noqa: ASYNC110 - nobody else waits for a number
+        while account.successes < enough:  # noqa: ASYNC110 - a counter has no event
             await asyncio.sleep(0.01)
     return time.monotonic() - began
 
 
 async def _watch(account: Account, stopping: asyncio.Event) -> None:
-    """Note how late this process is, which the load, the service and the machine's other users share."""
+    """Record by how much the event loop oversleeps; the load and the service share this delay."""
     while not stopping.is_set():
         due = time.monotonic() + 0.01
         await asyncio.sleep(0.01)
@@ -196,7 +196,7 @@ async def _watch(account: Account, stopping: asyncio.Event) -> None:
 
 
 async def _use(someone: Person, account: Account, stopping: asyncio.Event) -> None:
-    """Read, write and write again what failed, as a front end does that has a key for each write."""
+    """Read and write; retry failed writes by their Idempotency-Key, as a front end would."""
     for number in itertools.count():
         if stopping.is_set():
             return
@@ -219,7 +219,7 @@ async def _write_until_done(someone: Person, account: Account, title: str, stopp
     while not stopping.is_set():
         started = time.monotonic()
         answer = await someone.post(json={"title": title}, headers={"Idempotency-Key": title})
-        if answer.status_code == 409:  # the first one is still running
+        if answer.status_code == 409:  # the first request with this key is still running
             await asyncio.sleep(0.1)
             continue
         account.note(someone, answer, started)
@@ -246,7 +246,7 @@ async def crashed(scene: Scene) -> None:
 
 
 async def asleep(scene: Scene) -> None:
-    """Away for less time than a sleeping database may take to wake."""
+    """Unreachable, but for less time than a suspended database may take to wake."""
     await asyncio.to_thread(scene.process.stop)
     await scene.last(4)
     await asyncio.to_thread(scene.process.start)
@@ -283,20 +283,20 @@ async def frozen(scene: Scene) -> None:
 
 
 async def cut_off(scene: Scene) -> None:
-    """Packets vanish, of old connections and of new ones; then new ones pass again."""
+    """Packets of old and new connections are lost; later, new connections work again."""
     scene.proxy.swallow(new_ones_too=True)
     await scene.last(6)
     scene.proxy.release()
 
 
 async def forgotten(scene: Scene) -> None:
-    """Connections that there are lead nowhere any more, new ones do."""
+    """Packets of existing connections are lost; new connections work."""
     scene.proxy.swallow()
-    await scene.last(5)  # until the last statement on one of them has been given up
+    await scene.last(5)  # until the last statement on one of them has timed out
 
 
 async def slow_to_wake(scene: Scene) -> None:
-    """Every connection is gone, and new ones are accepted and not answered for a while."""
+    """All connections are closed; new ones are accepted but get no response for a while."""
     scene.proxy.hold()
     await scene.terminate()
     await scene.last(3.5)

@@ -1,4 +1,4 @@
-"""An issuer of tokens: private keys, and a real HTTP server that publishes the public ones, or misbehaves."""
+"""A token issuer: private keys, and a real HTTP server that publishes the public keys or misbehaves."""
 
 import asyncio
 import base64
@@ -29,12 +29,12 @@ class SigningKey:
 
     @property
     def public(self) -> dict[str, Any]:
-        """The key as Better Auth publishes it: without `use`."""
+        """The public JWK as Better Auth publishes it, without `use`."""
         made = jwks.ALGORITHMS[self.algorithm].to_jwk(self.private.public_key(), as_dict=True)
         return {name: value for name, value in made.items() if name != "key_ops"} | {"kid": self.kid}
 
     def token(self, header: dict[str, Any] | None = None, **claims: Any) -> str:
-        """Return a token; a header or claim that is None is left out."""
+        """Return a signed token; a header or claim set to None is omitted."""
         now = int(time.time())
         content = {"sub": "alice", "iss": ORIGIN, "aud": ORIGIN, "iat": now, "exp": now + 900} | claims
         head = {"alg": self.algorithm, "kid": self.kid} | (header or {})
@@ -68,7 +68,7 @@ def answer(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
 
 @dataclass
 class Issuer:
-    """Answers every request with `reply`, after `delay_s`; without a reply it resets the connection."""
+    """Sends `reply` to every request after `delay_s`; if it is None, resets the connection."""
 
     reply: bytes | None = None
     delay_s: float = 0.0

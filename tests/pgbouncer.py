@@ -1,4 +1,4 @@
-"""A real pgbouncer in transaction mode, as it stands before Neon's `-pooler` hosts."""
+"""A real pgbouncer in transaction mode, as behind Neon's `-pooler` hosts."""
 
 import asyncio
 import contextlib
@@ -30,19 +30,19 @@ ignore_startup_parameters = extra_float_digits
 
 
 def program() -> str:
-    """Return the path of pgbouncer; only a newcomer's machine may lack it."""
+    """Return the path of pgbouncer; skip the test without it, or fail it in CI."""
     found = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
     if not found:
         sentence = "pgbouncer is not installed (Debian: apt-get install pgbouncer)"
         if os.environ.get("CI"):
             pytest.fail(sentence)
-        pytest.skip(sentence)  # not from PyPI, so the README's test command cannot bring it
+        pytest.skip(sentence)  # not on PyPI, so the README's test command cannot install it
     return found
 
 
 @contextlib.asynccontextmanager
 async def running_pgbouncer(server: Server, database: str, folder: Path) -> AsyncIterator[str]:
-    """Start pgbouncer before *server* and return the URL of *database* through it."""
+    """Start pgbouncer in front of *server* and yield the URL of *database* through it."""
     target, listen_port = urlsplit(server.url), free_port()
     configuration = folder / "pgbouncer.ini"
     configuration.write_text(
@@ -51,7 +51,7 @@ async def running_pgbouncer(server: Server, database: str, folder: Path) -> Asyn
         )
     )
     command = [program(), "--quiet"]
-    if is_root():  # it refuses to run as root, and reads its file as the other user
+    if is_root():  # pgbouncer refuses to run as root, and reads its file as the other user
         command += ["--user", "nobody"]
         for path in (folder, *folder.parents[:2]):
             path.chmod(0o755)

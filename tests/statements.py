@@ -1,4 +1,4 @@
-"""Every statement that the service runs about somebody's rows."""
+"""Every statement of the service that reads or writes rows of a user."""
 
 import itertools
 from types import ModuleType
@@ -26,7 +26,7 @@ def constants(module: ModuleType) -> list[Executable]:
 
 
 def _runs(value: Executable) -> bool:
-    # Tables and columns are executables too, though nobody runs them.
+    # Tables and columns are `Executable` too, but they are not statements.
     return bool(value.is_select or value.is_dml)
 
 

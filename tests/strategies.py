@@ -1,9 +1,9 @@
-"""What Hypothesis draws from in several tests: JSON of any shape, and texts that are nearly another."""
+"""Hypothesis strategies of several tests: arbitrary JSON, and near misses of a text."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
 
-# The same examples in every run: a find stays found, and nobody's build fails for another's luck.
+# The same examples in every run: failures are reproducible, and no build fails by chance.
 BOUNDED = settings(derandomize=True, deadline=None, max_examples=500)
 
 JSON = st.recursive(
@@ -16,7 +16,7 @@ LATIN_1 = st.characters(max_codepoint=255)
 
 @st.composite
 def near_misses(draw: st.DrawFn, text: str) -> str:
-    """Draw *text* with one to three characters changed, dropped, inserted or repeated."""
+    """Return *text* with one to three characters changed, dropped, inserted or repeated."""
     for _ in range(draw(st.integers(1, 3))):
         at, other = draw(st.integers(0, len(text) - 1)), draw(LATIN_1)
         end = at + draw(st.integers(0, 3))

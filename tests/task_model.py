@@ -1,4 +1,4 @@
-"""Tasks in plain Python: random operations, what they make of tasks, and which tasks a list shows."""
+"""A model of tasks in plain Python: random operations, their effects, and the tasks that a list returns."""
 
 import calendar
 import itertools
@@ -69,7 +69,7 @@ toggles = st.fixed_dictionaries({"op": st.just("toggle"), "which": which})
 
 
 async def send_alone(person: Person, operation: Json, task_id: int, method: str = "PUT") -> httpx.Response:
-    """Send *operation*, of which *task_id* is the task, as a request of its own."""
+    """Send *operation* on the task *task_id* as a single request."""
     path, version = f"/{task_id}", operation.get("version")
     headers = {} if version is None else {"If-Match": f'"{version}"'}
     match operation["op"]:
@@ -87,7 +87,7 @@ async def send_alone(person: Person, operation: Json, task_id: int, method: str 
 
 @dataclass(eq=False)
 class Task:
-    """One task, and what the server remembers of its series."""
+    """One task, with the server's hidden state of its series."""
 
     fields: Json
     anchor_day: int = 0
@@ -95,7 +95,7 @@ class Task:
     version: int = 1
 
     def change(self, changes: Json) -> "Task | None":
-        """Set *changes* and return the next task of the series, if there is one now."""
+        """Apply *changes* and return the successor in the series, if they create one."""
         after = self.fields | {name: _stored(name, value) for name, value in changes.items()}
         if after == self.fields:
             return None
@@ -140,7 +140,7 @@ def _stored(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which tasks, as parameters of the query have it."""
+    """The filter and the order of a list, as query parameters."""
 
     parameters: tuple[tuple[str, str], ...]
 
@@ -153,7 +153,7 @@ class Wanted:
 
     @property
     def narrows(self) -> bool:
-        """Whether it filters anything; blank words do not."""
+        """Whether there is an effective filter; blank search words are none."""
         states = self.last("completed") or self.last("status") not in (None, "all")
         words = [*self.all("search")[-1:], *self.all("q")[-1:]]
         others = ("priority", "category", "tags", "due_date_from", "due_date_to")
@@ -176,7 +176,7 @@ class Wanted:
         )
 
     def arranged(self, tasks: Iterable[Json]) -> list[Json]:
-        """Return which of *tasks* are wanted, in the order that is."""
+        """Return the matching *tasks* in the wanted order."""
         sort = self.last("sort", "sort_by")
         if sort is None:
             field, descending = "created_at", self.last("order") != "asc"
@@ -206,11 +206,11 @@ def _sort_key(task: Json, field: str) -> Any:
 
 
 def moment(written: str) -> datetime:
-    return datetime.fromisoformat(written)  # as text, a time of a full second would come after the next
+    return datetime.fromisoformat(written)  # as text, times without microseconds would sort wrongly
 
 
 def simple_lower(text: str) -> str:
-    """Return *text* in lower case, one character for one, wherever it stands."""
+    """Return *text* in simple lower case: one character for one, independent of context."""
     return "".join(sign.lower()[0] for sign in text)
 
 
@@ -236,7 +236,7 @@ filters = [
     _given("due_date_from", DAYS),
     _given("due_date_to", DAYS),
 ]
-# Each of them comes up in every few lists, which drawn ones would not.
+# A small set, so that each value is tested often; drawn values would be too rare.
 ORDERS: list[tuple[tuple[str, str], ...]] = [
     (),
     (("order", "asc"),),
@@ -251,7 +251,7 @@ ORDERS: list[tuple[tuple[str, str], ...]] = [
 
 
 def _some(least: int, most: int) -> st.SearchStrategy[tuple[tuple[str, str], ...]]:
-    """A few filters: all of them at once would seldom leave a task."""
+    """A few filters: all of them together would rarely match a task."""
     chosen = st.lists(st.sampled_from(range(len(filters))), min_size=least, max_size=most, unique=True)
     return chosen.flatmap(lambda numbers: st.tuples(*(filters[number] for number in numbers))).map(
         lambda drawn: tuple(itertools.chain(*drawn))

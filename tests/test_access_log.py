@@ -9,7 +9,7 @@ from main import create_app
 from tests.conftest import Log, Person, front, person, running, settings_for
 
 
-async def test_every_answer_carries_an_id(client: httpx.AsyncClient, alice: Person) -> None:
+async def test_every_response_has_a_request_id(client: httpx.AsyncClient, alice: Person) -> None:
     answers = [await client.get("/health"), await client.get("/nope"), await alice.get("/1")]
     ids = [answer.headers["x-request-id"] for answer in answers]
 
@@ -17,20 +17,20 @@ async def test_every_answer_carries_an_id(client: httpx.AsyncClient, alice: Pers
     assert all(re.fullmatch(r"[0-9a-f]{32}", identifier) for identifier in ids)
 
 
-async def test_the_clients_own_id_is_taken_up(client: httpx.AsyncClient) -> None:
+async def test_a_clients_x_request_id_is_used(client: httpx.AsyncClient) -> None:
     answer = await client.get("/nope", headers={"X-Request-ID": "a1b2-c3"})
 
     assert answer.headers["x-request-id"] == answer.json()["instance"] == "a1b2-c3"
 
 
 @pytest.mark.parametrize("sent", ["", "two words", "x" * 129, 'quote"', "\x1b[31m", "é", "a,b;c"])
-async def test_an_id_that_could_confuse_a_log_is_replaced(client: httpx.AsyncClient, sent: str) -> None:
+async def test_an_unsafe_x_request_id_is_replaced(client: httpx.AsyncClient, sent: str) -> None:
     answer = await client.get("/health", headers={b"X-Request-ID": sent.encode("latin-1")})
 
     assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
 
 
-async def test_a_request_is_one_line(logged: httpx.AsyncClient, log: Log) -> None:
+async def test_a_request_is_one_access_log_line(logged: httpx.AsyncClient, log: Log) -> None:
     alice = person("alice", logged)
     answer = await alice.post(json={"title": "Buy milk"})
 
@@ -44,9 +44,7 @@ async def test_a_request_is_one_line(logged: httpx.AsyncClient, log: Log) -> Non
     assert alice.token not in json.dumps(line)
 
 
-async def test_a_line_says_whose_request_it_was_and_by_which_route(
-    logged: httpx.AsyncClient, log: Log
-) -> None:
+async def test_an_access_log_line_names_the_user_and_the_route(logged: httpx.AsyncClient, log: Log) -> None:
     alice, bob = person("alice", logged), person("bob", logged)
     await alice.get("/1")
     await bob.get(f"{alice.tasks}/1/")
@@ -65,7 +63,7 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
 
 
-async def test_head_has_the_route_of_get_and_a_method_of_its_own(logged: httpx.AsyncClient, log: Log) -> None:
+async def test_a_head_request_is_logged_with_the_route_of_get(logged: httpx.AsyncClient, log: Log) -> None:
     await logged.head("/api/alice/tasks")
 
     (line,) = log.events("request")
@@ -88,7 +86,7 @@ async def test_head_has_the_route_of_get_and_a_method_of_its_own(logged: httpx.A
         ("x" * 10_000, False),
     ],
 )
-async def test_a_valid_trace_is_named_in_the_line(
+async def test_a_valid_traceparent_is_in_the_access_log_line(
     logged: httpx.AsyncClient, log: Log, sent: str, taken_up: bool
 ) -> None:
     await logged.get("/health", headers={"traceparent": sent})
@@ -97,7 +95,7 @@ async def test_a_valid_trace_is_named_in_the_line(
     assert line.get("trace_id") == (TRACE if taken_up else None)
 
 
-async def test_two_traces_are_none(logged: httpx.AsyncClient, log: Log) -> None:
+async def test_a_repeated_traceparent_header_is_ignored(logged: httpx.AsyncClient, log: Log) -> None:
     header = ("traceparent", f"00-{TRACE}-{PARENT}-01")
     await logged.get("/health", headers=[header, header])
 
@@ -105,7 +103,7 @@ async def test_two_traces_are_none(logged: httpx.AsyncClient, log: Log) -> None:
     assert "trace_id" not in line
 
 
-async def test_a_line_cannot_be_forged(logged: httpx.AsyncClient, log: Log) -> None:
+async def test_a_log_line_cannot_be_forged(logged: httpx.AsyncClient, log: Log) -> None:
     await logged.get('/x%0a{"event":"request","status":200}%1b[2J')
 
     (line,) = log.events("request")
@@ -113,7 +111,7 @@ async def test_a_line_cannot_be_forged(logged: httpx.AsyncClient, log: Log) -> N
 
 
 @pytest.mark.parametrize("log_format", ["console"])
-async def test_the_console_cannot_be_forged_either(logged: httpx.AsyncClient, log: Log) -> None:
+async def test_a_console_log_line_cannot_be_forged(logged: httpx.AsyncClient, log: Log) -> None:
     log.truncate(0)
     for sent in ("%0aforged", "%1b[2J", "%C2%9B2J", "%E2%80%A8", "%E2%80%AE", "%7F", "%00"):
         await logged.get(f"/x{sent}")
@@ -140,17 +138,17 @@ async def test_a_crash_is_logged_with_its_cause_and_id(
     assert (crash["trace_id"], crash["user_id"]) == (TRACE, alice.user_id)
     assert crash["level"] == "error"
     assert "the cause" in json.dumps(crash["exception"])
-    assert "locals" not in json.dumps(crash["exception"])  # they would hold tokens and bodies
+    assert "locals" not in json.dumps(crash["exception"])  # local variables would contain tokens and bodies
 
 
-async def test_lines_can_be_switched_off(database_url: str, log: Log) -> None:
+async def test_the_access_log_can_be_switched_off(database_url: str, log: Log) -> None:
     async with running(create_app(settings_for(database_url, access_log=False))) as client:
         assert "x-request-id" in (await client.get("/health")).headers
 
     assert log.events("request") == []
 
 
-async def test_half_an_answer_is_cut_off(app: FastAPI) -> None:
+async def test_an_exception_after_the_response_has_started_propagates(app: FastAPI) -> None:
     async def half(scope: object, receive: object, send: httpx.ASGITransport) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator] # ASGI by hand
         raise RuntimeError("the cause")

@@ -35,7 +35,7 @@ ENDED = "Session has ended: sign in again"
 
 
 def _keeping(database_url: str, **changes: Any) -> FastAPI:
-    """Return a service that keeps accounts; twelve rounds for every password would take minutes."""
+    """Return a service with local accounts and cheap hashes: twelve rounds would take minutes."""
     app = create_app(settings_for(database_url, local_accounts=True, **changes))
     replace_passwords(app, Passwords(WatchedHasher()))
     return app
@@ -66,7 +66,7 @@ def email() -> str:
 
 @pytest.fixture
 def checked(app: FastAPI) -> list[str]:
-    """The hashes that passwords are checked against from now on."""
+    """The hashes against which the service checks passwords from now on."""
     hasher: WatchedHasher = app.state.services.local_accounts.passwords._hasher
     hasher.checked.clear()
     return hasher.checked
@@ -82,7 +82,7 @@ async def _sign_in(client: httpx.AsyncClient, email: str, password: str = PASSWO
 
 
 async def _post(client: httpx.AsyncClient, path: str, body: Any) -> httpx.Response:
-    # The client's own encoder cannot write an unpaired surrogate.
+    # httpx's encoder cannot send an unpaired surrogate.
     return await client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
 
 
@@ -98,7 +98,7 @@ def _assert_refused(answer: httpx.Response, status: int, code: str, message: str
     assert (problem["code"], problem["message"]) == (code, message)
 
 
-async def test_who_signs_up_may_keep_tasks(client: httpx.AsyncClient, email: str) -> None:
+async def test_a_signed_up_user_has_tasks_of_their_own(client: httpx.AsyncClient, email: str) -> None:
     alice = await _alice(client, email)
     bob = await _alice(client, f"bob.{email}")
 
@@ -110,7 +110,7 @@ async def test_who_signs_up_may_keep_tasks(client: httpx.AsyncClient, email: str
     assert (await bob.get(f"/{task['id']}")).status_code == 404
 
 
-async def test_signing_up_answers_as_better_auth_does(client: httpx.AsyncClient, email: str) -> None:
+async def test_sign_up_responds_as_better_auth_does(client: httpx.AsyncClient, email: str) -> None:
     answer = await _sign_up(client, email.upper(), image="https://example.com/alice.png")
 
     assert (answer.status_code, set(answer.json())) == (200, {"token", "user"})
@@ -125,7 +125,9 @@ async def test_signing_up_answers_as_better_auth_does(client: httpx.AsyncClient,
     assert answer.headers["cache-control"] == "no-store"
 
 
-async def test_the_token_says_who_and_how_long(client: httpx.AsyncClient, email: str) -> None:
+async def test_the_token_has_the_users_claims_and_expires_in_seven_days(
+    client: httpx.AsyncClient, email: str
+) -> None:
     alice = await _alice(client, email)
 
     claims = jwt.decode(alice.token, SECRET, ["HS256"])
@@ -157,7 +159,7 @@ async def test_the_newest_secret_signs_for_the_issuer_and_audience_of_the_settin
         assert (await alice.get(TOKEN)).status_code == 200
 
 
-async def test_signing_in_leads_to_the_same_account(client: httpx.AsyncClient, email: str) -> None:
+async def test_signing_in_returns_the_same_account(client: httpx.AsyncClient, email: str) -> None:
     signed_up = (await _sign_up(client, email)).json()
 
     answer = await _sign_in(client, email)
@@ -180,7 +182,9 @@ async def test_an_email_is_the_same_in_any_case(client: httpx.AsyncClient, email
     )
 
 
-async def test_who_signs_up_twice_at_once_has_one_account(client: httpx.AsyncClient, email: str) -> None:
+async def test_concurrent_sign_ups_with_one_email_create_one_account(
+    client: httpx.AsyncClient, email: str
+) -> None:
     answers = await asyncio.gather(
         *(_sign_up(client, email, password=f"{PASSWORD} {number}") for number in range(8))
     )
@@ -190,7 +194,7 @@ async def test_who_signs_up_twice_at_once_has_one_account(client: httpx.AsyncCli
     assert signed_in == [200 if answer.status_code == 200 else 401 for answer in answers]
 
 
-async def test_an_unknown_email_and_a_wrong_password_look_alike(
+async def test_an_unknown_email_and_a_wrong_password_get_the_same_401(
     client: httpx.AsyncClient, email: str, checked: list[str]
 ) -> None:
     await _alice(client, email)
@@ -201,7 +205,7 @@ async def test_an_unknown_email_and_a_wrong_password_look_alike(
         _assert_refused(answer, 401, "INVALID_EMAIL_OR_PASSWORD", "Invalid email or password")
     assert unknown.json() | {"instance": ""} == wrong.json() | {"instance": ""}
     assert unknown.headers.keys() == wrong.headers.keys()
-    assert len(checked) == 2  # each as dear as the other
+    assert len(checked) == 2  # both cost a bcrypt check
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,9 @@ async def test_a_password_has_8_to_128_characters(
     ["12345678", "a" * 128, "\U0001f511" * 4, "\0" * 8, "pass\0word", " " * 8, "e\u0301" * 8, "\ud800" * 8],
     ids=ascii,
 )
-async def test_any_other_password_is_one(client: httpx.AsyncClient, email: str, password: str) -> None:
+async def test_any_characters_are_allowed_in_a_password(
+    client: httpx.AsyncClient, email: str, password: str
+) -> None:
     signed_up = await _sign_up(client, email, password=password)
 
     assert signed_up.status_code == 200
@@ -258,7 +264,7 @@ NO_EMAILS = [
     "alice@example.com.",
     "alice@.example.com",
     "alic\u00e9@example.com",
-    "\u212aelvin@example.com",  # lower() makes an ASCII k of it
+    "\u212aelvin@example.com",  # lower() turns it into an ASCII k
     "alice@ex\u00e4mple.com",
     "al\0ice@example.com",
     "al\ud800ice@example.com",
@@ -269,7 +275,7 @@ NO_EMAILS = [
 
 
 @pytest.mark.parametrize("value", NO_EMAILS, ids=lambda value: ascii(value[:20]))
-async def test_what_is_no_email_is_refused_as_better_auth_does(
+async def test_an_invalid_email_is_refused_as_by_better_auth(
     client: httpx.AsyncClient, checked: list[str], value: str
 ) -> None:
     _assert_refused(
@@ -310,9 +316,7 @@ GOOD: dict[str, Any] = {"name": "Alice", "email": "alice@example.com", "password
     ],
     ids=lambda value: ascii(value)[:40],
 )
-async def test_a_body_that_makes_no_sense_is_422(
-    client: httpx.AsyncClient, content: bytes, detail: str
-) -> None:
+async def test_an_invalid_sign_up_body_is_422(client: httpx.AsyncClient, content: bytes, detail: str) -> None:
     answer = await client.post(SIGN_UP, content=content, headers={"Content-Type": "application/json"})
 
     assert_problem(answer, 422, "Unprocessable Content", detail)
@@ -327,7 +331,7 @@ async def test_a_body_that_makes_no_sense_is_422(
         (b"email=alice", "application/x-www-form-urlencoded", 415, "UNSUPPORTED_MEDIA_TYPE"),
     ],
 )
-async def test_what_is_refused_by_every_route_has_a_code_here(
+async def test_413_and_415_of_account_routes_have_a_better_auth_code(
     client: httpx.AsyncClient, content: bytes, content_type: str, status: int, code: str
 ) -> None:
     for path in (SIGN_UP, SIGN_IN):
@@ -335,7 +339,7 @@ async def test_what_is_refused_by_every_route_has_a_code_here(
         _assert_refused(answer, status, code, answer.json()["detail"])
 
 
-async def test_nobody_chooses_what_the_service_decides(client: httpx.AsyncClient, email: str) -> None:
+async def test_sign_up_ignores_server_assigned_fields(client: httpx.AsyncClient, email: str) -> None:
     answer = await _sign_up(
         client,
         email,
@@ -355,7 +359,7 @@ async def test_nobody_chooses_what_the_service_decides(client: httpx.AsyncClient
     assert (await _sign_in(client, email)).status_code == 200
 
 
-async def test_a_good_token_is_exchanged_for_a_fresh_one(client: httpx.AsyncClient, email: str) -> None:
+async def test_a_valid_token_is_exchanged_for_a_fresh_one(client: httpx.AsyncClient, email: str) -> None:
     alice = await _alice(client, email)
     old = tokens.issue(alice.user_id, SECRET, 60)
 
@@ -373,7 +377,7 @@ async def _delete_account(app: FastAPI, account_id: str) -> None:
     assert await app.state.services.database.one(statement)
 
 
-async def test_without_an_account_there_is_neither_token_nor_session(
+async def test_an_invalid_token_or_a_missing_account_gets_401_and_a_null_session(
     app: FastAPI, client: httpx.AsyncClient, email: str
 ) -> None:
     alice = await _alice(client, email)
@@ -426,7 +430,7 @@ def _claims(token: str) -> dict[str, Any]:
 
 
 def _signed_in(account: Person, days_ago: float, **claims: Any) -> Person:
-    """Return *account* with a token of a session that began so many days ago."""
+    """Return *account* with a token of a session that began *days* days ago."""
     return replace(
         account,
         token=tokens.issue(
@@ -436,7 +440,7 @@ def _signed_in(account: Person, days_ago: float, **claims: Any) -> Person:
 
 
 async def _renewed(account: Person) -> list[str]:
-    """Return the tokens that *account*'s is exchanged for."""
+    """Return the tokens for which *account*'s token is exchanged."""
     token, session = await account.get(TOKEN), await account.get(SESSION)
     assert (token.status_code, session.status_code) == (200, 200), token.text
     return [token.json()["token"], session.headers["set-auth-jwt"]]
@@ -451,7 +455,9 @@ async def _assert_ended(account: Person, reason: str = ENDED) -> None:
     assert (await account.send("POST", REVOKE)).status_code == 401
 
 
-async def test_every_exchange_carries_the_time_of_sign_in(client: httpx.AsyncClient, email: str) -> None:
+async def test_every_renewed_token_has_the_auth_time_of_the_sign_in(
+    client: httpx.AsyncClient, email: str
+) -> None:
     alice = await _alice(client, email)
     signed_in_at = _claims(alice.token)["auth_time"]
 
@@ -477,7 +483,7 @@ async def test_a_session_that_is_too_old_is_not_renewed(client: httpx.AsyncClien
     for days_ago in (30, 31, 20_000):
         old = _signed_in(alice, days_ago)
         await _assert_ended(old)
-        assert (await old.get()).status_code == 200  # the token itself is good until it expires
+        assert (await old.get()).status_code == 200  # the token itself stays valid until it expires
 
 
 @pytest.mark.parametrize("expiration", ["7d", "15m"])
@@ -497,7 +503,7 @@ async def test_the_settings_say_how_long_a_session_lasts(
         await _assert_ended(_signed_in(alice, 1.1 / 24))
 
 
-async def test_a_token_of_an_older_release_began_its_session_when_it_was_issued(
+async def test_a_token_without_auth_time_starts_its_session_at_iat(
     client: httpx.AsyncClient, email: str
 ) -> None:
     alice = await _alice(client, email)
@@ -537,12 +543,12 @@ async def test_signing_out_ends_every_session_of_the_account(
 
     for ended in (alice, elsewhere, *stolen):
         await _assert_ended(ended)
-        assert (await ended.get()).status_code == 200  # the token itself is good until it expires
+        assert (await ended.get()).status_code == 200  # the token itself stays valid until it expires
     await _renewed(bob)
-    await _sign_out(alice)  # again: there is nothing to end
+    await _sign_out(alice)  # a repeated sign-out has no session to end
 
 
-async def test_after_signing_out_one_may_sign_in_at_once(client: httpx.AsyncClient, email: str) -> None:
+async def test_sign_in_works_right_after_sign_out(client: httpx.AsyncClient, email: str) -> None:
     alice = await _alice(client, email)
 
     for _ in range(10):
@@ -553,9 +559,11 @@ async def test_after_signing_out_one_may_sign_in_at_once(client: httpx.AsyncClie
         await _renewed(alice)
 
 
-async def test_sessions_end_where_clocks_differ(app: FastAPI, client: httpx.AsyncClient, email: str) -> None:
+async def test_sign_out_ends_sessions_despite_clock_skew(
+    app: FastAPI, client: httpx.AsyncClient, email: str
+) -> None:
     alice = await _alice(client, email)
-    ahead = _signed_in(alice, -5 / DAY_S)  # by a process whose clock is 5 s ahead
+    ahead = _signed_in(alice, -5 / DAY_S)  # issued by a process whose clock is 5 s ahead
 
     await _revoke(ahead)
     earlier = datetime.now(UTC)
@@ -608,7 +616,7 @@ async def _fail(client: httpx.AsyncClient, email: str, times: int) -> list[int]:
     return [(await _sign_in(client, email, "wrong horse")).status_code for _ in range(times)]
 
 
-async def test_after_ten_failures_the_right_password_does_not_help(
+async def test_after_ten_failed_sign_ins_the_right_password_is_429(
     client: httpx.AsyncClient, email: str, checked: list[str]
 ) -> None:
     await _alice(client, email)
@@ -623,7 +631,7 @@ async def test_after_ten_failures_the_right_password_does_not_help(
     assert (granted.status_code, granted.json()["error"]) == (429, "temporarily_unavailable")
 
 
-async def test_failures_are_one_accounts_from_one_address(
+async def test_failed_sign_ins_are_counted_per_account_and_address(
     app: FastAPI, client: httpx.AsyncClient, email: str
 ) -> None:
     await _alice(client, email)
@@ -637,11 +645,13 @@ async def test_failures_are_one_accounts_from_one_address(
     assert (await _sign_in(client, email)).status_code == 429
 
 
-async def test_accounts_that_do_not_exist_are_counted_alike(client: httpx.AsyncClient, email: str) -> None:
+async def test_failed_sign_ins_to_unknown_accounts_are_counted_too(
+    client: httpx.AsyncClient, email: str
+) -> None:
     assert await _fail(client, email, FAILURES_MAX + 1) == [401] * FAILURES_MAX + [429]
 
 
-async def test_guesses_made_at_once_are_not_more_than_ten(
+async def test_concurrent_password_guesses_are_limited_to_ten(
     client: httpx.AsyncClient, email: str, checked: list[str]
 ) -> None:
     await _alice(client, email)
@@ -654,7 +664,7 @@ async def test_guesses_made_at_once_are_not_more_than_ten(
     assert len(checked) == FAILURES_MAX
 
 
-async def test_a_success_lets_one_fail_again(client: httpx.AsyncClient, email: str) -> None:
+async def test_a_successful_sign_in_resets_the_failure_count(client: httpx.AsyncClient, email: str) -> None:
     await _alice(client, email)
 
     for _ in range(2):
@@ -662,7 +672,7 @@ async def test_a_success_lets_one_fail_again(client: httpx.AsyncClient, email: s
         assert (await _sign_in(client, email)).status_code == 200
 
 
-async def test_when_too_many_wait_one_is_told_to_come_back(
+async def test_a_full_password_queue_is_503_with_retry_after(
     app: FastAPI, client: httpx.AsyncClient, email: str
 ) -> None:
     await _alice(client, email)
@@ -677,7 +687,7 @@ async def test_when_too_many_wait_one_is_told_to_come_back(
     for answer in answers:
         _assert_refused(answer, 503, "SERVICE_UNAVAILABLE", answer.json()["detail"])
         assert answer.headers["retry-after"] == "1"
-    assert (await _sign_in(client, email)).status_code == 200  # none of them was counted
+    assert (await _sign_in(client, email)).status_code == 200  # the 503s were not counted as failures
 
 
 def _grant(email: str, **changes: str) -> dict[str, str]:
@@ -687,7 +697,7 @@ def _grant(email: str, **changes: str) -> dict[str, str]:
 async def test_the_password_grant_gives_a_bearer_token(client: httpx.AsyncClient, email: str) -> None:
     alice = await _alice(client, email)
 
-    # Swagger UI says who the client is as well, which is nobody.
+    # Swagger UI also sends client credentials, which are empty.
     answer = await client.post(TOKEN, data=_grant(email, scope=""), headers={"Authorization": "Basic Og=="})
 
     assert answer.status_code == 200
@@ -737,7 +747,7 @@ async def test_a_grant_must_be_a_form(client: httpx.AsyncClient, email: str) -> 
     assert "application/x-www-form-urlencoded" in answer.json()["detail"]
 
 
-async def test_a_failed_sign_in_is_logged_without_what_was_sent(
+async def test_a_failed_sign_in_is_logged_without_email_and_password(
     log: Log, database_url: str, email: str
 ) -> None:
     async with running(_keeping(database_url)) as client:
@@ -751,14 +761,14 @@ async def test_a_failed_sign_in_is_logged_without_what_was_sent(
         assert secret not in log.getvalue()
 
 
-async def test_an_attack_does_not_write_without_bound(log: Log, database_url: str, email: str) -> None:
+async def test_log_lines_of_failed_sign_ins_are_bounded(log: Log, database_url: str, email: str) -> None:
     async with running(_keeping(database_url)) as client:
         await _fail(client, email, FAILURES_MAX + 40)
 
     assert 2 <= len(log.events("failed sign-in")) < 40
 
 
-async def test_without_the_setting_there_is_none_of_it(database_url: str, email: str) -> None:
+async def test_account_routes_are_404_without_local_accounts(database_url: str, email: str) -> None:
     async with running(create_app(settings_for(database_url))) as client:
         answers = [
             await _sign_up(client, email),

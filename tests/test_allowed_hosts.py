@@ -25,7 +25,7 @@ HOSTS = "API.example.com, *.internal.example, 192.0.2.1, [2001:db8::1]"
         "[2001:DB8:0::1]:8000",
     ],
 )
-async def test_a_name_of_ours_is_served(database_url: str, host: str) -> None:
+async def test_an_allowed_host_is_served(database_url: str, host: str) -> None:
     async with running(create_app(settings_for(database_url, allowed_hosts=HOSTS))) as client:
         assert (await client.get("/docs", headers={"Host": host})).status_code == 200
 
@@ -53,7 +53,7 @@ async def test_a_name_of_ours_is_served(database_url: str, host: str) -> None:
         "*.internal.example\xe9",
     ],
 )
-async def test_another_name_is_400(database_url: str, host: str) -> None:
+async def test_a_host_that_is_not_allowed_is_400(database_url: str, host: str) -> None:
     async with running(create_app(settings_for(database_url, allowed_hosts=HOSTS))) as client:
         sent = {b"Host": host.encode("latin-1"), b"X-Forwarded-Host": b"api.example.com"}
         answer = await client.get("/docs", headers=sent)
@@ -62,7 +62,7 @@ async def test_another_name_is_400(database_url: str, host: str) -> None:
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-async def test_two_names_are_none(database_url: str) -> None:
+async def test_a_repeated_host_header_is_400(database_url: str) -> None:
     app = create_app(settings_for(database_url, allowed_hosts="testserver"))
     async with running(app):
         assert await raw_status(app, "GET", "/docs") == 200
@@ -71,12 +71,12 @@ async def test_two_names_are_none(database_url: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/", "/health/ready", "/health/ready/"])
-async def test_health_is_asked_by_address(database_url: str, path: str) -> None:
+async def test_health_checks_may_send_any_host(database_url: str, path: str) -> None:
     async with running(create_app(settings_for(database_url, allowed_hosts=HOSTS))) as client:
         assert (await client.get(path, headers={"Host": "10.1.2.3:8000"})).status_code == 200
 
 
-def test_hosts_that_were_seen_hold_little_memory() -> None:
+def test_checking_many_hosts_holds_little_memory() -> None:
     hosts = AllowedHosts(["*.internal.example"])
     tracemalloc.start()
     try:
@@ -94,5 +94,5 @@ def test_hosts_that_were_seen_hold_little_memory() -> None:
     assert held < 1_000_000
 
 
-async def test_any_name_is_served_by_default(client: httpx.AsyncClient) -> None:
+async def test_any_host_is_served_by_default(client: httpx.AsyncClient) -> None:
     assert (await client.get("/docs", headers={"Host": "anything.example"})).status_code == 200

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
 
-# As in CLAUDE.md: each floor imports only from floors below.
+# As in CLAUDE.md: each layer (floor) imports only from layers below.
 FLOORS = [
     {"errors", "observability", "refusals", "tls"},
     {"database"},
@@ -21,12 +21,12 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 PACKAGES = {path.parent.name for path in PROJECT.glob("*/__init__.py")} - {"bench", "tests"}
-INDEPENDENT = {"routes"}  # their modules do not import one another
+INDEPENDENT = {"routes"}  # modules of these packages do not import one another
 READERS_OF_CONFIG = {"main.py", "commands.py", "services.py", "migrations/env.py"}
 
 
 def _imports() -> dict[str, set[str]]:
-    """Return, for each of our files, the modules of ours that it imports, each as the path of its file."""
+    """Return, for each file of the project, the paths of the project's files that it imports."""
     files = {
         path.relative_to(PROJECT).as_posix(): path
         for path in PROJECT.rglob("*.py")
@@ -43,7 +43,7 @@ def _imports() -> dict[str, set[str]]:
 
 
 def _imported_names(tree: ast.Module) -> set[str]:
-    """Return what each import may name as a module: `a` and `a.b` for `from a import b`."""
+    """Return the possible modules of each import: `a` and `a.b` for `from a import b`."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -57,13 +57,13 @@ def _room(file: str) -> str:
     return file.split("/")[0].removesuffix(".py")
 
 
-def test_every_room_has_a_floor() -> None:
+def test_every_module_and_package_has_a_layer() -> None:
     modules = {path.stem for path in PROJECT.glob("*.py")}
 
     assert modules | PACKAGES | {"migrations"} == FLOOR.keys()
 
 
-def test_imports_lead_downstairs_only() -> None:
+def test_imports_go_to_lower_layers_only() -> None:
     imports = _imports()
     assert sum(map(len, imports.values())) > 200
 
@@ -74,20 +74,20 @@ def test_imports_lead_downstairs_only() -> None:
         assert [room for room in rooms if FLOOR[room] >= FLOOR[own]] == [], file
 
 
-def test_no_import_leads_back_to_where_it_came_from() -> None:
+def test_imports_have_no_cycle() -> None:
     assert len(list(TopologicalSorter(_imports()).static_order())) > 60
 
 
-def test_every_package_says_in_one_sentence_what_belongs_there() -> None:
+def test_every_package_init_holds_only_a_docstring() -> None:
     for package in PACKAGES:
         tree = ast.parse((PROJECT / package / "__init__.py").read_text())
         assert len(tree.body) == 1, package
         assert ast.get_docstring(tree), package
 
 
-def test_only_the_entrances_know_the_settings() -> None:
+def test_only_the_listed_entry_points_import_config() -> None:
     assert {file for file, imported in _imports().items() if "config.py" in imported} == READERS_OF_CONFIG
 
 
-def test_no_room_takes_the_name_of_a_standard_module() -> None:
+def test_no_module_shadows_the_standard_library() -> None:
     assert FLOOR.keys().isdisjoint(sys.stdlib_module_names)

@@ -1,4 +1,4 @@
-"""What hostile clients send, and the exact refusal of each; nothing of it changes anything."""
+"""Requests of hostile clients, and the exact refusal of each; none changes any data."""
 
 import gzip
 import time
@@ -26,9 +26,9 @@ SQL = "x'; DROP TABLE task; --"
         ("/1.0", 422),
         ("/1e3", 422),
         ("/0x10", 422),
-        ("/%D9%A1", 422),  # a digit, in Arabic
+        ("/%D9%A1", 422),  # an Arabic digit
         ("/1%00", 422),
-        ("/1%0A", 404),  # Python's "$" would match before it
+        ("/1%0A", 404),  # Python's "$" matches before a trailing newline
         ("/%2e%2e", 422),
         ("/..%2f1", 422),
         (f"/{quote(SQL)}", 422),
@@ -48,7 +48,7 @@ SQL = "x'; DROP TABLE task; --"
         ("?limit=99999999999999999999", 422),
     ],
 )
-async def test_an_address_that_makes_no_sense_is_refused(alice: Person, path: str, status: int) -> None:
+async def test_a_malformed_path_or_query_is_refused(alice: Person, path: str, status: int) -> None:
     answer = await alice.get(path)
 
     assert answer.status_code == status
@@ -58,7 +58,9 @@ async def test_an_address_that_makes_no_sense_is_refused(alice: Person, path: st
 @pytest.mark.parametrize(
     "suffix", ["%20", "%00", ".", "%2F", "/..", "%252F", "%E2%80%8B", "?", "#", "%0d%0aX-Evil:1"]
 )
-async def test_nobody_else_is_reached_by_another_spelling(alice: Person, bob: Person, suffix: str) -> None:
+async def test_another_spelling_of_a_user_id_reaches_no_other_user(
+    alice: Person, bob: Person, suffix: str
+) -> None:
     await alice.create("secret")
 
     answer = await bob.client.get(
@@ -88,8 +90,8 @@ async def test_the_case_of_a_user_id_counts(alice: Person) -> None:
         (b" " * 65_537, 413),
         ('{"title": "x"}'.encode("utf-16"), 422),
         (b'\xef\xbb\xbf{"title": "x"}', 422),
-        (b'{"title": "\xc0\xaf"}', 422),  # a slash, too long
-        (b'{"title": "\xed\xa0\x80"}', 422),  # half a character
+        (b'{"title": "\xc0\xaf"}', 422),  # an overlong encoding of a slash
+        (b'{"title": "\xed\xa0\x80"}', 422),  # a truncated UTF-8 sequence
         (b'{"title": "\\ud800"}', 422),
         (b'{"title": "a\\u0000b"}', 422),
         (b'{"title": "x"}\x00', 422),
@@ -101,7 +103,7 @@ async def test_the_case_of_a_user_id_counts(alice: Person) -> None:
     ],
     ids=lambda value: ascii(value)[:30],
 )
-async def test_a_body_that_is_a_trap_is_refused(alice: Person, content: bytes, status: int) -> None:
+async def test_a_malicious_body_is_refused(alice: Person, content: bytes, status: int) -> None:
     answer = await alice.post(content=content, headers=JSON)
 
     assert answer.status_code == status
@@ -109,7 +111,7 @@ async def test_a_body_that_is_a_trap_is_refused(alice: Person, content: bytes, s
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "x", "gzip, identity"])
-async def test_a_body_that_is_compressed_is_415(alice: Person, encoding: str) -> None:
+async def test_a_compressed_body_is_415(alice: Person, encoding: str) -> None:
     content = gzip.compress(b'{"title": "' + b"x" * 100_000_000 + b'"}') if encoding == "gzip" else b"{}"
 
     answer = await alice.post(content=content[:60_000], headers=JSON | {"Content-Encoding": encoding})
@@ -133,7 +135,7 @@ FORGED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("way", ["POST", "PUT", "PATCH", "bulk create", "bulk update"])
-async def test_nobody_writes_what_the_service_decides(alice: Person, way: str) -> None:
+async def test_no_write_sets_server_assigned_fields(alice: Person, way: str) -> None:
     task = await alice.create()
     forged = FORGED | {"title": "Forged"}
     match way:
@@ -161,7 +163,7 @@ def _forgeries(user_id: str) -> dict[str, str]:
     key = new_key("RS256")
     public = key.public
     return {
-        "no algorithm": jwt.encode(claims, None, "none"),  # type: ignore[arg-type] # what attackers do
+        "no algorithm": jwt.encode(claims, None, "none"),  # type: ignore[arg-type] # attackers do this
         "another secret": jwt.encode(claims, SECRET[::-1], "HS256"),
         "another algorithm": jwt.encode(claims, SECRET.ljust(64), "HS512"),
         "a key of its own": jwt.encode(claims, SECRET, "HS256", headers={"jwk": public}),
@@ -186,7 +188,7 @@ async def test_a_forged_token_is_401(alice: Person, forgery: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["TRACE", "CONNECT", "BREW", "PROPFIND"])
-async def test_a_method_that_is_none_is_405(alice: Person, method: str) -> None:
+async def test_an_unknown_method_is_405(alice: Person, method: str) -> None:
     answer = await alice.client.request(method, alice.tasks)
 
     assert answer.status_code == 405
@@ -196,7 +198,7 @@ async def test_a_method_that_is_none_is_405(alice: Person, method: str) -> None:
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:80", "a@evil.example", "localhost\\evil", "", "x" * 5000]
 )
-async def test_a_host_appears_in_no_answer(alice: Person, host: str) -> None:
+async def test_no_response_repeats_the_host_header(alice: Person, host: str) -> None:
     for _ in range(2):
         created = await alice.post(json={"title": "x"}, headers={"Host": host})
     listed = await alice.get("?limit=1", headers={"Host": host})
@@ -223,13 +225,13 @@ async def test_a_host_appears_in_no_answer(alice: Person, host: str) -> None:
         "https://APP.example.com@evil.example",
     ],
 )
-async def test_an_origin_that_only_looks_alike_may_read_nothing(alice: Person, origin: str) -> None:
+async def test_a_lookalike_origin_gets_no_access_control_allow_origin(alice: Person, origin: str) -> None:
     answer = await alice.get(headers={"Origin": origin})
 
     assert "access-control-allow-origin" not in answer.headers
 
 
-async def test_what_looks_like_html_is_never_served_as_such(alice: Person) -> None:
+async def test_html_in_a_task_is_never_served_as_html(alice: Person) -> None:
     html = "<script>alert(1)</script>"
     await alice.create(html)
 
@@ -242,7 +244,7 @@ async def test_what_looks_like_html_is_never_served_as_such(alice: Person) -> No
 
 
 @pytest.mark.parametrize("text", [SQL, "%", "_", "\\", "%%%", "' OR '1'='1", '"; --', "$1", ":owner", "{}"])
-async def test_text_is_text(alice: Person, bob: Person, text: str) -> None:
+async def test_sql_and_wildcards_in_text_are_literal(alice: Person, bob: Person, text: str) -> None:
     await bob.create("bob's")
     await alice.create("other")
     task = await alice.create(text, description=text, category=text, tags=[text])
@@ -252,7 +254,7 @@ async def test_text_is_text(alice: Person, bob: Person, text: str) -> None:
         assert [each["id"] for each in found] == [task["id"]], parameter
 
 
-async def test_a_limit_is_not_escaped_by_claiming_another_address(database_url: str) -> None:
+async def test_a_forged_x_forwarded_for_does_not_evade_the_rate_limit(database_url: str) -> None:
     app = create_app(settings_for(database_url, rate_limit_anonymous="3/minute"))
     async with running(app) as client:
         answers = [
@@ -263,7 +265,7 @@ async def test_a_limit_is_not_escaped_by_claiming_another_address(database_url: 
     assert [answer.status_code for answer in answers].count(429) == 3
 
 
-async def test_the_key_and_the_cursor_of_another_are_worth_nothing(database_url: str) -> None:
+async def test_another_users_idempotency_key_and_cursor_are_useless(database_url: str) -> None:
     async with running(create_app(settings_for(database_url))) as client:
         alice, bob = person("alice", client), person("bob", client)
         key = {"Idempotency-Key": "shared"}

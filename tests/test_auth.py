@@ -19,7 +19,7 @@ from tests.strategies import BOUNDED, JSON, LATIN_1, near_misses
 from tests.test_tokens import part, resigned, respelt, signed
 
 
-async def test_no_token_is_401(alice: Person) -> None:
+async def test_a_missing_token_is_401(alice: Person) -> None:
     answer = await alice.client.get(alice.tasks)
 
     assert answer.status_code == 401
@@ -30,7 +30,7 @@ async def test_no_token_is_401(alice: Person) -> None:
 @pytest.mark.parametrize(
     "value", ["", "Bearer", "Bearer ", "Basic YTpi", "Bearer a b", "Bearer é", "bearer x.y.z"]
 )
-async def test_what_is_no_bearer_token_is_401(alice: Person, value: str) -> None:
+async def test_a_malformed_authorization_header_is_401(alice: Person, value: str) -> None:
     answer = await alice.client.get(alice.tasks, headers={b"Authorization": value.encode("latin-1")})
 
     assert answer.status_code == 401
@@ -99,7 +99,9 @@ async def test_a_token_of_a_megabyte_is_401(alice: Person) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "/1", "/abc", f"/{2**70}", "?limit=0"])
-async def test_who_is_calling_is_settled_before_what_is_asked(alice: Person, bob: Person, path: str) -> None:
+async def test_401_and_403_come_before_validation_of_path_and_query(
+    alice: Person, bob: Person, path: str
+) -> None:
     url = f"{alice.tasks}{path}"
 
     assert (await alice.client.get(url)).status_code == 401
@@ -107,7 +109,7 @@ async def test_who_is_calling_is_settled_before_what_is_asked(alice: Person, bob
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"title": null}', b"\xff"])
-async def test_who_is_calling_is_settled_before_the_body_is_judged(
+async def test_401_and_403_come_before_validation_of_the_body(
     alice: Person, bob: Person, content: bytes
 ) -> None:
     options: dict[str, Any] = {"content": content, "headers": {"Content-Type": "application/json"}}
@@ -161,7 +163,7 @@ def _is_token_type(name: object) -> bool:
     return str(name).lower() in ("jwt", "at+jwt")
 
 
-# Each is signed with the right secret, and each has something about it that must not be accepted.
+# Each is signed with the right secret, but must be refused for another reason.
 WRONG_CLAIMS = st.one_of(
     st.builds(
         lambda value: {"sub": value}, JSON.filter(lambda value: value != "alice" and not _is_user(value))
@@ -179,7 +181,7 @@ WRONG_HEADERS = st.one_of(
 WRONG_CONTENT = st.one_of(
     st.binary(max_size=100),
     JSON.filter(lambda value: not isinstance(value, dict)).map(lambda value: json.dumps(value).encode()),
-    near_misses(json.dumps(CLAIMS)[:-1]).map(lambda text: text.encode()),  # the last brace is missing
+    near_misses(json.dumps(CLAIMS)[:-1]).map(lambda text: text.encode()),  # the closing brace is missing
     JSON.map(lambda value: b'{"sub": %s, ' % json.dumps(value).encode() + json.dumps(CLAIMS)[1:].encode()),
 )
 WRONG_TOKENS = st.one_of(
@@ -219,7 +221,7 @@ async def test_the_owners_token_opens_a_task_operation(app: FastAPI, client: htt
 
 
 @on_one_database
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @BOUNDED
 @given(value=WRONG_VALUES, number=st.integers(0, 5))
 async def test_no_bytes_but_the_owners_token_open_a_task_operation(
@@ -233,7 +235,7 @@ async def test_no_bytes_but_the_owners_token_open_a_task_operation(
 
 
 @on_one_database
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @BOUNDED
 @given(user_id=st.text(min_size=1, max_size=255).filter(_is_user), number=st.integers(0, 5))
 async def test_the_token_of_any_other_user_is_403(
@@ -274,7 +276,7 @@ async def test_tokens_of_an_issuer_and_of_a_secret_are_accepted_side_by_side(
             assert len(issuer.requests) == 1
 
 
-async def test_better_auths_address_alone_is_enough(database_url: str) -> None:
+async def test_better_auth_url_alone_sets_keys_issuer_and_audience(database_url: str) -> None:
     key = new_key("EdDSA")
     async with running_issuer(key) as issuer:
         origin = issuer.url.removesuffix("/api/auth/jwks")
@@ -304,7 +306,7 @@ async def test_keys_that_cannot_be_fetched_are_503_and_never_401(database_url: s
     assert by_secret.status_code == 200
 
 
-async def test_keys_outlive_their_issuer(database_url: str) -> None:
+async def test_fetched_keys_verify_while_the_issuer_is_down(database_url: str) -> None:
     key = new_key("ES256")
     async with running_issuer(key) as issuer:
         settings = settings_for(database_url, better_auth_url=ORIGIN, jwks_url=issuer.url)

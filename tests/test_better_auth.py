@@ -31,13 +31,13 @@ BETTER_AUTH_TABLES = {"user", "session", "account", "verification", "jwks"}
 
 @pytest.fixture
 async def url(postgres: Server) -> AsyncIterator[str]:
-    """An empty database, for Better Auth and for us."""
+    """An empty database for the tables of Better Auth and of the service."""
     async with postgres.database() as url:
         yield url
 
 
 def _service(url: str, issuer: BetterAuth, **changes: Any) -> AbstractAsyncContextManager[httpx.AsyncClient]:
-    """Lend a client of the service that knows no more of *issuer* than its address."""
+    """Yield a client of the service, which is configured only with the URL of *issuer*."""
     settings = {"better_auth_url": issuer.origin, "better_auth_secret": None} | changes
     return running(create_app(settings_for(url, **settings)))
 
@@ -81,7 +81,7 @@ IDS: dict[str, Callable[[str], object]] = {
 
 @dataclass(frozen=True)
 class Served:
-    """A Better Auth, and a client of the service that takes its tokens."""
+    """A Better Auth server, and a client of the service that accepts its tokens."""
 
     issuer: BetterAuth
     client: httpx.AsyncClient
@@ -127,9 +127,9 @@ async def test_a_user_is_the_subject_of_the_token_whatever_ids_look_like(served:
 
 
 ROTATIONS = {
-    # What `jwks.rotationInterval` leads to: the old key has expired and is published for 30 days more.
+    # As by `jwks.rotationInterval`: the old key has expired, but is published for another 30 days.
     "expires": ("UPDATE jwks SET \"expiresAt\" = now() - interval '1 second'", 200),
-    # What people do when a key has leaked.
+    # As an operator does after a key has leaked.
     "is deleted": ("DELETE FROM jwks", 401),
 }
 
@@ -153,7 +153,7 @@ async def test_a_rotated_key_is_accepted_at_once(
 
 
 async def _later_token(issuer: BetterAuth, account: Account) -> str:
-    """Return a token that differs from the last one, since `iat` has whole seconds."""
+    """Return a token that differs from the previous one: wait a second, since `iat` has whole seconds."""
     last = token = await issuer.token(account)
     while token == last:
         await asyncio.sleep(0.1)
@@ -162,7 +162,7 @@ async def _later_token(issuer: BetterAuth, account: Account) -> str:
 
 
 @pytest.mark.parametrize(("cookie_cache", "algorithm"), [("secret", "HS256"), ("keys", "EdDSA")])
-async def test_what_better_auth_signs_for_other_ends_is_401(
+async def test_session_cookie_and_mail_tokens_of_better_auth_are_401(
     url: str, tmp_path: Path, cookie_cache: str, algorithm: str
 ) -> None:
     async with (
@@ -195,7 +195,9 @@ async def _tables(url: str) -> set[str]:
 
 
 @pytest.mark.parametrize("first", ["Better Auth", "we"])
-async def test_both_can_migrate_in_either_order_and_again(url: str, tmp_path: Path, first: str) -> None:
+async def test_better_auth_and_the_service_migrate_in_either_order(
+    url: str, tmp_path: Path, first: str
+) -> None:
     if first == "we":
         await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
     async with running_better_auth(url, tmp_path) as issuer, _service(url, issuer) as client:
@@ -220,7 +222,7 @@ async def test_our_migrations_leave_better_auths_accounts_alone(url: str, tmp_pa
         assert (await issuer.sign_in("alice")).user_id == account.user_id
 
 
-async def test_a_user_who_is_deleted_blocks_nothing(url: str, tmp_path: Path) -> None:
+async def test_tasks_outlive_a_user_deleted_in_better_auth(url: str, tmp_path: Path) -> None:
     async with running_better_auth(url, tmp_path) as issuer, _service(url, issuer) as client:
         alice = await _person("alice", issuer, client)
         task = await alice.create()
@@ -233,7 +235,7 @@ async def test_a_user_who_is_deleted_blocks_nothing(url: str, tmp_path: Path) ->
 ALICE: dict[str, Any] = {"name": "Alice", "email": "Alice@Example.com", "password": better_auth.PASSWORD}
 OF_A_PROBLEM = {"type", "title", "status", "detail", "instance"}
 
-# In this order: some need the account that the first one makes.
+# The order matters: some requests need the account that the first one creates.
 SAME_REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sign up": ("sign-up", ALICE),
     "sign up again": ("sign-up", ALICE),
@@ -297,7 +299,7 @@ def _local(url: str) -> AbstractAsyncContextManager[httpx.AsyncClient]:
 
 
 def _outline(answer: httpx.Response) -> dict[str, Any]:
-    """Return what must be the same: all but what a problem has beyond Better Auth's, and what is random."""
+    """Return the comparable parts: without random values and the members that only our problems have."""
     body = answer.json()
     if answer.status_code >= 400:
         assert answer.headers["content-type"] in ("application/json", "application/problem+json")
@@ -312,7 +314,7 @@ def _outline(answer: httpx.Response) -> dict[str, Any]:
     }
 
 
-async def test_local_accounts_answer_as_better_auth_does(url: str, tmp_path: Path) -> None:
+async def test_local_accounts_respond_as_better_auth_does(url: str, tmp_path: Path) -> None:
     async with running_better_auth(url, tmp_path) as issuer, _local(url) as local:
         for name, (verb, body) in SAME_REQUESTS.items():
             outlines = []
@@ -361,7 +363,7 @@ async def test_tokens_and_sessions_of_local_accounts_look_as_better_auths_do(
 
 
 async def test_a_front_end_may_move_its_accounts_to_better_auth(url: str, tmp_path: Path) -> None:
-    """The same calls, before and after: sign up, ask for a token, create a task."""
+    """The same calls before and after the move: sign up, get a token, create a task."""
     async with running_better_auth(url, tmp_path) as issuer, _local(url) as local:
         for home in (issuer.client, local):
             settings = (

@@ -41,7 +41,7 @@ FULL: dict[str, Any] = {
 }
 
 
-async def test_each_operation_is_done_and_answered(alice: Person) -> None:
+async def test_each_bulk_operation_has_its_own_result(alice: Person) -> None:
     one, two, three = [await alice.create(str(number)) for number in range(3)]
 
     answer = await bulk(
@@ -94,7 +94,7 @@ FAILURES: dict[str, tuple[dict[str, Any], int, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-async def test_one_that_fails_undoes_all_and_is_named(alice: Person, failure: str) -> None:
+async def test_a_failed_operation_rolls_back_all_and_is_named_by_index(alice: Person, failure: str) -> None:
     task, other = await alice.create("task"), await alice.create("other")
     wrong, status, members = FAILURES[failure]
     wrong = {"id": task["id"], **wrong}
@@ -108,7 +108,7 @@ async def test_one_that_fails_undoes_all_and_is_named(alice: Person, failure: st
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-async def test_without_atomic_the_others_are_done(alice: Person, failure: str) -> None:
+async def test_with_atomic_false_the_other_operations_are_done(alice: Person, failure: str) -> None:
     task, other = await alice.create("task"), await alice.create("other")
     wrong, status, members = FAILURES[failure]
     wrong = {"id": task["id"], **wrong}
@@ -160,7 +160,9 @@ async def test_another_users_task_looks_absent_in_bulk(alice: Person, bob: Perso
         ({"operations": [{"op": "update", "id": 1}]}, "/operations/0/changes", "is required"),
     ],
 )
-async def test_a_mistake_is_pointed_at(alice: Person, body: object, pointer: str, detail: str | None) -> None:
+async def test_an_invalid_bulk_body_is_422_with_a_json_pointer(
+    alice: Person, body: object, pointer: str, detail: str | None
+) -> None:
     answer = await alice.post("/bulk", json=body)
 
     assert answer.status_code == 422
@@ -169,7 +171,7 @@ async def test_a_mistake_is_pointed_at(alice: Person, body: object, pointer: str
     assert detail in (None, mistake["detail"])
 
 
-async def test_a_hundred_operations_fit(alice: Person) -> None:
+async def test_a_bulk_request_may_have_100_operations(alice: Person) -> None:
     made = (await bulk(alice, *(create(f"task {number}") for number in range(100)))).json()["results"]
     tasks = [result["task"] for result in made]
 
@@ -181,7 +183,7 @@ async def test_a_hundred_operations_fit(alice: Person) -> None:
     assert await everything(alice) == []
 
 
-async def test_bulks_at_the_same_moment_lose_nothing(alice: Person) -> None:
+async def test_concurrent_bulk_updates_lose_nothing(alice: Person) -> None:
     tasks = [await alice.create(str(number)) for number in range(10)]
     toggles = [
         bulk(
@@ -232,7 +234,7 @@ async def test_complete_all_and_reopen_all(alice: Person, bob: Person) -> None:
 
 
 @pytest.mark.parametrize("query", ["", "?", "?status=all", "?search=", "?unknown=1", "?limit=1&sort=title"])
-async def test_nothing_happens_to_all_tasks_by_leaving_the_filter_out(alice: Person, query: str) -> None:
+async def test_patch_and_delete_of_many_without_a_filter_are_422(alice: Person, query: str) -> None:
     task = await alice.create()
 
     answers = [await alice.delete(query), await alice.patch(query, json={"completed": True})]
@@ -242,13 +244,13 @@ async def test_nothing_happens_to_all_tasks_by_leaving_the_filter_out(alice: Per
 
 
 @pytest.mark.parametrize("body", [{}, {"completed": None}, {"completed": "true"}, []])
-async def test_complete_all_needs_the_state(alice: Person, body: object) -> None:
+async def test_complete_all_requires_completed(alice: Person, body: object) -> None:
     answer = await alice.patch("?status=pending", json=body)
 
     assert answer.status_code == 422
 
 
-async def test_many_may_be_cleared_by_any_filter(alice: Person) -> None:
+async def test_delete_of_many_accepts_any_filter(alice: Person) -> None:
     for tag in ("old", "new"):
         await alice.create(tag, tags=[tag], due_date="2026-01-01" if tag == "old" else None)
 
@@ -256,7 +258,7 @@ async def test_many_may_be_cleared_by_any_filter(alice: Person) -> None:
     assert [task["title"] for task in await everything(alice)] == ["new"]
 
 
-async def test_changes_of_many_at_the_same_time_do_not_stand_in_one_anothers_way(alice: Person) -> None:
+async def test_concurrent_changes_of_many_tasks_do_not_deadlock(alice: Person) -> None:
     tasks = [await alice.create(tags=["a"]) for _ in range(40)]
 
     async def change(number: int) -> int:
@@ -285,7 +287,7 @@ CHANGES_OF_MANY = [("DELETE", None), ("PATCH", {"completed": True})]
     ],
 )
 @pytest.mark.parametrize(("method", "body"), CHANGES_OF_MANY)
-async def test_a_change_of_many_names_parameters_that_it_does_not_know(
+async def test_an_unknown_parameter_of_a_change_of_many_is_422(
     alice: Person, method: str, body: object, query: str, named: list[str]
 ) -> None:
     tasks = [await alice.create(completed=True, category="keep") for _ in range(2)]
@@ -309,7 +311,7 @@ async def test_a_change_of_many_names_parameters_that_it_does_not_know(
     ],
 )
 @pytest.mark.parametrize(("method", "body"), CHANGES_OF_MANY)
-async def test_a_change_of_many_takes_a_parameter_with_one_value_once(
+async def test_a_repeated_single_value_parameter_of_a_change_of_many_is_422(
     alice: Person, method: str, body: object, query: str, named: list[str]
 ) -> None:
     task = await alice.create(title="abcd")
@@ -322,7 +324,7 @@ async def test_a_change_of_many_takes_a_parameter_with_one_value_once(
     assert (await alice.get()).json() == [task]
 
 
-async def test_a_change_of_many_takes_repeatable_parameters_several_times(alice: Person) -> None:
+async def test_a_change_of_many_accepts_repeated_category_and_tags(alice: Person) -> None:
     await alice.create(category="a", tags=["x", "y"])
     await alice.create(category="b", tags=["x", "y"])
     await alice.create(category="c", tags=["x", "y"])
@@ -333,7 +335,7 @@ async def test_a_change_of_many_takes_repeatable_parameters_several_times(alice:
 
 
 @pytest.mark.parametrize("query", ["atomic=true&atomic=false", "atomc=false"])
-async def test_bulk_names_parameters_that_it_does_not_know_or_knows_once(alice: Person, query: str) -> None:
+async def test_an_unknown_or_repeated_parameter_of_bulk_is_422(alice: Person, query: str) -> None:
     answer = await alice.post(
         f"/bulk?{query}", json={"operations": [{"op": "create", "task": {"title": "x"}}]}
     )
@@ -343,7 +345,7 @@ async def test_bulk_names_parameters_that_it_does_not_know_or_knows_once(alice: 
     assert (await alice.get()).json() == []
 
 
-async def test_a_list_still_ignores_parameters_that_it_does_not_know(alice: Person) -> None:
+async def test_a_list_ignores_unknown_parameters(alice: Person) -> None:
     task = await alice.create()
 
     assert (await alice.get("?status=completed&status=pending&categories=x")).json() == [task]

@@ -15,7 +15,7 @@ from tests.task_model import Json
 
 
 @pytest.mark.parametrize("day", ["0001-01-01", "9999-12-31"])
-async def test_the_first_and_the_last_day_are_days_like_others(alice: Person, day: str) -> None:
+async def test_the_earliest_and_the_latest_due_date_work_like_others(alice: Person, day: str) -> None:
     create = {"op": "create", "task": {"title": "in bulk", "due_date": day}}
     bulk = (await alice.post("/bulk", json={"operations": [create]})).json()["results"][0]["task"]
     alone = await alice.create("alone", due_date=day)
@@ -58,7 +58,7 @@ WAYS = ["toggle", "set", "put", "bulk", "all"]
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_series_keeps_the_day_that_was_meant_however_it_is_completed(alice: Person, way: str) -> None:
+async def test_a_series_keeps_its_anchor_day_however_it_is_completed(alice: Person, way: str) -> None:
     await alice.create(due_date="2023-12-31", recurring="monthly")
 
     days = []
@@ -71,7 +71,7 @@ async def test_a_series_keeps_the_day_that_was_meant_however_it_is_completed(ali
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_task_has_one_successor_until_it_gets_another_day(alice: Person, way: str) -> None:
+async def test_a_task_has_one_successor_until_its_due_date_changes(alice: Person, way: str) -> None:
     task = await alice.create(due_date="2024-01-31", recurring="weekly")
 
     days = []
@@ -86,7 +86,7 @@ async def test_a_task_has_one_successor_until_it_gets_another_day(alice: Person,
     assert days == [["2024-02-07"], [], ["2024-02-08"]]
 
 
-async def test_bulk_lets_another_day_start_the_series_anew(alice: Person) -> None:
+async def test_a_new_due_date_in_bulk_allows_another_successor(alice: Person) -> None:
     task = await alice.create(due_date="2024-01-31", recurring="weekly", completed=False)
     day = {"due_date": "2024-02-01", "completed": False}
     operations = [
@@ -118,7 +118,7 @@ async def fill(person: Person, tasks: Sequence[Json]) -> list[int]:
 
 
 async def tasks_of(person: Person) -> list[Json]:
-    """Return what is the same for everybody who has done the same, the oldest task first."""
+    """Return the tasks, oldest first, without ids and timestamps, which differ between users."""
     return [kept(task) for task in (await person.get("?order=asc")).json()]
 
 
@@ -132,7 +132,7 @@ def kept(task: Json) -> Json:
 
 
 def among(ids: Sequence[int], operation: Json) -> int:
-    """Return which of *ids* the *operation* is about."""
+    """Return the id in *ids* that *operation* refers to, or an unknown id."""
     return ids[operation["which"]] if operation.get("which", 9) < len(ids) else NOBODYS
 
 
@@ -141,7 +141,7 @@ def in_bulk(ids: Sequence[int], done: Sequence[Json]) -> Json:
 
 
 def outcome(answer: httpx.Response) -> Json:
-    """Return *answer* to a single operation as the result of one among many."""
+    """Return the response of a single request in the format of a bulk result."""
     found = answer.json() if answer.content else {}
     if answer.is_success:
         return {"status": answer.status_code} | ({"task": kept(found)} if found else {})
@@ -151,7 +151,7 @@ def outcome(answer: httpx.Response) -> Json:
 first = st.lists(st.fixed_dictionaries(task_model.fields), min_size=2, max_size=5)
 
 
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(first, st.lists(operations, min_size=3, max_size=12))
 async def test_operations_leave_in_bulk_what_they_leave_one_by_one(
@@ -171,14 +171,14 @@ async def test_operations_leave_in_bulk_what_they_leave_one_by_one(
     ]
     assert [{name: result[name] for name in result if name != "detail"} for result in results] == alone
     assert await tasks_of(bob) == await tasks_of(alice)
-    # What the server remembers of a series shows in what comes next.
+    # The hidden state of a series shows in its successors.
     for someone in (alice, bob):
         for task in (await someone.get("?order=asc")).json():
             await someone.patch(f"/{task['id']}/complete")
     assert await tasks_of(bob) == await tasks_of(alice)
 
 
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(first, st.lists(operations, min_size=1, max_size=5))
 async def test_operations_are_done_all_or_none(

@@ -1,4 +1,4 @@
-"""Commands of `main.py` that end by themselves, and starts that end with a sentence."""
+"""Commands of `main.py` that exit by themselves, and starts that fail with an error message."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def test_token_prints_a_token_of_the_configured_lifetime(tmp_path: Path, lifetim
     assert claims["exp"] - claims["iat"] == seconds
 
 
-def test_a_printed_token_is_for_whom_the_settings_name(tmp_path: Path) -> None:
+def test_a_printed_token_has_the_issuer_and_audience_of_the_settings(tmp_path: Path) -> None:
     settings = {"JWT_ISSUER": "https://b.example,https://a.example", "JWT_AUDIENCE": "tasks"}
 
     done = command(tmp_path, "token", "alice", BETTER_AUTH_SECRET=SECRET, **settings)
@@ -27,7 +27,7 @@ def test_a_printed_token_is_for_whom_the_settings_name(tmp_path: Path) -> None:
     assert (claims["iss"], claims["aud"]) == ("https://a.example", "tasks")
 
 
-def test_no_token_is_printed_that_would_be_refused(tmp_path: Path) -> None:
+def test_the_token_command_fails_if_hs256_is_not_accepted(tmp_path: Path) -> None:
     done = command(tmp_path, "token", "alice", BETTER_AUTH_SECRET=SECRET, JWT_ALGORITHMS="EdDSA")
 
     assert (done.returncode, done.stderr.splitlines()) == (
@@ -44,7 +44,7 @@ def test_the_openapi_document_is_printed_without_settings(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistake_in_the_settings_ends_a_command_with_a_sentence(tmp_path: Path) -> None:
+def test_an_invalid_setting_ends_a_command_with_a_sentence(tmp_path: Path) -> None:
     done = command(tmp_path, "token", "alice", BETTER_AUTH_SECRET="short")
 
     assert done.returncode == 2
@@ -62,7 +62,7 @@ def test_a_mistake_in_the_settings_ends_a_command_with_a_sentence(tmp_path: Path
         ),
     ],
 )
-def test_a_database_url_that_cannot_be_used_ends_the_start_with_a_sentence(
+def test_an_unusable_database_url_ends_the_start_with_a_sentence(
     tmp_path: Path, url: str, sentence: str
 ) -> None:
     done = command(tmp_path, DATABASE_URL=url, BETTER_AUTH_SECRET=SECRET)

@@ -45,7 +45,7 @@ Refusal = Callable[..., list[str]]
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty current folder, in an environment in which nothing is set."""
+    """An empty working folder, in an environment without settings."""
     for name in Settings.model_fields:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -55,7 +55,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
-    """Load the settings from an environment and return the sentences with which that ends."""
+    """Load invalid settings from an environment and return the error messages."""
 
     def load(**environment: str) -> list[str]:
         for name, value in environment.items():
@@ -95,7 +95,7 @@ def run(code: str, folder: Path, *arguments: str, **environment: str) -> subproc
         ({"DATABASE_URL": DATABASE_URL}, {NO_SECRET}),
     ],
 )
-def test_a_mistake_ends_the_process_with_a_sentence_and_no_traceback(
+def test_an_invalid_setting_ends_the_process_without_a_traceback(
     folder: Path, environment: dict[str, str], stderr: set[str]
 ) -> None:
     done = run("import config; config.load_settings()", folder, **environment)
@@ -107,7 +107,7 @@ def test_a_mistake_ends_the_process_with_a_sentence_and_no_traceback(
     assert "hunter2" not in done.stderr
 
 
-def test_nothing_has_to_be_set(folder: Path) -> None:
+def test_no_setting_is_required(folder: Path) -> None:
     done = run("import config; print(config.load_settings().embedded)", folder)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
@@ -203,11 +203,11 @@ def test_nothing_has_to_be_set(folder: Path) -> None:
         ("ALLOWED_HOSTS", "::1", NOT_HOSTS),
     ],
 )
-def test_a_mistake_is_told_in_a_sentence(refusal: Refusal, name: str, value: str, clause: str) -> None:
+def test_an_invalid_setting_is_reported_by_name(refusal: Refusal, name: str, value: str, clause: str) -> None:
     assert refusal(**{name: value}) == [f"{name}: {clause}"]
 
 
-def test_every_mistake_is_told(refusal: Refusal) -> None:
+def test_every_invalid_setting_is_reported(refusal: Refusal) -> None:
     sentences = refusal(PORT="eighty", DEBUG="maybe", LOG_LEVEL="loud", BETTER_AUTH_SECRET="x")
 
     assert [sentence.partition(":")[0] for sentence in sorted(sentences)] == [
@@ -235,7 +235,7 @@ def test_every_mistake_is_told(refusal: Refusal) -> None:
         ({"DATABASE_URL": DATABASE_URL, "BETTER_AUTH_SECRET": ""}, [NO_SECRET]),
     ],
 )
-def test_a_database_of_your_own_needs_a_secret_and_production_both(
+def test_a_configured_database_requires_a_secret_and_production_both(
     refusal: Refusal, folder: Path, environment: dict[str, str], sentences: list[str]
 ) -> None:
     (folder / "data").mkdir()
@@ -258,7 +258,7 @@ def test_a_database_of_your_own_needs_a_secret_and_production_both(
         {"BETTER_AUTH_SECRETS": f"1:{SECRET}-hunter2", "ENVIRONMENT": "production"},
     ],
 )
-def test_no_sentence_holds_a_secret(refusal: Refusal, environment: dict[str, str]) -> None:
+def test_no_settings_error_contains_a_secret(refusal: Refusal, environment: dict[str, str]) -> None:
     sentences = refusal(**environment)
 
     assert sentences
@@ -283,7 +283,7 @@ def test_an_empty_value_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None
     assert settings.model_dump() == Settings().model_dump()
 
 
-def test_an_empty_value_in_the_file_counts_as_unset(folder: Path) -> None:
+def test_an_empty_value_in_the_env_file_counts_as_unset(folder: Path) -> None:
     (folder / ".env").write_text("".join(f"{name.upper()}=\n" for name in Settings.model_fields))
 
     assert load_settings().model_dump() == Settings().model_dump()
@@ -299,13 +299,13 @@ def test_an_empty_value_in_the_file_counts_as_unset(folder: Path) -> None:
         (f"SOMEBODY_ELSES=1\nBETTER_AUTH_SECRET={SECRET}#é\n", f"{SECRET}#é"),
     ],
 )
-def test_the_file_is_read(folder: Path, content: str, secret: str) -> None:
+def test_the_env_file_is_read(folder: Path, content: str, secret: str) -> None:
     (folder / ".env").write_bytes(content.encode())
 
     assert load_settings().secrets == [secret]
 
 
-def test_the_environment_beats_the_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_the_environment_overrides_the_env_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     (folder / ".env").write_text("PORT=7001\nHOST=0.0.0.0\nLOG_LEVEL=error\n")
 
     settings = settings_of(monkeypatch, PORT="7002", LOG_LEVEL="")
@@ -313,7 +313,7 @@ def test_the_environment_beats_the_file(monkeypatch: pytest.MonkeyPatch, folder:
     assert (settings.port, settings.host, settings.log_level) == (7002, "0.0.0.0", "error")
 
 
-def test_a_mistake_in_the_file_is_told(refusal: Refusal, folder: Path) -> None:
+def test_an_invalid_setting_in_the_env_file_is_reported(refusal: Refusal, folder: Path) -> None:
     (folder / ".env").write_text("PORT=eighty\nBETTER_AUTH_SECRET=hunter2\n")
 
     assert sorted(refusal()) == [f"BETTER_AUTH_SECRET: {TOO_SHORT}", f"PORT: {NOT_AN_INTEGER}"]
@@ -322,20 +322,22 @@ def test_a_mistake_in_the_file_is_told(refusal: Refusal, folder: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["PORT=7001\n".encode("utf-16"), f"# é\nBETTER_AUTH_SECRET={SECRET}\n".encode("latin-1")]
 )
-def test_a_file_that_is_not_utf_8_is_told(refusal: Refusal, folder: Path, content: bytes) -> None:
+def test_an_env_file_that_is_not_utf_8_is_reported(refusal: Refusal, folder: Path, content: bytes) -> None:
     (folder / ".env").write_bytes(content)
 
     assert refusal() == [".env: is not UTF-8"]
 
 
-def test_settings_given_by_hand_read_nothing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_settings_built_in_code_ignore_environment_and_env_file(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
     monkeypatch.setenv("PORT", "7001")
     (folder / ".env").write_text("HOST=0.0.0.0\n")
 
     assert (Settings().port, Settings().host) == (8000, "127.0.0.1")
 
 
-def test_the_embedded_secret_is_made_once_for_its_owner_only(folder: Path) -> None:
+def test_the_embedded_secret_is_created_once_with_mode_600(folder: Path) -> None:
     data = folder / "deep" / "data"
     before = os.umask(0)
     try:
@@ -350,7 +352,7 @@ def test_the_embedded_secret_is_made_once_for_its_owner_only(folder: Path) -> No
     assert Settings(data_dir=data).secrets == [secret]
 
 
-def test_every_embedded_secret_is_another(folder: Path) -> None:
+def test_embedded_secrets_differ(folder: Path) -> None:
     made = {Settings(data_dir=folder / str(number)).secrets[0] for number in range(20)}
 
     assert len(made) == 20
@@ -365,7 +367,7 @@ def test_the_embedded_secret_outlives_the_process(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [SECRET, f"{SECRET}\n"])
-def test_an_embedded_secret_that_is_there_stays(folder: Path, content: str) -> None:
+def test_an_existing_embedded_secret_is_kept(folder: Path, content: str) -> None:
     (folder / "secret").write_text(content)
 
     assert Settings(data_dir=folder).secrets == [SECRET]
@@ -373,7 +375,7 @@ def test_an_embedded_secret_that_is_there_stays(folder: Path, content: str) -> N
 
 
 @pytest.mark.parametrize("content", ["", "\n", "short", PUBLIC_SECRET, f" {'x' * 31}\n"])
-def test_an_embedded_secret_that_is_none_is_never_used(refusal: Refusal, folder: Path, content: str) -> None:
+def test_an_invalid_embedded_secret_is_refused(refusal: Refusal, folder: Path, content: str) -> None:
     (folder / "data").mkdir()
     (folder / "data" / "secret").write_text(content)
 
@@ -383,18 +385,18 @@ def test_an_embedded_secret_that_is_none_is_never_used(refusal: Refusal, folder:
     assert (folder / "data" / "secret").read_text() == content
 
 
-def test_a_data_folder_that_cannot_be_made_is_told(refusal: Refusal, folder: Path) -> None:
+def test_a_data_folder_that_cannot_be_made_is_reported(refusal: Refusal, folder: Path) -> None:
     (folder / "data").touch()
 
     assert refusal() == ["DATA_DIR: data cannot be used: File exists"]
 
 
-def test_a_secret_that_is_given_leaves_no_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_configured_secret_creates_no_secret_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     assert settings_of(monkeypatch, BETTER_AUTH_SECRET=SECRET).secrets == [SECRET]
     assert list(folder.iterdir()) == []
 
 
-def test_processes_that_race_to_make_the_secret_agree(folder: Path) -> None:
+def test_processes_that_race_to_create_the_secret_agree(folder: Path) -> None:
     code = """if True:
         import sys
         from pathlib import Path
@@ -465,7 +467,7 @@ def test_cursors_are_signed_with_their_own_secret_or_the_shared_ones(
     assert Settings.model_validate(given).cursor_secrets == secrets
 
 
-def test_without_any_secret_processes_of_one_database_agree_on_one_that_is_slow_to_guess_by() -> None:
+def test_without_a_secret_the_cursor_secret_is_scrypt_of_the_database_url() -> None:
     of_one, again, of_another = (
         Settings.model_validate(ONLY_KEYS | {"database_url": url}).cursor_secrets
         for url in (DATABASE_URL, DATABASE_URL, f"{DATABASE_URL}2")
@@ -557,7 +559,7 @@ def test_production_logs_json_and_debug_logs_more(given: dict[str, object], leve
     ("value", "expected"),
     [("true", True), ("1", True), ("ON", True), ("false", False), ("0", False), ("No", False)],
 )
-def test_a_switch_may_be_written_in_several_ways(
+def test_a_boolean_setting_may_be_written_in_several_ways(
     monkeypatch: pytest.MonkeyPatch, value: str, expected: bool
 ) -> None:
     assert settings_of(monkeypatch, ACCESS_LOG=value).access_log is expected
@@ -573,7 +575,9 @@ def test_a_switch_may_be_written_in_several_ways(
         ("JWKS_URL", "https://app.example.com/keys", None),
     ],
 )
-def test_mistakes_about_the_issuer_are_told(folder: Path, name: str, value: str, clause: str | None) -> None:
+def test_invalid_issuer_settings_are_reported(
+    folder: Path, name: str, value: str, clause: str | None
+) -> None:
     done = run("import config; config.load_settings()", folder, **{name: value})
 
     assert done.returncode == 2
@@ -615,12 +619,12 @@ def test_mistakes_about_the_issuer_are_told(folder: Path, name: str, value: str,
         "https://app.example.com\\keys",
     ],
 )
-def test_what_is_no_address_is_told(refusal: Refusal, name: str, value: str) -> None:
+def test_an_invalid_url_setting_is_reported(refusal: Refusal, name: str, value: str) -> None:
     assert refusal(**{name: value}) == [f"{name}: {NOT_AN_ADDRESS}"]
 
 
 @pytest.mark.parametrize("value", ["https://app.example.com?", "https://app.example.com/?a=b"])
-def test_better_auths_address_has_no_query(refusal: Refusal, value: str) -> None:
+def test_a_better_auth_url_with_a_query_is_refused(refusal: Refusal, value: str) -> None:
     assert refusal(BETTER_AUTH_URL=value) == [f"BETTER_AUTH_URL: {NOT_AN_ADDRESS}"]
 
 
@@ -635,7 +639,7 @@ def test_better_auths_address_has_no_query(refusal: Refusal, value: str) -> None
         "HTTPS://App.Example.com/Keys",
     ],
 )
-def test_the_address_of_the_keys_is_kept_as_it_is(value: str) -> None:
+def test_jwks_url_is_kept_unchanged(value: str) -> None:
     settings = Settings(better_auth_url="https://app.example.com", jwks_url=value)
 
     assert settings.resolved_jwks_url == value
@@ -652,7 +656,7 @@ def test_better_auths_origin_is_issuer_and_audience_unless_they_are_given() -> N
     assert given.audiences == {"c"}
 
 
-def test_the_accepted_algorithms_are_those_that_can_be_verified() -> None:
+def test_every_implemented_algorithm_is_accepted_by_default() -> None:
     assert Settings().algorithms == set(tokens.ALGORITHMS)
 
 
@@ -674,7 +678,7 @@ def test_the_accepted_algorithms_are_those_that_can_be_verified() -> None:
         ({"environment": "production", "database_url": DATABASE_URL, "better_auth_secret": SECRET}, False),
     ],
 )
-def test_accounts_are_kept_unasked_only_where_nobody_has_said_who_signs_tokens(
+def test_local_accounts_default_to_on_only_if_no_token_setting_is_set(
     given: dict[str, object], kept: bool
 ) -> None:
     assert Settings.model_validate(given).keeps_accounts is kept
@@ -706,7 +710,7 @@ def test_a_rate_is_a_number_and_a_time(monkeypatch: pytest.MonkeyPatch, rate: st
     assert limit == "off" or limits.parse(limit).amount
 
 
-def test_any_host_among_the_allowed_is_any_host() -> None:
+def test_a_star_in_allowed_hosts_allows_any_host() -> None:
     given = Settings(better_auth_secret=SECRET, allowed_hosts="API.example.com, *.example.com")
 
     assert given.hosts == ["api.example.com", "*.example.com"]

@@ -1,4 +1,4 @@
-"""Many connections at once, from many addresses, at the service as its own process."""
+"""Many concurrent connections from many addresses to the service as its own process."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from tests.service import UNMEASURED, Service, running_service
 pytestmark = pytest.mark.process
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-MEMORY_MAX_MB = 256  # as docs/deploy.md promises
+MEMORY_MAX_MB = 256  # the limit in docs/deploy.md
 SETTINGS = {"BETTER_AUTH_SECRET": SECRET, "RATE_LIMIT": "off", **UNMEASURED}
 TOKEN = tokens.issue("alice", SECRET, 3600)
 
@@ -34,7 +34,7 @@ def connect(port: int, address: str = "127.0.0.1") -> socket.socket:
 
 
 def answer(connection: socket.socket) -> tuple[int, str]:
-    """Return status and sentence of what the service says, or (0, "") where it has reset the connection."""
+    """Return status and detail of the response, or (0, "") if the service has reset the connection."""
     received = b""
     with contextlib.suppress(ConnectionError):
         while b"}" not in received and (data := connection.recv(65536)):
@@ -49,7 +49,7 @@ def resident_mb(service: Service) -> float:
 
 
 def highest_mb(service: Service, seconds: float) -> float:
-    """Return the most memory that the service has within *seconds*."""
+    """Return the peak memory of the service within *seconds*."""
     end, highest = time.monotonic() + seconds, 0.0
     while time.monotonic() < end:
         highest = max(highest, resident_mb(service))
@@ -63,7 +63,9 @@ def connections() -> Iterator[contextlib.ExitStack]:
         yield stack
 
 
-def test_beyond_its_limit_an_address_is_429(tmp_path: Path, connections: contextlib.ExitStack) -> None:
+def test_connections_beyond_the_limit_per_address_are_429(
+    tmp_path: Path, connections: contextlib.ExitStack
+) -> None:
     port = free_port()
     with running_service(tmp_path, PORT=str(port), MAX_CONNECTIONS_PER_ADDRESS="3", **SETTINGS) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -73,7 +75,7 @@ def test_beyond_its_limit_an_address_is_429(tmp_path: Path, connections: context
             assert answer(another)[0] == 200
             refused.sendall(HEALTH)
             assert answer(refused) == (429, "Too many connections are open from your address")
-        for connection in held:  # those that it had before are served
+        for connection in held:  # earlier connections are still served
             connection.sendall(HEALTH)
             assert answer(connection)[0] == 200
         held[0].close()
@@ -83,7 +85,7 @@ def test_beyond_its_limit_an_address_is_429(tmp_path: Path, connections: context
             assert answer(admitted)[0] == 200
 
 
-def test_the_connections_of_a_trusted_proxy_are_those_of_many(
+def test_a_trusted_proxy_is_exempt_from_the_limit_per_address(
     tmp_path: Path, connections: contextlib.ExitStack
 ) -> None:
     port = free_port()
@@ -96,11 +98,13 @@ def test_the_connections_of_a_trusted_proxy_are_those_of_many(
             assert answer(connection)[0] == 200
 
 
-def test_beyond_the_limit_of_the_process_it_is_503(tmp_path: Path, connections: contextlib.ExitStack) -> None:
+def test_connections_beyond_the_limit_per_process_are_503(
+    tmp_path: Path, connections: contextlib.ExitStack
+) -> None:
     port = free_port()
     with running_service(tmp_path, PORT=str(port), MAX_CONNECTIONS="3", **SETTINGS) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
-        time.sleep(0.2)  # the connection that asked has ended
+        time.sleep(0.2)  # that request's connection has closed
         held = [connections.enter_context(connect(port, f"127.0.0.{number}")) for number in (2, 3, 4)]
         for connection in held:
             connection.sendall(HEALTH)
@@ -108,7 +112,7 @@ def test_beyond_the_limit_of_the_process_it_is_503(tmp_path: Path, connections: 
         refused = [connections.enter_context(connect(port)) for _ in range(60)]
         found = [answer(connection) for connection in refused]
 
-        # So many are told why; the next ones are reset, since a flood of them would be as many open files.
+        # The first ones get a 429; the next are reset, since each open connection holds a file descriptor.
         assert found.count((503, "The service is busy. Please try again.")) >= 50
         assert {status for status, _ in found} <= {503, 0}
         for connection in held:
@@ -119,10 +123,10 @@ def test_beyond_the_limit_of_the_process_it_is_503(tmp_path: Path, connections: 
             assert answer(admitted)[0] == 200
 
 
-def test_only_so_many_refused_connections_are_told_why_at_once(
+def test_only_a_bounded_number_of_refused_connections_gets_429_at_once(
     tmp_path: Path, connections: contextlib.ExitStack
 ) -> None:
-    """The others are reset; those that have ended make room."""
+    """The other connections are reset; closed connections make room for new 429s."""
     port = free_port()
     with running_service(tmp_path, PORT=str(port), MAX_CONNECTIONS_PER_ADDRESS="1", **SETTINGS) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -144,7 +148,7 @@ def test_only_so_many_refused_connections_are_told_why_at_once(
 
 @pytest.mark.parametrize("field", [b"A: x\r\n", b"A: " + b"x" * 50_000], ids=["many fields", "a long one"])
 @pytest.mark.parametrize("count", [350, 800])
-def test_half_heads_hold_little_memory(
+def test_incomplete_heads_hold_little_memory(
     tmp_path: Path, connections: contextlib.ExitStack, count: int, field: bytes
 ) -> None:
     port = free_port()
@@ -188,13 +192,13 @@ def test_bodies_that_no_handler_reads_hold_little_memory(
         assert highest_mb(service, 3) < MEMORY_MAX_MB / 2
 
 
-def test_unread_answers_hold_little_memory(tmp_path: Path, connections: contextlib.ExitStack) -> None:
-    """80 connections of each of two addresses ask for pages of 1 MiB and read nothing."""
+def test_unread_responses_hold_little_memory(tmp_path: Path, connections: contextlib.ExitStack) -> None:
+    """80 connections from each of two addresses request pages of 1 MiB and read nothing."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     with running_service(tmp_path, PORT=str(port), **SETTINGS) as service:
         service.wait_for(address)
-        people = {"127.0.0.1": "alice", "127.0.0.2": "bob"}  # as many of one user would wait for one another
+        people = {"127.0.0.1": "alice", "127.0.0.2": "bob"}  # requests of one user would wait for one another
         heads = {}
         for client_address, user_id in people.items():
             bearer = f"Bearer {tokens.issue(user_id, SECRET, 3600)}"

@@ -1,4 +1,4 @@
-"""The service answers as its OpenAPI document says, whatever is sent: Schemathesis tries it."""
+"""Schemathesis checks that the service conforms to its OpenAPI document, whatever a client sends."""
 
 import asyncio
 import re
@@ -18,8 +18,8 @@ CONFIG = str(PROJECT / "tests" / "contract.toml")
 
 
 @pytest.mark.process
-@pytest.mark.no_cover  # many times the same lines
-async def test_every_answer_is_as_the_document_says(
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
+async def test_every_response_conforms_to_the_openapi_document(
     app: FastAPI, alice: Person, database_url: str, tmp_path: Path
 ) -> None:
     port = str(free_port())
@@ -41,15 +41,15 @@ async def test_every_answer_is_as_the_document_says(
 
         if tried.returncode:
             pytest.fail(f"{tried.stdout}\n{tried.stderr}\n{service.logged}", pytrace=False)
-    # A run that tries nothing is green, too.
+    # A run without any request would pass, too.
     assert f"Tested: {len(operations(app))}\n" in tried.stdout
     links = re.search(r"API Links: +(\d+) covered / (\d+) selected", tried.stdout)
     assert links
-    assert int(links[1]) > int(links[2]) / 2 > 0  # which ones, chance decides
+    assert int(links[1]) > int(links[2]) / 2 > 0  # the links are chosen at random
 
 
 def operations(app: FastAPI) -> list[tuple[str, str, bool]]:
-    """Return method, path and whether a token is needed."""
+    """Return method and path of each operation, and whether it requires a token."""
     return [
         (method.upper(), path, bool(operation["security"]))
         for path, operations in app.openapi()["paths"].items()
@@ -57,7 +57,7 @@ def operations(app: FastAPI) -> list[tuple[str, str, bool]]:
     ]
 
 
-async def test_nothing_of_another_user_can_be_reached(app: FastAPI, alice: Person, bob: Person) -> None:
+async def test_every_operation_on_another_users_path_is_403(app: FastAPI, alice: Person, bob: Person) -> None:
     task = await alice.create()
     guarded = [(method, path) for method, path, is_guarded in operations(app) if is_guarded]
     assert len(guarded) > 10
@@ -72,7 +72,7 @@ async def test_nothing_of_another_user_can_be_reached(app: FastAPI, alice: Perso
 @pytest.mark.parametrize(
     ("path", "allowed"), [("/stats", "GET, HEAD"), ("/bulk", "POST"), ("/1", "DELETE, GET, HEAD, PATCH, PUT")]
 )
-async def test_a_method_that_an_address_does_not_have_is_405(alice: Person, path: str, allowed: str) -> None:
+async def test_an_undeclared_method_is_405_with_allow(alice: Person, path: str, allowed: str) -> None:
     for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - set(allowed.split(", ")):
         answer = await alice.send(method, path, json={"title": "x"})
 
@@ -80,7 +80,7 @@ async def test_a_method_that_an_address_does_not_have_is_405(alice: Person, path
 
 
 @pytest.mark.parametrize("path", ["/stats/complete", "/bulk/complete"])
-async def test_the_names_of_other_things_are_no_ids(alice: Person, path: str) -> None:
+async def test_stats_and_bulk_are_not_task_ids(alice: Person, path: str) -> None:
     assert (await alice.patch(path)).status_code == 404
     assert (await alice.patch("/statistics")).status_code == 422
 
@@ -95,7 +95,7 @@ async def test_an_entity_tag_may_have_a_comma_in_it(alice: Person) -> None:
     assert (read.status_code, changed.status_code) == (304, 412)
 
 
-async def test_seven_may_be_written_with_a_fraction_of_nothing(alice: Person) -> None:
+async def test_an_integer_may_be_written_with_a_zero_fraction(alice: Person) -> None:
     task = await alice.create()
     change: dict[str, Any] = {"op": "complete", "id": float(task["id"]), "version": 1.0}
 
@@ -106,7 +106,7 @@ async def test_seven_may_be_written_with_a_fraction_of_nothing(alice: Person) ->
     assert refused.json()["detail"] == "operations/0/id: must be a whole number"
 
 
-async def test_a_sixth_tag_is_too_many_even_if_it_is_there_already(alice: Person) -> None:
+async def test_a_sixth_tag_is_422_even_if_it_is_a_duplicate(alice: Person) -> None:
     five = await alice.create(tags=["a", "a", "b", "b", "b"])
     six = await alice.post(json={"title": "x", "tags": ["a"] * 6})
 

@@ -14,7 +14,7 @@ from tests.test_docs import BROWSER_OPTIONS
 
 ORIGIN = "https://app.example.com"
 
-# What Better Auth's browser client sends unless told otherwise.
+# The default of Better Auth's browser client.
 FETCH = """async ({url, method, body, token}) => (await fetch(url, {
     method, body, credentials: "include",
     headers: {Authorization: `Bearer ${token}`, "Content-Type": "application/json"},
@@ -55,7 +55,7 @@ async def test_a_preflight_allows_what_the_contract_lists(
         preflight(headers="x-forwarded-for"),
     ],
 )
-async def test_another_preflight_is_refused_with_a_problem(
+async def test_a_preflight_that_is_not_allowed_is_400_with_a_problem(
     client: httpx.AsyncClient, headers: dict[str, str]
 ) -> None:
     answer = await client.options("/api/alice/tasks", headers=headers)
@@ -67,7 +67,7 @@ async def test_another_preflight_is_refused_with_a_problem(
         assert "access-control-allow-credentials" not in answer.headers
 
 
-async def test_answers_and_errors_carry_the_headers(client: httpx.AsyncClient, alice: Person) -> None:
+async def test_responses_and_errors_have_cors_headers(client: httpx.AsyncClient, alice: Person) -> None:
     origin = {"Origin": ORIGIN}
     answers = [
         await alice.post(json={"title": "Buy milk"}, headers=origin),
@@ -87,7 +87,7 @@ async def test_answers_and_errors_carry_the_headers(client: httpx.AsyncClient, a
         assert "Origin" in answer.headers["vary"]
 
 
-async def test_another_origin_gets_no_headers(client: httpx.AsyncClient) -> None:
+async def test_another_origin_gets_no_cors_headers(client: httpx.AsyncClient) -> None:
     answer = await client.get("/health", headers={"Origin": "https://evil.example"})
 
     assert answer.status_code == 200
@@ -97,9 +97,7 @@ async def test_another_origin_gets_no_headers(client: httpx.AsyncClient) -> None
 
 @pytest.mark.parametrize("allowed", ["*", f"{ORIGIN},*"])
 @pytest.mark.parametrize("origin", ["https://anywhere.example", ORIGIN])
-async def test_where_every_origin_is_allowed_none_may_send_credentials(
-    database_url: str, allowed: str, origin: str
-) -> None:
+async def test_a_star_origin_never_allows_credentials(database_url: str, allowed: str, origin: str) -> None:
     async with running(create_app(settings_for(database_url, allowed_origins=allowed))) as client:
         answers = [
             await client.get("/health", headers={"Origin": origin}),
@@ -113,7 +111,7 @@ async def test_where_every_origin_is_allowed_none_may_send_credentials(
 
 
 @pytest.mark.process
-def test_a_page_that_includes_credentials_reads_the_answers(
+def test_a_page_that_includes_credentials_reads_the_responses(
     chromium: str,
     tmp_path: Path,
 ) -> None:
@@ -129,7 +127,7 @@ def test_a_page_that_includes_credentials_reads_the_answers(
         service.wait_for(f"http://127.0.0.1:{port}")
         page_server.wait_for(origin)
         browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_OPTIONS)
-        page = browser.new_page(bypass_csp=True)  # ours forbids to fetch; a front end's own page does not
+        page = browser.new_page(bypass_csp=True)  # our CSP forbids fetch(); a front end's own page would not
         page.goto(f"{origin}/health")
         created, listed = (
             page.evaluate(
@@ -143,5 +141,5 @@ def test_a_page_that_includes_credentials_reads_the_answers(
     assert listed == [created]
 
 
-async def test_options_without_a_preflight_is_just_not_a_method(client: httpx.AsyncClient) -> None:
+async def test_options_without_a_preflight_is_405(client: httpx.AsyncClient) -> None:
     assert (await client.options("/health")).status_code == 405

@@ -26,7 +26,7 @@ async def shared(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     await storage.close()
 
 
-async def test_a_key_is_counted_until_it_runs_out() -> None:
+async def test_a_key_is_counted_until_it_expires() -> None:
     storage = LocalStorage()
 
     assert [await storage.incr("alice", 0.05) for _ in range(3)] == [1, 2, 3]
@@ -36,7 +36,7 @@ async def test_a_key_is_counted_until_it_runs_out() -> None:
     assert await storage.incr("alice", 60) == 1
 
 
-async def test_what_has_run_out_is_not_kept() -> None:
+async def test_expired_keys_are_not_kept() -> None:
     storage = LocalStorage()
     for number in range(KEYS_SWEPT_MIN):
         await storage.incr(f"alice{number}", 0.001)
@@ -55,19 +55,19 @@ async def test_a_flood_of_keys_takes_bounded_memory_and_time_for_each() -> None:
         await storage.incr(f"alice{number}", 60)
         assert len(storage.storage) <= KEYS_MAX
 
-    # Seen: 1.5 µs each; looking at every key every time would be milliseconds.
+    # Measured: 1.5 µs each; scanning all keys on each call would take milliseconds.
     assert (time.process_time() - started) / (3 * KEYS_MAX) < 50e-6
-    assert await storage.incr(f"alice{3 * KEYS_MAX - 1}", 60) == 2  # the youngest are kept
+    assert await storage.incr(f"alice{3 * KEYS_MAX - 1}", 60) == 2  # the newest are kept
 
 
-async def test_two_processes_count_together(redis: Redis, shared: SharedStorage) -> None:
+async def test_two_processes_share_their_counts_in_redis(redis: Redis, shared: SharedStorage) -> None:
     other = SharedStorage(redis.url)
 
     assert [await storage.incr("alice", 60) for storage in (shared, other, shared)] == [1, 2, 3]
     await other.close()
 
 
-async def test_failed_attempts_are_counted_together_and_forgotten_together(
+async def test_failed_attempts_are_counted_and_reset_across_processes(
     redis: Redis, shared: SharedStorage
 ) -> None:
     other = SharedStorage(redis.url)
@@ -84,7 +84,7 @@ async def test_failed_attempts_are_counted_together_and_forgotten_together(
     await other.close()
 
 
-async def test_without_redis_it_counts_on_by_itself_and_says_so_once(
+async def test_without_redis_counting_goes_on_locally_and_is_logged_once(
     redis: Redis, shared: SharedStorage
 ) -> None:
     assert await shared.incr("alice", 60) == 1
@@ -92,7 +92,7 @@ async def test_without_redis_it_counts_on_by_itself_and_says_so_once(
         redis.kill()
         assert [await shared.incr("alice", 60) for _ in range(20)] == list(range(1, 21))
         await asyncio.sleep(0.4)
-        assert await shared.incr("alice", 60) == 21  # asked again, still gone
+        assert await shared.incr("alice", 60) == 21  # a retry finds Redis still down
 
         redis.start()
         await asyncio.sleep(0.4)
@@ -102,7 +102,7 @@ async def test_without_redis_it_counts_on_by_itself_and_says_so_once(
 
 
 async def _connect_all(shared: SharedStorage) -> None:
-    """Open every connection: many at once may take longer than a request waits for Redis."""
+    """Open every connection: opening many at once may take longer than a request waits for Redis."""
     async with asyncio.timeout(30):
         while True:
             await asyncio.gather(*(shared.incr(f"someone{number}", 60) for number in range(50)))
@@ -112,8 +112,8 @@ async def _connect_all(shared: SharedStorage) -> None:
 
 
 @pytest.mark.timing
-@pytest.mark.no_cover  # it is about time
-async def test_a_frozen_redis_delays_each_client_once_and_mixes_up_no_answers(
+@pytest.mark.no_cover  # it measures time
+async def test_a_frozen_redis_delays_each_client_once_and_mixes_up_no_replies(
     redis: Redis, shared: SharedStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counters, "RETRY_S", 2.0)
@@ -136,14 +136,14 @@ async def test_a_frozen_redis_delays_each_client_once_and_mixes_up_no_answers(
     after = await asyncio.gather(*(shared.get(name) for name in people))
 
     assert before == list(range(1, 51))
-    assert first_s < 10 * TIMEOUT_S  # one after the other they would wait fifty times as long
-    assert then_s < TIMEOUT_S  # Redis is not asked
+    assert first_s < 10 * TIMEOUT_S  # in sequence, the 50 clients would wait 50 timeouts
+    assert then_s < TIMEOUT_S  # Redis is not tried again yet
     assert [line["event"] for line in lines] == ["redis is gone"]
-    # Redis may have counted what was sent to it before it froze, but never for another key.
+    # Redis may have counted requests sent before it froze, but never under another key.
     assert all(now - then in (0, 1, 2) for then, now in zip(before, after, strict=True))
 
 
-async def test_a_redis_that_is_not_there_yet_is_no_reason_not_to_start(tmp_path: Path) -> None:
+async def test_counting_starts_locally_while_redis_is_unreachable(tmp_path: Path) -> None:
     storage = counters.connect("redis://:hunter2@127.0.0.1:1/0")
     with capture_logs() as lines:
         assert await storage.incr("alice", 60) == 1

@@ -15,18 +15,18 @@ from tests.conftest import SECRET
 from tests.postgres import free_port
 from tests.service import STOP_TIMEOUT_S, UNMEASURED, Service, running_service
 
-# What is run here is measured elsewhere; coverage would only slow the load.
+# Other tests cover these lines; coverage would only slow the load.
 pytestmark = [pytest.mark.no_cover, pytest.mark.process]
 
 KILLS = 4
 CLIENTS = 8
-FEWEST, MOST = 50, 250  # answers before a kill
-ANSWER_S = 0.01  # about what one takes: the kill falls anywhere between two
-ROUND_TIMEOUT_S = 60  # whoever is killed closes connections at once; who hangs fails the test
+FEWEST, MOST = 50, 250  # responses before a kill
+ANSWER_S = 0.01  # about the duration of one request, so that the kill falls at any point of one
+ROUND_TIMEOUT_S = 60  # a killed service closes its connections at once; a hanging one fails the test
 
 
 async def test_a_killed_service_leaves_a_task_and_its_key_or_neither(url: str, tmp_path: Path) -> None:
-    """Whoever sends again what was not answered has each task once."""
+    """A client that retries unanswered requests gets each task exactly once."""
     port, dice = free_port(), random.Random(7)
     address = f"http://127.0.0.1:{port}"
     settings = {"PORT": str(port), "DATABASE_URL": url, "BETTER_AUTH_SECRET": SECRET, "RATE_LIMIT": "off"}
@@ -74,7 +74,7 @@ def _client(address: str) -> httpx.AsyncClient:
 async def _write(
     address: str, name: str, sent: set[str], answered: set[str], acknowledged: asyncio.Semaphore
 ) -> None:
-    """Create tasks until the service is gone."""
+    """Create tasks until the service is killed."""
     async with _client(address) as client:
         with contextlib.suppress(httpx.NetworkError, httpx.RemoteProtocolError):
             for number in itertools.count():
@@ -92,8 +92,8 @@ async def _post(client: httpx.AsyncClient, key: str) -> int:
 
 
 async def _rows(url: str) -> tuple[list[str], list[str]]:
-    """Return the titles of all tasks and all keys, each as often as it is there."""
-    # One statement: a server that has not noticed yet that the service is gone may still be committing.
+    """Return the titles of all tasks and all keys, with duplicates."""
+    # One statement, hence one snapshot: the server may still be committing a killed client's transaction.
     both = "SELECT title, true FROM task UNION ALL SELECT key, false FROM idempotency_key ORDER BY 1"
     engine = db.connect(url, pool_size=1).engine()
     async with engine.begin() as connection:

@@ -57,7 +57,7 @@ def encode(raw: bytes) -> str:
         [],
     ],
 )
-def test_a_position_returns_as_it_was(sealer: CursorSealer, position: list[Any]) -> None:
+def test_a_sealed_position_reads_back_unchanged(sealer: CursorSealer, position: list[Any]) -> None:
     read = sealer.read(sealer.write(position, BINDING), BINDING)
 
     assert read == position
@@ -103,7 +103,7 @@ def test_a_cursor_cannot_be_guessed(sealer: CursorSealer) -> None:
     assert mac_bytes >= 16
 
 
-def test_a_cursor_can_be_neither_cut_nor_continued(sealer: CursorSealer) -> None:
+def test_a_truncated_or_extended_cursor_is_refused(sealer: CursorSealer) -> None:
     raw = decode(sealer.write(["Buy milk", 7], BINDING))
 
     for length in range(len(raw)):
@@ -139,7 +139,7 @@ def test_a_cursor_is_good_for_its_own_list_only(sealer: CursorSealer, other: str
 
 
 @pytest.mark.parametrize("binding", ["", "\ud800", "a\0b", "é" * 1000])
-def test_a_list_may_have_any_name(sealer: CursorSealer, binding: str) -> None:
+def test_a_cursor_may_be_bound_to_any_text(sealer: CursorSealer, binding: str) -> None:
     assert sealer.read(sealer.write([7], binding), binding) == [7]
 
 
@@ -164,12 +164,12 @@ def test_a_list_may_have_any_name(sealer: CursorSealer, binding: str) -> None:
     ],
     ids=ascii,
 )
-def test_what_we_did_not_write_is_no_cursor(sealer: CursorSealer, cursor: str) -> None:
+def test_a_malformed_cursor_is_refused(sealer: CursorSealer, cursor: str) -> None:
     with pytest.raises(CursorInvalid):
         sealer.read(cursor, BINDING)
 
 
-def test_cursors_outlive_a_change_of_the_secret() -> None:
+def test_cursors_stay_valid_while_their_secret_is_rotated() -> None:
     before, between, after = CursorSealer([OLDER]), CursorSealer([SECRET, OLDER]), CursorSealer([SECRET])
     old, new = before.write([7], BINDING), between.write([7], BINDING)
 
@@ -181,14 +181,14 @@ def test_cursors_outlive_a_change_of_the_secret() -> None:
             sealer.read(cursor, BINDING)
 
 
-def test_the_key_of_tokens_seals_no_cursor(sealer: CursorSealer) -> None:
+def test_a_cursor_sealed_with_the_token_secret_is_refused(sealer: CursorSealer) -> None:
     payload = orjson.dumps(["Buy milk", 7])
     for key in (SECRET.encode()[:32], hashlib.sha512(SECRET.encode()).digest()):
         with pytest.raises(CursorInvalid):
             sealer.read(encode(AESSIV(key).encrypt(payload, [b"list:" + BINDING.encode()])), BINDING)
 
 
-def test_a_cursor_does_not_show_what_it_holds(sealer: CursorSealer) -> None:
+def test_a_cursor_does_not_reveal_its_position_or_binding(sealer: CursorSealer) -> None:
     raw = decode(sealer.write(["Divorce lawyer", 1234567], BINDING))
 
     for part in (b"Divorce", b"lawyer", b"1234567", b"[", BINDING.encode()):
@@ -199,7 +199,7 @@ POSITION = ["Buy milk", 7]
 OWN = CursorSealer([SECRET]).write(POSITION, BINDING)
 FORGED = st.one_of(
     st.text(),
-    st.text(st.characters(codec=None)),  # unpaired surrogates too
+    st.text(st.characters(codec=None)),  # includes unpaired surrogates
     st.binary(max_size=100).map(encode),
     near_misses(OWN),
     near_misses(decode(OWN).decode("latin-1")).map(lambda raw: encode(raw.encode("latin-1", "replace"))),
@@ -220,7 +220,7 @@ def _raw(cursor: str) -> bytes | None:
 @BOUNDED
 @given(cursor=FORGED)
 def test_nothing_forged_is_read(cursor: str) -> None:
-    assume(_raw(cursor) != decode(OWN))  # the last character has bits to spare
+    assume(_raw(cursor) != decode(OWN))  # the last base64 character has unused bits
 
     with pytest.raises(CursorInvalid):
         CursorSealer([SECRET]).read(cursor, BINDING)
@@ -235,14 +235,14 @@ async def _status(app: FastAPI, cursor: bytes) -> int:
 
 
 @on_one_database
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @BOUNDED
 @given(cursor=FORGED.map(lambda text: text.encode(errors="surrogatepass")) | st.binary())
 async def test_whatever_is_forged_is_422(app: FastAPI, client: httpx.AsyncClient, cursor: bytes) -> None:
     assert await _status(app, cursor) == 422
 
 
-# What a list sorted by title may go on after: a text, and the id of a task.
+# A valid position of a list sorted by title: a text and a task id.
 def _is_position(position: list[Any]) -> bool:
     match position:
         case [str(), int(task_id)]:
@@ -251,7 +251,7 @@ def _is_position(position: list[Any]) -> bool:
 
 
 @on_one_database
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @BOUNDED
 @given(
     position=st.lists(JSON, max_size=3)
@@ -268,7 +268,7 @@ async def test_a_position_that_no_list_has_is_422_though_it_is_sealed(
 
 
 def sealed(app: FastAPI, position: list[Any]) -> bytes:
-    """Return *position* as a cursor of alice's tasks sorted by title, as the app itself would."""
+    """Return *position* as a cursor of alice's tasks sorted by title, as the app would seal it."""
     query = TaskListQuery(sort="title")
     tasks = TaskList("alice", query.filter, query.ordering)
     cursor: str = app.state.services.cursors.write(position, tasks.binding)

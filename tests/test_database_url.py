@@ -81,7 +81,7 @@ def test_the_host_and_port_are_read(address: str, host: str, port: int) -> None:
     assert (read["host"], read["port"]) == (host, port)
 
 
-def test_a_socket_is_named_by_a_parameter() -> None:
+def test_the_host_parameter_may_name_a_unix_socket() -> None:
     read = arguments("postgresql:///tasks?host=/var/run/postgresql")
 
     assert (read["host"], read["database"], read["user"]) == ("/var/run/postgresql", "tasks", None)
@@ -136,7 +136,7 @@ def test_the_database_is_percent_decoded(path: str, database: str | None) -> Non
         ("postgresql://user@db/tasks?pgbouncer=", False),
     ],
 )
-def test_a_pooler_is_recognised_and_no_statement_cached(url: str, pooled: bool) -> None:
+def test_a_pooler_url_disables_the_statement_cache(url: str, pooled: bool) -> None:
     target = urls.parse(url)
 
     assert target.pooled is pooled
@@ -154,7 +154,7 @@ def test_a_pooler_is_recognised_and_no_statement_cached(url: str, pooled: bool) 
         ("connect_timeout=-1", None),
     ],
 )
-def test_a_time_limit_for_connecting_is_read(parameters: str, timeout_s: float | None) -> None:
+def test_connect_timeout_is_read(parameters: str, timeout_s: float | None) -> None:
     assert with_parameters(parameters)["timeout"] == timeout_s
 
 
@@ -170,21 +170,23 @@ def test_a_time_limit_for_connecting_is_read(parameters: str, timeout_s: float |
         ("connect_timeout=3&sslmode=disable&pgbouncer=true", {}),
     ],
 )
-def test_settings_of_the_session_go_to_the_server(parameters: str, settings: dict[str, str]) -> None:
+def test_application_name_and_options_become_server_settings(
+    parameters: str, settings: dict[str, str]
+) -> None:
     assert with_parameters(parameters)["server_settings"] == settings
 
 
-def test_a_wish_for_a_primary_server_is_kept() -> None:
+def test_target_session_attrs_is_kept() -> None:
     assert with_parameters("target_session_attrs=read-write")["target_session_attrs"] == "read-write"
     assert "target_session_attrs" not in with_parameters("")
 
 
-def test_tls_may_begin_without_being_asked_for() -> None:
+def test_sslnegotiation_direct_is_read() -> None:
     assert with_parameters("sslmode=require&sslnegotiation=direct")["direct_tls"] is True
     assert with_parameters("sslmode=require&sslnegotiation=postgres")["direct_tls"] is None
 
 
-async def test_the_driver_takes_what_was_read(postgres: Server) -> None:
+async def test_asyncpg_accepts_the_parsed_arguments(postgres: Server) -> None:
     parameters = "sslmode=prefer&connect_timeout=3&application_name=my%20tasks&options=-c%20work_mem%3D7MB"
     read = arguments(f"{postgres.url}?{parameters}&pgbouncer=true&target_session_attrs=read-write")
 
@@ -198,7 +200,7 @@ async def test_the_driver_takes_what_was_read(postgres: Server) -> None:
 
 
 class Authority:
-    """A certificate authority whose files lie in *folder*."""
+    """A certificate authority whose files are in *folder*."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
@@ -385,7 +387,7 @@ def test_a_server_is_trusted_as_sslmode_and_sslrootcert_say(
         "sslcert=~/client.pem&sslkey=~/client.key",
     ],
 )
-def test_a_client_certificate_is_shown_to_the_server(
+def test_sslcert_is_presented_to_the_server(
     private: Authority, folder: Path, monkeypatch: pytest.MonkeyPatch, parameters: str
 ) -> None:
     asking = server(private.issue(HOST))
@@ -403,7 +405,7 @@ def test_a_client_certificate_is_shown_to_the_server(
     assert not accepts(with_parameters("sslmode=require")["ssl"], asking)
 
 
-def test_a_root_certificate_may_lie_at_home(
+def test_sslrootcert_may_be_in_the_home_folder(
     private: Authority, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(folder))
@@ -474,7 +476,7 @@ def mistake_in_parameters(parameters: str) -> str:
         ("postgresql://user:hunter2@db/tasks?connect_timeout=10s", NOT_SECONDS),
     ],
 )
-def test_a_mistake_is_told_without_the_password(url: str, clause: str) -> None:
+def test_an_invalid_url_is_reported_without_the_password(url: str, clause: str) -> None:
     assert mistake_in(url) == clause
     assert "hunter2" not in clause
 
@@ -490,13 +492,13 @@ def test_a_password_with_a_number_sign_is_refused(password: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["inf", "Infinity", "1e999"])
-def test_a_connection_is_never_awaited_for_ever(value: str) -> None:
+def test_an_infinite_connect_timeout_is_refused(value: str) -> None:
     assert mistake_in_parameters(f"connect_timeout={value}") == NOT_SECONDS
 
 
 @pytest.mark.parametrize("name", ["sslrootcert", "sslcert"])
 @pytest.mark.parametrize("problem", ["a folder", "empty", "not a certificate", "a key"])
-def test_a_file_that_is_no_certificate_is_told(
+def test_an_unreadable_certificate_file_is_reported(
     private: Authority, tmp_path: Path, name: str, problem: str
 ) -> None:
     make: dict[str, Callable[[Path], object]] = {
@@ -515,7 +517,7 @@ def test_a_file_that_is_no_certificate_is_told(
         )
 
 
-def test_a_key_of_another_certificate_is_told(private: Authority) -> None:
+def test_an_sslkey_of_another_certificate_is_reported(private: Authority) -> None:
     file, other = private.issue("one"), private.issue("other").with_suffix(".key")
 
     for key in (other, other.with_name("absent.key")):
@@ -523,7 +525,7 @@ def test_a_key_of_another_certificate_is_told(private: Authority) -> None:
         assert clause == "has an sslcert that cannot be read"
 
 
-# What people put into passwords without escaping it, and what nobody does.
+# Characters that passwords often contain unescaped, and unlikely ones.
 ODD_TEXT = st.text(st.sampled_from("a1:/?#[]@%&=+,; \n\0\ud800é") | st.characters(codec=None), max_size=8)
 TEXT = ODD_TEXT | ODD_TEXT.map(lambda text: quote(text, safe="", errors="replace"))
 PASSWORDS = st.builds("{}hunter2{}".format, TEXT | st.sampled_from(["1?", "1/?", "1/?a&", "1#"]), TEXT)

@@ -31,9 +31,9 @@ WRITERS = 32
 TASKS = 2_000
 
 
-@pytest.mark.no_cover  # many times the same lines
-async def test_many_writers_with_impatient_clients_lose_nothing(alice: Person) -> None:
-    """Every tenth client hangs up; what it asked for is done or not, and nobody else notices."""
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
+async def test_concurrent_writes_with_cancelled_requests_lose_nothing(alice: Person) -> None:
+    """Every tenth client disconnects; its write is applied or not, and no other client is affected."""
     numbers = iter(range(TASKS))
     acknowledged: list[int] = []
 
@@ -69,7 +69,7 @@ async def test_concurrent_updates_of_one_task_all_count(alice: Person) -> None:
     assert (await alice.get(f"/{task['id']}")).json()["version"] == task["version"] + 100
 
 
-async def test_sqlite_is_durable_and_shared(tmp_path: Path) -> None:
+async def test_sqlite_uses_wal_full_sync_and_foreign_keys(tmp_path: Path) -> None:
     database = db.SQLite(f"sqlite:///{tmp_path / 'tasks.db'}")
     await database.open()
 
@@ -89,7 +89,7 @@ async def test_sqlite_waits_for_another_process_that_writes(tmp_path: Path) -> N
         other.execute("BEGIN IMMEDIATE")
 
         waiting = asyncio.create_task(alice.post(json={"title": "Buy milk"}))
-        reading = await alice.get()  # readers do not wait
+        reading = await alice.get()  # reads do not wait for the writer
         assert not waiting.done()
         other.execute("COMMIT")
         other.close()
@@ -112,7 +112,7 @@ async def test_sqlite_that_stays_locked_is_a_503(tmp_path: Path, monkeypatch: py
         assert (await alice.post(json={"title": "Buy milk"})).status_code == 201
 
 
-async def test_postgres_that_is_away_is_a_503_until_it_is_back(postgres: Server) -> None:
+async def test_an_unreachable_postgres_is_503_until_it_is_back(postgres: Server) -> None:
     name = await postgres.create_database()
     async with running(create_app(settings_for(postgres.url_of(name)))) as client:
         alice = person("alice", client)
@@ -126,7 +126,7 @@ async def test_postgres_that_is_away_is_a_503_until_it_is_back(postgres: Server)
         assert "database" not in answers[0].text
 
 
-async def test_a_database_that_is_away_does_not_keep_the_service_from_starting(postgres: Server) -> None:
+async def test_the_service_starts_while_its_database_is_unreachable(postgres: Server) -> None:
     url = "postgresql://nobody@127.0.0.1:1/nowhere"
     async with running(create_app(settings_for(url, migrate_on_start=False))) as client:
         assert (await client.get("/health")).status_code == 200
@@ -147,7 +147,7 @@ async def test_a_terminated_connection_is_replaced(postgres_url: str) -> None:
         assert [answer.json() for answer in answers] == [task, task]
 
 
-async def test_a_migration_below_a_running_service_goes_unnoticed(postgres_url: str) -> None:
+async def test_a_column_type_change_does_not_break_prepared_statements(postgres_url: str) -> None:
     async with running(create_app(settings_for(postgres_url, database_pool_size=1))) as client:
         alice = person("alice", client)
         task = await alice.create()
@@ -158,7 +158,7 @@ async def test_a_migration_below_a_running_service_goes_unnoticed(postgres_url: 
         assert (await alice.get(f"/{task['id']}")).json() == task
 
 
-async def test_rows_loaded_with_few_columns_are_tasks(database_url: str, alice: Person) -> None:
+async def test_rows_inserted_with_user_id_and_title_only_are_tasks(database_url: str, alice: Person) -> None:
     engine = db.connect(database_url, pool_size=1).engine()
     async with engine.begin() as connection:
         await connection.exec_driver_sql(
@@ -187,13 +187,13 @@ async def test_rows_loaded_with_few_columns_are_tasks(database_url: str, alice: 
         ("postgresql://", "names no host"),
     ],
 )
-def test_a_url_that_cannot_be_used_is_refused_with_a_clause(url: str, clause: str) -> None:
+def test_an_unusable_database_url_is_refused_with_a_reason(url: str, clause: str) -> None:
     with pytest.raises(ValueError, match=clause):
         db.connect(url, pool_size=1)
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg", "postgres+asyncpg"])
-def test_every_spelling_of_postgres_is_known(scheme: str) -> None:
+def test_every_postgres_url_scheme_is_accepted(scheme: str) -> None:
     assert isinstance(db.connect(f"{scheme}://user@host/name", pool_size=1), db.Postgres)
 
 
@@ -215,7 +215,7 @@ def test_statements_are_compiled_once() -> None:
         *((code, False) for code in ("23505", "22001", "42P01", "42601", "XX000", "22P05")),
     ],
 )
-def test_what_passes_is_told_from_what_is_a_bug(sqlstate: str, transient: bool) -> None:
+def test_a_sqlstate_is_classified_as_transient_or_not(sqlstate: str, transient: bool) -> None:
     error = asyncpg.PostgresError("message")
     error.sqlstate = sqlstate
 
@@ -233,11 +233,11 @@ def test_what_passes_is_told_from_what_is_a_bug(sqlstate: str, transient: bool) 
         (KeyError(), False),
     ],
 )
-def test_so_are_the_drivers_own_errors(error: Exception, transient: bool) -> None:
+def test_a_driver_error_is_classified_as_transient_or_not(error: Exception, transient: bool) -> None:
     assert failures.is_transient_error(error) is transient
 
 
-async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(postgres_url: str) -> None:
+async def test_a_blocked_statement_times_out_and_is_cancelled_on_the_server(postgres_url: str) -> None:
     settings = settings_for(postgres_url, database_statement_timeout_s=0.3)
     async with running(create_app(settings)) as client:
         alice = person("alice", client)
@@ -258,7 +258,7 @@ async def test_a_statement_that_cannot_go_on_is_given_up_on_both_sides(postgres_
         assert (await alice.patch(f"/{task['id']}/complete")).json()["completed"] is True
 
 
-async def test_what_would_wait_too_long_for_sqlite_is_told_at_once(
+async def test_a_full_sqlite_queue_is_overloaded_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "WAITING_MAX", 3)
@@ -332,7 +332,7 @@ async def test_a_statement_that_is_cancelled_before_its_thread_begins_frees_its_
             await asyncio.gather(reading, return_exceptions=True)
 
         async with asyncio.timeout(5):
-            while database._readers.idle < sqlite.READERS:  # noqa: ASYNC110 - nothing tells
+            while database._readers.idle < sqlite.READERS:  # noqa: ASYNC110 - there is no event
                 await asyncio.sleep(0.01)
 
 
@@ -352,7 +352,7 @@ async def test_a_migration_may_take_longer_than_a_request(url: str) -> None:
     await engine.dispose()
 
 
-async def test_a_statement_that_takes_too_long_is_ended_and_holds_nobody(url: str) -> None:
+async def test_a_statement_that_times_out_frees_its_connection(url: str) -> None:
     database = db.connect(url, pool_size=POOL_SIZE, timeouts=db.Timeouts(statement_s=0.2))
     await database.open()
 
@@ -372,7 +372,7 @@ async def test_a_statement_that_takes_too_long_is_ended_and_holds_nobody(url: st
     await database.close()
 
 
-async def test_a_sqlite_statement_that_is_wrong_is_no_outage(tmp_path: Path) -> None:
+async def test_an_invalid_sqlite_statement_is_not_unavailable(tmp_path: Path) -> None:
     database = db.SQLite(f"sqlite:///{tmp_path / 'tasks.db'}")
     await database.open()
 
@@ -386,7 +386,7 @@ POOL_SIZE = 3
 
 @pytest.fixture(params=["sqlite", "postgres"])
 async def owner(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Owner]:
-    """Somebody with an empty database of their own."""
+    """An owner with an empty database of their own."""
     if request.param == "sqlite":
         async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}") as database:
             yield Owner("alice", database)
@@ -399,7 +399,7 @@ async def owner(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 @asynccontextmanager
 async def _opened(url: str, timeouts: db.Timeouts | None = None) -> AsyncIterator[db.Database]:
     database = db.connect(url, pool_size=POOL_SIZE, timeouts=timeouts or db.Timeouts())
-    database.share = UNLIMITED  # one user takes every connection here
+    database.share = UNLIMITED  # here, one user may take every connection
     await asyncio.to_thread(migrate, database)
     await database.open()
     yield database
@@ -415,7 +415,7 @@ async def _titles(owner: Owner) -> list[str]:
 
 
 async def _write_at_once(owner: Owner) -> None:
-    """Fail unless every connection can be used and nothing holds a lock."""
+    """Fail unless every connection is usable and no lock is held."""
     async with asyncio.timeout(2):
         await asyncio.gather(*(_add(owner, "afterwards") for _ in range(POOL_SIZE)))
         async with owner.transaction() as within:
@@ -423,7 +423,7 @@ async def _write_at_once(owner: Owner) -> None:
     assert (await _titles(owner)).count("afterwards") == POOL_SIZE + 1
 
 
-async def test_a_transactions_statements_are_seen_together(owner: Owner) -> None:
+async def test_a_transaction_is_invisible_to_others_until_it_commits(owner: Owner) -> None:
     async with owner.transaction() as within:
         await _add(within)
         await _add(within)
@@ -436,7 +436,7 @@ async def test_a_transactions_statements_are_seen_together(owner: Owner) -> None
 @pytest.mark.parametrize(
     "error", [NotFound(), Unavailable(), ValueError(), OSError(), TimeoutError(), TaskNotFound()]
 )
-async def test_a_block_that_raises_leaves_nothing_and_raises_the_same(owner: Owner, error: Exception) -> None:
+async def test_an_exception_rolls_back_the_transaction_and_propagates(owner: Owner, error: Exception) -> None:
     async def write() -> None:
         async with owner.transaction() as within:
             await _add(within)
@@ -450,7 +450,7 @@ async def test_a_block_that_raises_leaves_nothing_and_raises_the_same(owner: Own
     await _write_at_once(owner)
 
 
-async def test_a_refused_statement_takes_the_transaction_with_it(owner: Owner) -> None:
+async def test_a_constraint_violation_rolls_back_the_transaction(owner: Owner) -> None:
     async def write() -> None:
         async with owner.transaction() as within:
             await _add(within)
@@ -463,7 +463,7 @@ async def test_a_refused_statement_takes_the_transaction_with_it(owner: Owner) -
     await _write_at_once(owner)
 
 
-async def test_a_problem_costs_no_connection(postgres_url: str) -> None:
+async def test_a_refusal_in_a_transaction_keeps_its_connection(postgres_url: str) -> None:
     async with _opened(postgres_url) as database:
         assert isinstance(database, db.Postgres)
         before = await database.pool.fetch("SELECT pg_backend_pid()", [])
@@ -475,7 +475,7 @@ async def test_a_problem_costs_no_connection(postgres_url: str) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-async def test_a_cancelled_block_leaves_nothing(owner: Owner, times: int) -> None:
+async def test_a_cancelled_transaction_is_rolled_back(owner: Owner, times: int) -> None:
     written = asyncio.Event()
 
     async def write() -> None:
@@ -496,8 +496,8 @@ async def test_a_cancelled_block_leaves_nothing(owner: Owner, times: int) -> Non
     assert "Buy milk" not in await _titles(owner)
 
 
-async def test_transactions_cancelled_at_any_moment_are_whole_or_nothing(owner: Owner) -> None:
-    """While others write; who was not cancelled has written."""
+async def test_transactions_cancelled_at_any_moment_are_atomic(owner: Owner) -> None:
+    """Others write concurrently; every transaction that was not cancelled has committed."""
     dice = random.Random(7)
 
     async def write(title: str) -> None:
@@ -528,7 +528,7 @@ async def test_transactions_cancelled_at_any_moment_are_whole_or_nothing(owner: 
     await _write_at_once(owner)
 
 
-async def test_transactions_at_the_same_time_all_count(owner: Owner) -> None:
+async def test_concurrent_transactions_lose_no_update(owner: Owner) -> None:
     await _add(owner, description="0")
     ((task_id,),) = [(row["id"],) for row in await lists.list_tasks(owner, Filter(), Order(), 1)]
 
@@ -545,7 +545,7 @@ async def test_transactions_at_the_same_time_all_count(owner: Owner) -> None:
     assert task["version"] == 1 + 2 * 20
 
 
-async def test_postgres_runs_transactions_side_by_side(postgres_url: str) -> None:
+async def test_postgres_runs_transactions_concurrently(postgres_url: str) -> None:
     async with _opened(postgres_url) as database:
         owner = Owner("alice", database)
         async with asyncio.timeout(2), owner.transaction() as one, owner.transaction() as two:
@@ -555,7 +555,7 @@ async def test_postgres_runs_transactions_side_by_side(postgres_url: str) -> Non
         assert len(await _titles(owner)) == 2
 
 
-async def test_who_waits_too_long_to_write_is_told_to_come_back(tmp_path: Path) -> None:
+async def test_waiting_too_long_for_the_sqlite_writer_is_unavailable(tmp_path: Path) -> None:
     async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.Timeouts(wait_s=0.05)) as database:
         owner = Owner("alice", database)
         async with owner.transaction():
@@ -576,7 +576,7 @@ CREATE TRIGGER cut_off AFTER UPDATE ON task FOR EACH ROW EXECUTE FUNCTION cut_of
 
 
 @pytest.mark.parametrize(("versions", "tries"), [(None, 1), ([1], tasks.SERIES_ATTEMPTS)])
-async def test_a_write_that_may_have_been_done_is_sent_again_only_with_a_version(
+async def test_only_a_versioned_write_is_retried_after_a_lost_connection(
     postgres_url: str, versions: list[int] | None, tries: int
 ) -> None:
     server = Server(postgres_url)
@@ -608,7 +608,7 @@ FOR EACH ROW WHEN (NEW.title = 'refuse') EXECUTE FUNCTION on_commit();
         ("PERFORM pg_terminate_backend(pg_backend_pid())", Unavailable),
     ],
 )
-async def test_a_commit_that_fails_is_told_as_a_statement_that_fails(
+async def test_a_failed_commit_raises_as_a_failed_statement_does(
     postgres_url: str, what: str, expected: type[Exception]
 ) -> None:
     async with _opened(postgres_url, db.Timeouts(statement_s=0.3)) as database:

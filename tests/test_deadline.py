@@ -15,7 +15,7 @@ def client_of(handler: Any, deadline_s: float = 0.1) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 
-async def test_what_takes_too_long_is_503() -> None:
+async def test_a_request_past_its_deadline_is_503() -> None:
     ended = asyncio.Event()
 
     async def endless(scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,7 +35,7 @@ async def test_what_takes_too_long_is_503() -> None:
     assert ended.is_set()
 
 
-async def test_nobody_waits_for_a_handler_that_cannot_be_cancelled() -> None:
+async def test_a_handler_that_ignores_cancellation_does_not_delay_the_503() -> None:
     async def stubborn(scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await asyncio.sleep(60)
@@ -50,14 +50,14 @@ async def test_nobody_waits_for_a_handler_that_cannot_be_cancelled() -> None:
 
     started = time.monotonic()
     scope = {**SCOPE, "method": "GET"}
-    await front(stubborn, deadline_s=0.1)(scope, asyncio.Event().wait, send)  # nobody receives
+    await front(stubborn, deadline_s=0.1)(scope, asyncio.Event().wait, send)  # the client sends nothing more
 
     assert [message["type"] for _, message in sent] == ["http.response.start", "http.response.body"]
     assert sent[0][1]["status"] == 503
     assert sent[0][0] - started < 0.9
 
 
-async def test_an_answer_that_has_begun_is_not_cut_off() -> None:
+async def test_the_deadline_does_not_cut_off_a_response_that_has_started() -> None:
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await asyncio.sleep(0.3)
@@ -69,7 +69,7 @@ async def test_an_answer_that_has_begun_is_not_cut_off() -> None:
     assert (answer.status_code, answer.content) == (200, b"whole")
 
 
-async def test_a_client_that_goes_away_cancels_its_request() -> None:
+async def test_a_disconnected_client_cancels_its_request() -> None:
     started, ended = asyncio.Event(), asyncio.Event()
 
     async def endless(scope: Scope, receive: Receive, send: Send) -> None:

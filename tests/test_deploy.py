@@ -46,7 +46,7 @@ async def execute(url: str, statements: str) -> None:
 
 @pytest.fixture(scope="module")
 async def url() -> AsyncIterator[str]:
-    """A database that was set up as the guide says, beside Better Auth's tables."""
+    """A database set up as in the guide, beside Better Auth's tables."""
     with own_server() as server:
         await server.execute("CREATE DATABASE tasks")
         url = server.url_of("tasks")
@@ -60,7 +60,7 @@ async def url() -> AsyncIterator[str]:
 
 
 async def every_operation(client: httpx.AsyncClient, alice: Person) -> set[tuple[str, str]]:
-    """Do every operation once and return which, by route."""
+    """Send one request to every operation and return the operations by route."""
     done: set[tuple[str, str]] = set()
 
     async def send(method: str, path: str, route: str, **options: Any) -> Any:
@@ -146,13 +146,13 @@ async def test_the_migrations_role_cannot_read_other_tables_either(url: str) -> 
         await execute(url_as("tasks_migration", url), 'SELECT * FROM "user"')
 
 
-async def test_the_roles_settings_hold(url: str) -> None:
+async def test_the_service_role_has_a_statement_timeout(url: str) -> None:
     connection = await asyncpg.connect(url_as("tasks_service", url))
     assert await connection.fetchval("SHOW statement_timeout") == "5s"
     await connection.close()
 
 
-async def test_a_grant_that_is_missing_is_a_503(url: str) -> None:
+async def test_a_missing_grant_is_503(url: str) -> None:
     migration = url_as("tasks_migration", url)
     await execute(migration, "REVOKE SELECT ON task FROM tasks_service")
     async with running(
@@ -164,7 +164,7 @@ async def test_a_grant_that_is_missing_is_a_503(url: str) -> None:
     assert answer.status_code == 503
 
 
-async def test_the_key_that_citus_needs_changes_nothing_for_us(postgres: Server) -> None:
+async def test_every_operation_works_with_the_primary_key_for_citus(postgres: Server) -> None:
     async with postgres.migrated_database() as url:
         await execute(url, sql("before distributing"))
 
@@ -173,16 +173,16 @@ async def test_the_key_that_citus_needs_changes_nothing_for_us(postgres: Server)
 
 
 def of_the_unit(name: str) -> list[str]:
-    """Return what the guide's unit gives *name*, in words, for the project as it lies here."""
+    """Return the words of *name* in the guide's systemd unit, with the paths of this checkout."""
     (unit,) = re.findall(r"^```ini\n(\[Unit\]\n.*?)^```", DEPLOY, re.MULTILINE | re.DOTALL)
     (value,) = re.findall(rf"^{name}=(.*)$", unit, re.MULTILINE)
-    programs = str(Path(sys.executable).parent)  # of the same virtual environment
+    programs = str(Path(sys.executable).parent)  # from the same virtual environment
     here = value.replace("/opt/tasks/.venv/bin", programs).replace("/opt/tasks", str(PROJECT))
     return str(here).split()
 
 
 @pytest.mark.process
-async def test_what_the_unit_starts_serves_and_stops_as_the_guide_says(url: str, tmp_path: Path) -> None:
+async def test_the_systemd_unit_serves_and_stops_as_the_guide_says(url: str, tmp_path: Path) -> None:
     settings = dict(word.split("=") for word in of_the_unit("Environment"))
     settings |= {
         "DATABASE_URL": url_as("tasks_service", url),
@@ -203,7 +203,7 @@ async def test_what_the_unit_starts_serves_and_stops_as_the_guide_says(url: str,
         writer.write(b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
         await writer.drain()
 
-        async with asyncio.timeout(4):  # that client never goes on; by default the grace would be 10 s
+        async with asyncio.timeout(4):  # that client stalls; the default grace is 10 s
             code = await asyncio.to_thread(service.stop)
 
         with contextlib.suppress(OSError):
@@ -215,14 +215,14 @@ async def test_what_the_unit_starts_serves_and_stops_as_the_guide_says(url: str,
     assert code == 0
 
 
-def test_the_unit_raises_the_limit_of_clients() -> None:
-    usual = 1024  # systemd's own
+def test_the_systemd_unit_raises_limitnofile() -> None:
+    usual = 1024  # systemd's default
 
     assert int(*of_the_unit("LimitNOFILE")) > usual
 
 
-def test_the_unit_wants_the_network_that_it_waits_for() -> None:
-    assert "network-online.target" in of_the_unit("After")  # which alone starts nothing
+def test_the_systemd_unit_wants_and_awaits_network_online() -> None:
+    assert "network-online.target" in of_the_unit("After")  # After alone does not start the target
     assert of_the_unit("Wants") == ["network-online.target"]
 
 

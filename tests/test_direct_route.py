@@ -65,7 +65,7 @@ async def test_a_missing_body_is_422(alice: Person) -> None:
         None,
     ],
 )
-async def test_a_body_that_is_not_said_to_be_json_is_415(alice: Person, media_type: str | None) -> None:
+async def test_a_body_without_a_json_content_type_is_415(alice: Person, media_type: str | None) -> None:
     headers = {"Content-Type": media_type} if media_type else {}
 
     answer = await alice.post(content=b'{"title": "x"}', headers=headers)
@@ -85,20 +85,20 @@ async def test_every_json_media_type_is_read(alice: Person, media_type: str) -> 
 
 
 @pytest.mark.parametrize(("encoding", "status"), [("identity", 201), (" Identity ", 201), ("gzip", 415)])
-async def test_a_body_may_say_that_it_is_not_compressed(alice: Person, encoding: str, status: int) -> None:
+async def test_content_encoding_may_be_identity_only(alice: Person, encoding: str, status: int) -> None:
     headers = JSON | {"Content-Encoding": encoding}
 
     assert (await alice.post(content=b'{"title": "x"}', headers=headers)).status_code == status
 
 
-async def test_mistakes_in_query_and_body_are_named_together(alice: Person) -> None:
+async def test_errors_in_query_and_body_are_reported_together(alice: Person) -> None:
     answer = await alice.patch("?status=lost&due_date_from=x", json={"completed": "perhaps"})
 
     named = [error.get("parameter") or error["pointer"] for error in answer.json()["errors"]]
     assert (answer.status_code, named) == (422, ["status", "due_date_from", "/completed"])
 
 
-async def test_a_header_that_is_sent_twice_is_one_list(alice: Person) -> None:
+async def test_a_repeated_if_none_match_header_is_one_list(alice: Person) -> None:
     task = await alice.create()
     headers = [
         ("Authorization", f"Bearer {alice.token}"),
@@ -111,9 +111,7 @@ async def test_a_header_that_is_sent_twice_is_one_list(alice: Person) -> None:
     assert answer.status_code == 304
 
 
-async def test_a_body_that_ends_with_its_connection_is_not_read_as_a_whole_one(
-    app: FastAPI, alice: Person
-) -> None:
+async def test_a_body_cut_off_by_a_disconnect_creates_no_task(app: FastAPI, alice: Person) -> None:
     messages: Iterator[dict[str, Any]] = iter(
         [
             {"type": "http.request", "body": b'{"title": "x"}', "more_body": True},
@@ -165,7 +163,7 @@ async def test_a_body_of_64_kib_is_read_and_one_byte_more_is_413(alice: Person) 
 
 
 @pytest.mark.parametrize(("chunks", "status"), [(64, 422), (65, 413), (10_000, 413)])
-async def test_a_body_of_unknown_length_is_counted(alice: Person, chunks: int, status: int) -> None:
+async def test_a_streamed_body_over_64_kib_is_413(alice: Person, chunks: int, status: int) -> None:
     async def stream() -> AsyncIterator[bytes]:
         for _ in range(chunks):
             yield b" " * 1024
@@ -176,13 +174,13 @@ async def test_a_body_of_unknown_length_is_counted(alice: Person, chunks: int, s
 
 
 @pytest.mark.parametrize("length", ["999999999999999999999", "65537"])
-async def test_a_body_that_is_announced_as_too_large_is_not_read(alice: Person, length: str) -> None:
+async def test_a_content_length_over_64_kib_is_413(alice: Person, length: str) -> None:
     answer = await alice.post(content=b"{}", headers=JSON | {"Content-Length": length})
 
     assert answer.status_code == 413
 
 
-async def test_a_body_that_does_not_arrive_is_408(alice: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_incomplete_body_is_408(alice: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct_route, "BODY_TIMEOUT_S", 0.1)
 
     async def stall() -> AsyncIterator[bytes]:
@@ -194,5 +192,5 @@ async def test_a_body_that_does_not_arrive_is_408(alice: Person, monkeypatch: py
     assert (answer.status_code, answer.json()["detail"]) == (408, "The request body did not arrive in time")
 
 
-def test_a_body_that_is_late_is_the_clients_408_and_not_the_services_503() -> None:
+def test_the_body_timeout_is_shorter_than_the_request_deadline() -> None:
     assert 4 <= direct_route.BODY_TIMEOUT_S < Settings.model_fields["request_deadline_s"].default

@@ -1,4 +1,4 @@
-"""/docs, also as a person without internet sees it: a real browser on the real service."""
+"""/docs in a real browser on the real service, also without internet access."""
 
 import json
 import re
@@ -16,38 +16,38 @@ from tests.conftest import running, settings_for
 from tests.postgres import free_port
 from tests.service import printed_token, running_service
 
-# Without names there is no way out, not even for what is not a request of the page.
+# Without DNS the browser reaches no other host, not even by its background requests.
 BROWSER_OPTIONS = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
 
 
-async def test_the_root_leads_to_the_docs(client: httpx.AsyncClient) -> None:
+async def test_the_root_redirects_to_the_docs(client: httpx.AsyncClient) -> None:
     answer = await client.get("/")
 
     assert answer.status_code == 307
     assert answer.headers["location"] == "/docs"
 
 
-async def test_without_docs_there_is_nothing(database_url: str) -> None:
+async def test_with_docs_off_their_paths_are_404(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, docs=False))) as client:
         for path in ("/", "/docs", "/docs/assets/swagger-ui.css", "/openapi.json"):
             answer = await client.get(path)
             assert answer.status_code == answer.json()["status"] == 404
 
 
-async def test_the_page_names_no_other_host(client: httpx.AsyncClient) -> None:
+async def test_the_docs_page_loads_nothing_from_another_host(client: httpx.AsyncClient) -> None:
     addresses = await addresses_in_docs(client)
 
     assert len(addresses) == 3
     assert [address for address in addresses if not address.startswith("/docs/assets/")] == []
 
 
-async def test_what_the_page_names_is_served(client: httpx.AsyncClient) -> None:
+async def test_every_asset_of_the_docs_page_is_served(client: httpx.AsyncClient) -> None:
     answers = [await client.get(address) for address in await addresses_in_docs(client)]
 
     served = {Path(answer.url.path).suffix: answer.headers["content-type"] for answer in answers}
     assert [answer.status_code for answer in answers] == [200, 200, 200]
     assert served[".css"].startswith("text/css")
-    assert re.match(r"(text|application)/javascript", served[".js"])  # Python 3.11 has the older name
+    assert re.match(r"(text|application)/javascript", served[".js"])  # Python 3.11 has the older media type
     assert served[".png"] == "image/png"
     assert all(answer.content for answer in answers)
 
@@ -79,7 +79,7 @@ def test_a_task_is_created_from_the_docs_without_internet(
 
 
 @pytest.mark.process
-def test_a_newcomer_signs_up_and_creates_a_first_task_by_clicking(
+def test_a_user_signs_up_and_creates_a_task_from_the_docs(
     chromium: str, address: str, tmp_path: Path
 ) -> None:
     alice = {"name": "Alice", "email": "alice@example.com", "password": "correct horse battery"}
@@ -107,7 +107,7 @@ def test_a_newcomer_signs_up_and_creates_a_first_task_by_clicking(
 
 
 class Watched:
-    """What a browser asks for and complains about; it gets only what is served at *address*."""
+    """Records a page's requests and errors; only requests to *address* succeed."""
 
     def __init__(self, context: BrowserContext, address: str) -> None:
         self.requests: list[str] = []
@@ -159,7 +159,7 @@ def authorize_by_password(page: Page, email: str, password: str) -> None:
 
 
 def kept_by_the_browser(page: Page) -> list[dict[str, str]]:
-    """Return what outlives the page, where any script of this origin can read it."""
+    """Return the browser storage that outlives the page and that any script of the origin can read."""
     kept: list[dict[str, str]] = page.evaluate("[{...localStorage}, {...sessionStorage}]")
     return kept
 
@@ -173,7 +173,7 @@ def create_task(page: Page, user_id: str, body: str) -> tuple[str, str]:
 
 
 def execute(operation: Locator) -> tuple[str, str]:
-    """Press Execute and return the status and the body that the page then shows."""
+    """Click Execute and return the status and the body that the page shows."""
     operation.get_by_role("button", name="Execute").click()
     answer = operation.locator(".live-responses-table .response")
     status = answer.locator(".response-col_status").inner_text()
@@ -188,7 +188,7 @@ def tasks_of(user_id: str, address: str, token: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
-    """Start the service as a person does who has set nothing but the port."""
+    """Start the service with only the port configured."""
     port = str(free_port())
     with running_service(tmp_path, PORT=port) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -205,7 +205,7 @@ async def addresses_in_docs(client: httpx.AsyncClient) -> list[str]:
 
 
 class LinkedPage(HTMLParser):
-    """Collects the addresses of a page's script and link tags."""
+    """Collects the URLs of a page's script and link tags."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -93,7 +93,7 @@ def test_readmes_example_has_every_member_of_a_task() -> None:
     assert set(json.loads(line)) == set(TaskOut.model_fields)
 
 
-def test_contributors_read_the_floors_that_are_checked() -> None:
+def test_claude_md_lists_the_layers_that_are_checked() -> None:
     text = (PROJECT / "CLAUDE.md").read_text()
     rows = re.findall(r"^\| \d+ \| (.*) \|$", text, re.MULTILINE)
 
@@ -104,14 +104,14 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _collected() -> dict[str, Function]:
-    """Return the functions that pytest runs as tests, by name."""
+    """Return the functions that pytest collects as tests, by name."""
     modules = [ast.parse(path.read_text()) for path in sorted((PROJECT / "tests").glob("test_*.py"))]
     found = [node for module in modules for node in module.body if isinstance(node, Function)]
     return {each.name: each for each in found if each.name.startswith("test_")}
 
 
 def _can_fail(test: Function) -> bool:
-    """Whether *test* is run always and claims something: itself, or by a helper whose name begins so."""
+    """Whether *test* is never skipped and asserts: by itself, by `raises` or by an `assert_…` helper."""
     marks = " ".join(map(ast.unparse, test.decorator_list))
     claims = [
         node

@@ -26,7 +26,7 @@ def assert_problem(answer: httpx.Response, status: int, title: str, detail: str)
     assert not INTERNAL.search(answer.text)
 
 
-async def test_an_unknown_address_is_a_problem(client: httpx.AsyncClient) -> None:
+async def test_an_unknown_path_is_404_with_a_problem(client: httpx.AsyncClient) -> None:
     for path in ("/nope", "/api", "/api/", "/api/x", "/api/x/tasks/1/2/3", "/docs/assets/nope.js"):
         assert_problem(await client.get(path), 404, "Not Found", "There is nothing at this address")
 
@@ -41,7 +41,7 @@ async def test_an_unknown_address_is_a_problem(client: httpx.AsyncClient) -> Non
         ("BREW", "/api/v1/x/tasks", {"GET", "HEAD", "POST", "PATCH", "DELETE"}),
     ],
 )
-async def test_a_wrong_method_names_the_right_ones(
+async def test_405_lists_the_allowed_methods(
     client: httpx.AsyncClient, method: str, path: str, allowed: set[str]
 ) -> None:
     answer = await client.request(method, path)
@@ -50,14 +50,14 @@ async def test_a_wrong_method_names_the_right_ones(
     assert set(answer.headers["allow"].split(", ")) == allowed
 
 
-async def test_a_mistake_in_the_body_points_at_it(alice: Person) -> None:
+async def test_an_invalid_field_is_422_with_a_json_pointer(alice: Person) -> None:
     answer = await alice.post(json={"title": " "})
 
     assert_problem(answer, 422, "Unprocessable Content", "title: must be 1 to 200 characters")
     assert answer.json()["errors"] == [{"pointer": "/title", "detail": "must be 1 to 200 characters"}]
 
 
-async def test_every_mistake_is_named(alice: Person) -> None:
+async def test_every_invalid_field_is_reported(alice: Person) -> None:
     answer = await alice.post(json={"description": 5, "completed": "x"})
 
     assert_problem(
@@ -68,7 +68,7 @@ async def test_every_mistake_is_named(alice: Person) -> None:
     )
 
 
-async def test_a_crash_is_a_problem_that_tells_nothing(app_that_crashes: FastAPI) -> None:
+async def test_a_crash_is_a_500_problem_without_details(app_that_crashes: FastAPI) -> None:
     async with running(app_that_crashes) as client:
         answer = await person("alice", client).get(headers={"Origin": "https://app.example.com"})
 
@@ -134,4 +134,4 @@ def test_a_refused_operation_has_the_problem_of_its_cause_and_its_index() -> Non
     assert problem.detail == alone.detail
     assert problem.extensions == {"index": 2, "etag": '"3"'}
     assert alone.headers == {"ETag": '"3"'}
-    assert not problem.headers  # the answer to several operations has no entity tag
+    assert not problem.headers  # a bulk response has no ETag

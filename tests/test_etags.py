@@ -29,13 +29,13 @@ from web import etags
         ('"03"', []),
         ('"-3"', []),
         ('"999999999"', [999_999_999]),
-        ('"1000000000"', []),  # more than a column of 32 bits may hold
+        ('"1000000000"', []),  # beyond a 32-bit column
         (f'"{"9" * 30}"', []),
         ('"\xe9", "3"', [3]),
         ('"3"\t,\t"5"\t', [3, 5]),
     ],
 )
-def test_if_match_names_versions(header: str | None, versions: list[int] | None) -> None:
+def test_if_match_is_parsed_into_versions(header: str | None, versions: list[int] | None) -> None:
     assert etags.expected_versions(header) == versions
 
 
@@ -58,7 +58,7 @@ def test_if_match_names_versions(header: str | None, versions: list[int] | None)
         '"\t"',
     ],
 )
-def test_what_is_no_list_of_tags_is_refused(header: str) -> None:
+def test_a_malformed_etag_list_is_refused(header: str) -> None:
     with pytest.raises(Unprocessable, match="If-Match: must be entity tags"):
         etags.expected_versions(header)
     with pytest.raises(Unprocessable, match="If-None-Match: must be entity tags"):
@@ -72,7 +72,7 @@ def test_what_is_no_list_of_tags_is_refused(header: str) -> None:
         (", ".join(['"1"'] * 101), "must be at most 100 entity tags"),
     ],
 )
-def test_a_list_of_tags_has_a_longest_length_and_a_largest_number(header: str, detail: str) -> None:
+def test_an_etag_list_over_4096_characters_or_100_tags_is_refused(header: str, detail: str) -> None:
     with pytest.raises(Unprocessable, match=f"If-Match: {detail}"):
         etags.expected_versions(header)
     with pytest.raises(Unprocessable, match=f"If-None-Match: {detail}"):
@@ -80,7 +80,7 @@ def test_a_list_of_tags_has_a_longest_length_and_a_largest_number(header: str, d
 
 
 @pytest.mark.parametrize("header", ['"1"' + " " * 4093, ", ".join(['"1"'] * 100)])
-def test_the_longest_list_of_tags_is_read(header: str) -> None:
+def test_the_longest_etag_list_is_read(header: str) -> None:
     assert set(etags.expected_versions(header) or ()) == {1}
 
 
@@ -112,7 +112,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("method", "path", "body"), CHANGES)
-async def test_a_change_of_a_version_that_has_passed_is_412(
+async def test_if_match_with_an_old_version_is_412(
     alice: Person, method: str, path: str, body: object
 ) -> None:
     task = await alice.create()
@@ -129,7 +129,7 @@ async def test_a_change_of_a_version_that_has_passed_is_412(
 
 @pytest.mark.parametrize("condition", ['"1"', '"7", "1"', "*"])
 @pytest.mark.parametrize(("method", "path", "body"), CHANGES)
-async def test_a_change_of_the_current_version_is_made(
+async def test_if_match_with_the_current_version_succeeds(
     alice: Person, method: str, path: str, body: object, condition: str
 ) -> None:
     task = await alice.create()
@@ -144,7 +144,7 @@ async def test_a_change_of_the_current_version_is_made(
 
 
 @pytest.mark.parametrize(("method", "path", "body"), CHANGES)
-async def test_a_condition_on_a_task_that_is_not_there_is_404(
+async def test_if_match_on_a_missing_task_is_404(
     alice: Person, bob: Person, method: str, path: str, body: object
 ) -> None:
     task = await bob.create()
@@ -156,7 +156,7 @@ async def test_a_condition_on_a_task_that_is_not_there_is_404(
 
 
 @pytest.mark.parametrize("header", ["If-Match", "If-None-Match"])
-async def test_a_condition_that_is_none_changes_nothing(alice: Person, header: str) -> None:
+async def test_a_malformed_condition_is_422_and_changes_nothing(alice: Person, header: str) -> None:
     task = await alice.create()
     method, body = ("PUT", {"json": {"title": "x"}}) if header == "If-Match" else ("GET", {})
 
@@ -167,7 +167,7 @@ async def test_a_condition_that_is_none_changes_nothing(alice: Person, header: s
     assert (await alice.get(f"/{task['id']}")).json() == task
 
 
-async def test_what_the_client_has_is_not_sent_again(alice: Person) -> None:
+async def test_if_none_match_with_the_current_etag_is_304(alice: Person) -> None:
     task = await alice.create()
 
     same = await alice.get(f"/{task['id']}", headers={"If-None-Match": '"1"'})
@@ -180,7 +180,7 @@ async def test_what_the_client_has_is_not_sent_again(alice: Person) -> None:
 
 @pytest.mark.parametrize("condition", ['"1"', 'W/"1"', '"7", "1"', "*"])
 @pytest.mark.parametrize(("method", "path", "body"), CHANGES)
-async def test_a_change_of_a_version_that_if_none_match_names_is_412(
+async def test_a_write_with_the_current_etag_in_if_none_match_is_412(
     alice: Person, method: str, path: str, body: object, condition: str
 ) -> None:
     task = await alice.create()
@@ -194,7 +194,7 @@ async def test_a_change_of_a_version_that_if_none_match_names_is_412(
 
 @pytest.mark.parametrize("conditions", [{}, {"If-Match": '"1"'}, {"If-Match": "*"}])
 @pytest.mark.parametrize(("method", "path", "body"), CHANGES)
-async def test_a_change_of_a_version_that_if_none_match_does_not_name_is_made(
+async def test_a_write_with_other_etags_in_if_none_match_succeeds(
     alice: Person, method: str, path: str, body: object, conditions: dict[str, str]
 ) -> None:
     task = await alice.create()
@@ -208,7 +208,7 @@ async def test_a_change_of_a_version_that_if_none_match_does_not_name_is_made(
     assert body == {} or after.json() != task
 
 
-async def test_of_two_conditions_both_must_hold(alice: Person) -> None:
+async def test_if_match_and_if_none_match_must_both_hold(alice: Person) -> None:
     task = await alice.create()
 
     for method in ("PUT", "GET"):
@@ -222,7 +222,7 @@ async def test_of_two_conditions_both_must_hold(alice: Person) -> None:
     assert both.status_code == 412
 
 
-async def test_if_none_match_on_a_task_that_is_not_there_is_404(alice: Person, bob: Person) -> None:
+async def test_if_none_match_on_a_missing_task_is_404(alice: Person, bob: Person) -> None:
     task = await bob.create()
 
     for condition in ("*", '"9"'):
@@ -273,7 +273,7 @@ async def test_a_task_is_read_only_if_it_has_the_version_of_if_match(
         ("DELETE", "?status=pending", None),
     ],
 )
-async def test_a_condition_on_what_has_no_etag_is_422_and_changes_nothing(
+async def test_a_condition_on_a_resource_without_etag_is_422(
     alice: Person, method: str, path: str, body: object, header: str
 ) -> None:
     task = await alice.create()
@@ -286,7 +286,7 @@ async def test_a_condition_on_what_has_no_etag_is_422_and_changes_nothing(
     assert (await alice.get()).json() == [task]
 
 
-async def test_conditions_on_times_and_ranges_are_ignored_as_nothing_offers_them(alice: Person) -> None:
+async def test_if_modified_since_if_unmodified_since_and_range_are_ignored(alice: Person) -> None:
     # Without `Last-Modified` they must be ignored (RFC 9110, 13.1.3 and 13.1.4); ranges may be (14.2).
     task = await alice.create()
     long_ago, far_ahead = "Thu, 01 Jan 1970 00:00:00 GMT", "Fri, 01 Jan 2100 00:00:00 GMT"
@@ -300,14 +300,14 @@ async def test_conditions_on_times_and_ranges_are_ignored_as_nothing_offers_them
     assert (changed.status_code, changed.json()["title"]) == (200, "x")
 
 
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 async def test_a_hundred_clients_that_retry_lose_no_change(alice: Person) -> None:
     task, dice = await alice.create(description="0"), random.Random(7)
     refused = 0
 
     async def increment() -> None:
         nonlocal refused
-        # Who is refused waits ever longer: if all came back at once, it would take 5,000 attempts.
+        # A refused client backs off: if all retried at once, it would take 5,000 attempts.
         for attempt in itertools.count(1):
             read = await alice.get(f"/{task['id']}")
             answer = await alice.patch(
@@ -324,4 +324,4 @@ async def test_a_hundred_clients_that_retry_lose_no_change(alice: Person) -> Non
     await asyncio.gather(*(increment() for _ in range(100)))
 
     assert (await alice.get(f"/{task['id']}")).json()["description"] == "100"
-    assert refused > 50  # they did meet: all of them read the first version
+    assert refused > 50  # they did conflict: all of them read the first version

@@ -64,7 +64,7 @@ async def test_a_cancelled_request_keeps_no_slot(when: str) -> None:
 
     await asyncio.wait_for(share.enter("alice"), 1)
     share.leave("alice")
-    assert (share._taken, share._waiting) == ({}, {})  # nothing is kept of a user without requests
+    assert (share._taken, share._waiting) == ({}, {})  # a user without requests has no entry
 
 
 async def test_too_many_waiting_requests_of_a_user_are_429(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ async def test_cancelled_requests_do_not_wait_any_more(monkeypatch: pytest.Monke
     monkeypatch.setattr(fair_share, "WAITING_MAX", 2)
     share = FairShare(1)
     await share.enter("alice")
-    for _ in range(5):  # clients that hang up, while one statement takes long
+    for _ in range(5):  # clients disconnect while one statement takes long
         waiting = asyncio.create_task(share.enter("alice"))
         await asyncio.sleep(0)
         waiting.cancel()

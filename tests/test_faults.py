@@ -9,15 +9,15 @@ from tests.postgres import Process, running_process
 # Coverage would slow down the load, which shares the service's process.
 pytestmark = [pytest.mark.no_cover, pytest.mark.timing]
 
-SCALE = 0.25  # of every time; `bench/faults.py` keeps the true one
+SCALE = 0.25  # of every duration; `bench/faults.py` uses real ones
 REQUEST_DEADLINE_S = 8.0
-LATE_MAX_S = 1.0  # a loop that stands still for longer is itself a fault
-TURNS = 4  # of the loop that a request takes after its time is up, each as late as the latest that was seen
+LATE_MAX_S = 1.0  # an event loop blocked for longer is itself a fault
+TURNS = 4  # event loop iterations of a request after its deadline, each as late as the latest seen
 
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[Process]:
-    """A server of our own: nobody else wants it killed."""
+    """A separate server, since the faults stop and kill it."""
     with running_process(durable=True) as process:
         yield process
 
@@ -36,12 +36,14 @@ FAULTS = [
     faults.cut_off,
     faults.forgotten,
 ]
-# Nobody fails who asks while a database wakes. At their true scale: how long a server starts is not ours.
+# No request fails while a database wakes. Unscaled, since the server's start-up time does not scale.
 WAKING = [faults.asleep, faults.slow_to_wake]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-async def test_a_fault_loses_nothing_and_passes(process: Process, fault: Fault) -> None:
+async def test_a_database_fault_loses_no_write_and_the_service_recovers(
+    process: Process, fault: Fault
+) -> None:
     scale = 1.0 if fault in WAKING else SCALE
 
     outcome = await suffer(process, fault, scale)
@@ -54,5 +56,5 @@ async def test_a_fault_loses_nothing_and_passes(process: Process, fault: Fault) 
     assert account.longest_s < REQUEST_DEADLINE_S * scale + late_s
     assert outcome.recovery_s < AFTER_S * scale + outcome.calm_s + late_s
     if fault in WAKING:
-        # What was in the middle of being written when it fell asleep may have been written or not.
+        # A write in progress when the database fell asleep may have committed or not, so it may fail.
         assert [when for when in account.failures if when > outcome.began + 0.5 + late_s] == []

@@ -28,7 +28,7 @@ async def test_head_needs_a_token_where_get_does(alice: Person, bob: Person) -> 
     assert (await bob.send("HEAD", alice.tasks)).status_code == 403
 
 
-async def test_head_has_no_body_of_a_task_that_is_known(alice: Person) -> None:
+async def test_head_with_a_matching_if_none_match_is_304(alice: Person) -> None:
     task = await alice.create()
     etag = (await alice.get(f"/{task['id']}")).headers["etag"]
 
@@ -37,13 +37,13 @@ async def test_head_has_no_body_of_a_task_that_is_known(alice: Person) -> None:
     assert (answer.status_code, answer.headers["etag"]) == (304, etag)
 
 
-async def test_head_is_no_method_where_get_is_none(alice: Person) -> None:
+async def test_head_is_405_where_get_is_405(alice: Person) -> None:
     answer = await alice.send("HEAD", "/1/complete")
 
     assert (answer.status_code, answer.headers["allow"], answer.content) == (405, "PATCH", b"")
 
 
-async def test_no_byte_of_a_body_is_sent() -> None:
+async def test_no_byte_of_a_body_is_sent_for_head() -> None:
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
@@ -53,13 +53,13 @@ async def test_no_byte_of_a_body_is_sent() -> None:
         return {"type": "http.request"}
 
     scope = {**SCOPE, "method": "HEAD"}
-    await front(Response("a body"))(scope, receive, send)  # a client would drop it too
+    await front(Response("a body"))(scope, receive, send)  # httpx would drop a body too
 
     assert [message.get("body", b"") for message in sent] == [b"", b""]
     assert (b"content-length", b"6") in sent[0]["headers"]
 
 
-def test_the_document_does_not_name_it(app: FastAPI) -> None:
+def test_the_openapi_document_does_not_list_head(app: FastAPI) -> None:
     operations = {method for path in app.openapi()["paths"].values() for method in path}
 
     assert "get" in operations

@@ -1,4 +1,4 @@
-"""Where one request ends and the next begins, byte by byte, at the service as its own process."""
+"""Request framing, byte by byte, against the service as its own process."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ TOKEN = tokens.issue("alice", SECRET, 3600).encode()
 LINE = b"POST /api/alice/tasks HTTP/1.1\r\n"
 POST = LINE + b"Host: x\r\nAuthorization: Bearer " + TOKEN + b"\r\nContent-Type: application/json\r\n"
 GET = b"GET /health HTTP/1.1\r\n"
-# A body whose mistake is named only where all of it has been read, and which makes no task.
+# An invalid body, which is refused only after all of it has been read, and creates no task.
 BODY = b'{"title": ""}'
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
@@ -44,7 +44,7 @@ Answer = tuple[int, str]
 
 
 def smuggling(fields: bytes) -> bytes:
-    """Return a POST with *fields* whose body is a request."""
+    """Return a POST with *fields* whose body is itself a request."""
     return POST + fields + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED
 
 
@@ -215,7 +215,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, 
 @pytest.mark.process
 @pytest.mark.parametrize("name", CASES)
 async def test_no_second_request_is_smuggled_in(target: tuple[Service, int], name: str) -> None:
-    """Whole, and cut in two segments at each border within its lines and around its bodies."""
+    """Sent whole, and in two segments cut at each line ending and around each body."""
     service, port = target
     raw, expected = CASES[name]
     borders = [cut for cut in range(1, len(raw)) if raw[cut - 1] in b"\r\n" or raw[cut] in b"\r\n"]
@@ -243,7 +243,7 @@ async def test_a_message_is_served_byte_by_byte(target: tuple[Service, int]) -> 
 
 
 @pytest.mark.process
-async def test_the_head_may_have_so_many_fields(target: tuple[Service, int]) -> None:
+async def test_a_head_with_too_many_fields_is_431(target: tuple[Service, int]) -> None:
     head = GET + b"Host: x\r\nConnection: close\r\n"
 
     assert await answers_to(target[1], head + b"A: b\r\n" * (FIELDS_MAX - 2) + b"\r\n") == [OK]
@@ -255,7 +255,7 @@ async def test_the_head_may_have_so_many_fields(target: tuple[Service, int]) -> 
 @pytest.mark.parametrize(
     ("meant", "named", "status"), [(b"x", b"y", 200), (b"y", b"x", 400), (b"y", b"y", 400)]
 )
-async def test_the_host_of_an_absolute_address_is_the_one_that_is_meant(
+async def test_the_host_of_an_absolute_request_target_wins_over_the_host_header(
     tmp_path: Path, meant: bytes, named: bytes, status: int
 ) -> None:
     port = free_port()
@@ -270,8 +270,8 @@ async def test_the_host_of_an_absolute_address_is_the_one_that_is_meant(
 
 
 @pytest.mark.process
-async def test_each_request_of_a_connection_has_a_head_of_its_own(target: tuple[Service, int]) -> None:
-    """Neither the fields nor the bytes of several are added up."""
+async def test_head_limits_apply_per_request_not_per_connection(target: tuple[Service, int]) -> None:
+    """Fields and bytes of consecutive heads are not added up."""
     head = (
         GET
         + b"Host: x\r\n"
@@ -297,14 +297,14 @@ async def test_a_body_may_be_larger_than_a_head(target: tuple[Service, int]) -> 
 
 
 @pytest.mark.process
-async def test_names_of_fields_count_as_the_head(target: tuple[Service, int]) -> None:
+async def test_field_names_count_towards_the_head_limit(target: tuple[Service, int]) -> None:
     head = GET + b"Host: x\r\n" + b"a" * HEAD_MAX_BYTES + b": b\r\n\r\n"
 
     assert (await answers_to(target[1], head))[0][0] == 431
 
 
 @pytest.mark.process
-async def test_trailers_count_as_the_head(target: tuple[Service, int]) -> None:
+async def test_trailers_count_towards_the_head_limit(target: tuple[Service, int]) -> None:
     chunked = POST + CHUNKED + b"\r\n0\r\n"
 
     assert (await answers_to(target[1], chunked + b"A: b\r\n" * FIELDS_MAX))[-1][0] == 431
@@ -320,7 +320,7 @@ async def test_a_token_of_the_largest_size_fits(target: tuple[Service, int]) -> 
 
 @pytest.mark.process
 @pytest.mark.parametrize(("version", "answer"), [(b"1.1", b"HTTP/1.1 100"), (b"1.0", b"HTTP/1.1 422")])
-async def test_only_http_1_1_is_told_to_continue(
+async def test_only_http_1_1_gets_100_continue(
     target: tuple[Service, int], version: bytes, answer: bytes
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", target[1])
@@ -333,7 +333,7 @@ async def test_only_http_1_1_is_told_to_continue(
 
 
 async def answers_to(port: int, *pieces: bytes, pause_s: float = 0.01) -> list[Answer]:
-    """Return status and sentence of each answer to *pieces*, until the service closes the connection."""
+    """Return status and detail of each response to *pieces*, until the service closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     received = b""
 
@@ -344,7 +344,7 @@ async def answers_to(port: int, *pieces: bytes, pause_s: float = 0.01) -> list[A
 
     async with asyncio.timeout(20):
         reading = asyncio.create_task(read())
-        # The service resets a connection on which it is sent more than it reads.
+        # The service may close before it has read everything, which resets the connection.
         with contextlib.suppress(ConnectionError):
             for piece in filter(None, pieces):
                 writer.write(piece)
@@ -359,7 +359,7 @@ async def answers_to(port: int, *pieces: bytes, pause_s: float = 0.01) -> list[A
         assert separator
         length = re.search(rb"content-length: (\d+)", head)
         assert length
-        # The answer to HEAD has the length of a body that does not follow.
+        # A response to HEAD has a Content-Length but no body.
         size = 0 if rest.startswith(b"HTTP/1.1 ") else int(length[1])
         body, received = rest[:size], rest[size:]
         answers.append((int(head.split()[1]), json.loads(body).get("detail", "") if body else ""))

@@ -1,4 +1,4 @@
-"""Time grows no faster than what a client sends, wherever it is parsed."""
+"""Parsing time is at most linear in the input, wherever a client's bytes are parsed."""
 
 import base64
 import itertools
@@ -16,14 +16,14 @@ from tests.conftest import SECRET, running, settings_for
 
 KIB = 1024
 SIZES = (16 * KIB, 32 * KIB, 64 * KIB)
-MOST_CPU_S = 1.0  # a quadratic parser takes 5 s and more for 64 KiB; usual are 0.1 s, beside other work 0.3
-MOST_RATIO = 3.2  # of twice the length: 2 is linear, 4 quadratic
-NEGLIGIBLE_S = 0.02  # below it, a ratio is noise
-ATTEMPTS = 3  # the fastest counts, since others use this machine too
+MOST_CPU_S = 1.0  # a quadratic parser takes at least 5 s for 64 KiB; normal is 0.1 s, 0.3 s on a busy machine
+MOST_RATIO = 3.2  # of the times for twice the length: 2 is linear, 4 quadratic
+NEGLIGIBLE_S = 0.02  # below this, the ratio is noise
+ATTEMPTS = 3  # the fastest counts, since other processes share the machine
 
 
 class Sent(NamedTuple):
-    """A request of any bytes, some of which no client would send."""
+    """A raw request, which may contain bytes that httpx would not send."""
 
     method: str = "GET"
     path: str = "/api/alice/tasks"
@@ -38,7 +38,7 @@ FORM = (b"content-type", b"application/x-www-form-urlencoded")
 
 
 def filled(size: int, *parts: bytes) -> bytes:
-    """Return *size* bytes: the first part, the second as often as it fits, and the third."""
+    """Return *size* bytes: the first part, repetitions of the second, and the third."""
     before, unit, after = parts
     return before + unit * ((size - len(before) - len(after)) // len(unit)) + after
 
@@ -61,7 +61,7 @@ def path(*parts: bytes, method: str = "GET") -> Make:
 
 
 def different(size: int, unit: str) -> bytes:
-    """Return up to *size* bytes of *unit*, with another number in each."""
+    """Return up to *size* bytes of repetitions of *unit*, each with its own number."""
     return b"".join(unit.format(number).encode() for number in range(size // len(unit.format(99_999))))
 
 
@@ -308,13 +308,13 @@ async def keeper(tmp_path_factory: pytest.TempPathFactory) -> Any:
     url = f"sqlite:///{tmp_path_factory.mktemp('hostile') / 'tasks.db'}"
     app = create_app(settings_for(url, local_accounts=True, allowed_hosts="testserver"))
     async with running(app):
-        # As the server wraps it where there are proxies to trust.
+        # As the server wraps the app if it has trusted proxies.
         wrapped: Any = app
         yield ProxyHeadersMiddleware(wrapped, trusted_hosts=["127.0.0.1", "10.0.0.0/8"])
 
 
 async def answer(app: ASGIApp, sent: Sent) -> tuple[int, float]:
-    """Return the status of the answer and how many seconds of CPU the event loop's thread took for it."""
+    """Return the response status and the CPU seconds of the event loop's thread."""
     names = {name for name, _ in sent.headers}
     token = tokens.issue("alice", SECRET, 3600).encode()
     usual = ((b"host", b"testserver"), (b"authorization", b"Bearer " + token))
@@ -349,9 +349,9 @@ async def answer(app: ASGIApp, sent: Sent) -> tuple[int, float]:
     return statuses[0], time.thread_time() - began
 
 
-@pytest.mark.no_cover  # it would measure the coverage
+@pytest.mark.no_cover  # coverage would dominate the measurement
 @pytest.mark.parametrize("make", CASES.values(), ids=[ascii(name) for name in CASES])
-async def test_time_grows_no_faster_than_what_is_sent(keeper: ASGIApp, make: Make) -> None:
+async def test_parsing_time_is_at_most_linear_in_the_input(keeper: ASGIApp, make: Make) -> None:
     took = []
     for size in SIZES:
         answers = [await answer(keeper, make(size)) for _ in range(ATTEMPTS)]

@@ -26,7 +26,7 @@ async def post_once(person: Person, key: str, **fields: Any) -> httpx.Response:
     return await person.post(json={"title": "Once", **fields}, headers={"Idempotency-Key": key})
 
 
-async def test_a_request_that_is_sent_again_is_answered_as_before(alice: Person) -> None:
+async def test_a_repeated_idempotency_key_replays_the_response(alice: Person) -> None:
     first = await post_once(alice, "a", due_date="2026-02-28", tags=["é"])
     await alice.put(f"/{first.json()['id']}", json={"title": "Changed since"})
 
@@ -41,7 +41,7 @@ async def test_a_request_that_is_sent_again_is_answered_as_before(alice: Person)
     assert len((await alice.get()).json()) == 1
 
 
-async def test_it_is_replayed_even_after_the_task_is_gone(alice: Person) -> None:
+async def test_a_response_is_replayed_even_after_its_task_is_deleted(alice: Person) -> None:
     first = await post_once(alice, "a")
     await alice.delete(f"/{first.json()['id']}")
 
@@ -81,7 +81,7 @@ async def test_two_users_never_share_the_lock_of_a_key(postgres: Server) -> None
             await database.close()
 
 
-async def test_a_key_is_its_users_own(alice: Person, bob: Person) -> None:
+async def test_an_idempotency_key_belongs_to_one_user(alice: Person, bob: Person) -> None:
     of_alice, of_bob = await post_once(alice, "a"), await post_once(bob, "a")
 
     assert of_bob.status_code == 201
@@ -89,7 +89,7 @@ async def test_a_key_is_its_users_own(alice: Person, bob: Person) -> None:
     assert "idempotent-replayed" not in of_bob.headers
 
 
-async def test_a_key_may_be_quoted(alice: Person) -> None:
+async def test_an_idempotency_key_may_be_quoted(alice: Person) -> None:
     first = await post_once(alice, '"a b"')
 
     assert (await post_once(alice, "a b")).content == first.content
@@ -97,14 +97,14 @@ async def test_a_key_may_be_quoted(alice: Person) -> None:
 
 
 @pytest.mark.parametrize("key", ["x" * 255, "é", "'", '"', "%00", "../..", "a,b"])
-async def test_any_printable_characters_are_a_key(alice: Person, key: str) -> None:
+async def test_any_printable_idempotency_key_is_accepted(alice: Person, key: str) -> None:
     for replayed in (None, "true"):
         answer = await alice.post(json={"title": "x"}, headers={b"Idempotency-Key": key.encode("latin-1")})
         assert (answer.status_code, answer.headers.get("idempotent-replayed")) == (201, replayed)
 
 
 @pytest.mark.parametrize("key", [b"", b'""', b"x" * 256, b"\x85", b"a\tb", b"a\x01b"])
-async def test_what_is_no_key_creates_nothing(alice: Person, key: bytes) -> None:
+async def test_an_invalid_idempotency_key_is_422_and_creates_nothing(alice: Person, key: bytes) -> None:
     answer = await alice.post(json={"title": "x"}, headers={b"Idempotency-Key": key})
 
     assert answer.status_code == 422
@@ -125,7 +125,7 @@ async def test_repeated_idempotency_key_header_is_422(alice: Person) -> None:
     assert answer.json()["errors"] == [{"parameter": "Idempotency-Key", "detail": "must be sent once"}]
 
 
-async def test_what_was_refused_may_be_mended_under_the_same_key(alice: Person) -> None:
+async def test_a_422_does_not_use_up_its_idempotency_key(alice: Person) -> None:
     refused = [await post_once(alice, "a", title=""), await post_once(alice, "a", due_time="9:30")]
 
     answer = await post_once(alice, "a", due_time="09:30")
@@ -134,7 +134,7 @@ async def test_what_was_refused_may_be_mended_under_the_same_key(alice: Person) 
     assert (answer.status_code, len((await alice.get()).json())) == (201, 1)
 
 
-async def test_fifty_at_once_with_one_key_make_one_task(alice: Person) -> None:
+async def test_fifty_concurrent_requests_with_one_key_create_one_task(alice: Person) -> None:
     answers = await asyncio.gather(*(post_once(alice, "a") for _ in range(50)))
 
     statuses = {answer.status_code for answer in answers}
@@ -145,9 +145,9 @@ async def test_fifty_at_once_with_one_key_make_one_task(alice: Person) -> None:
     assert all(answer.headers["retry-after"] == "1" for answer in answers if answer.status_code == 409)
 
 
-# On SQLite the second waits for the first, as every writer does.
+# On SQLite the second request waits for the first, as every writer does.
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
-async def test_what_still_runs_is_409(alice: Person, database_url: str) -> None:
+async def test_a_key_whose_request_is_still_running_is_409(alice: Person, database_url: str) -> None:
     connection = await asyncpg.connect(database_url)
     try:
         transaction = connection.transaction()
@@ -171,7 +171,7 @@ class Tomorrow(datetime):
     after = timedelta(hours=24, seconds=1)
 
     @classmethod
-    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override] # it returns the parent
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override] # it returns a plain datetime
         return datetime.now(tz) + cls.after
 
 
@@ -179,7 +179,9 @@ class JustBefore(Tomorrow):
     after = timedelta(hours=23, minutes=59)
 
 
-async def test_a_key_is_good_for_a_day(app: FastAPI, alice: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idempotency_key_is_replayed_for_a_day(
+    app: FastAPI, alice: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = await post_once(alice, "a")
     monkeypatch.setattr(idempotency, "datetime", JustBefore)
 
@@ -188,7 +190,7 @@ async def test_a_key_is_good_for_a_day(app: FastAPI, alice: Person, monkeypatch:
     assert (await post_once(alice, "a")).content == first.content
 
 
-async def test_after_a_day_a_key_is_free(
+async def test_an_idempotency_key_may_be_reused_after_a_day(
     app: FastAPI, alice: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await post_once(alice, "a")
@@ -203,7 +205,7 @@ async def test_after_a_day_a_key_is_free(
     assert await kept(app, alice) == ["a", "b"]
 
 
-async def test_expired_keys_are_removed_in_portions_also_of_users_who_stay_away(
+async def test_expired_keys_of_inactive_users_are_removed_in_batches(
     app: FastAPI, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database: Database = app.state.services.database
@@ -223,7 +225,7 @@ async def test_expired_keys_are_removed_in_portions_also_of_users_who_stay_away(
     assert portions == 1
 
 
-async def test_a_portion_is_of_the_oldest_and_says_that_there_are_more(
+async def test_a_batch_has_the_oldest_expired_keys_and_says_if_more_remain(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(idempotency, "_FIND_PORTION", _portion_of(monkeypatch, 2))
@@ -251,9 +253,7 @@ def _portion_of(monkeypatch: pytest.MonkeyPatch, count: int) -> Executable:
     return statement
 
 
-async def test_processes_that_sweep_at_once_remove_everything(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_concurrent_sweeps_remove_every_expired_key(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idempotency, "_FIND_PORTION", _portion_of(monkeypatch, 5))
     monkeypatch.setattr(idempotency, "SWEEP_S", 0.01)
     monkeypatch.setattr(idempotency, "PAUSE_S", 0.001)
@@ -265,11 +265,11 @@ async def test_processes_that_sweep_at_once_remove_everything(
         monkeypatch.setattr(idempotency, "datetime", Tomorrow)
 
         async with asyncio.timeout(10):
-            while await kept(first, alice):  # noqa: ASYNC110 - another process would not tell either
+            while await kept(first, alice):  # noqa: ASYNC110 - another process has no event either
                 await asyncio.sleep(0.02)
 
 
-async def test_a_sweep_that_fails_is_tried_again_and_ends_with_the_service(
+async def test_a_failed_sweep_is_retried_and_ends_with_the_service(
     database_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outcomes = iter([Unavailable(), RuntimeError("a bug of ours"), True, True])
@@ -290,11 +290,11 @@ async def test_a_sweep_that_fails_is_tried_again_and_ends_with_the_service(
         await asyncio.wait_for(swept.wait(), 5)
         assert (await client.get("/health")).status_code == 200
 
-    assert capsys.readouterr().out.count("expired keys are not removed") == 1  # of the bug only
+    assert capsys.readouterr().out.count("expired keys are not removed") == 1  # for RuntimeError
     assert not {task for task in asyncio.all_tasks() - before if "sweep" in repr(task.get_coro())}
 
 
-async def test_a_sweep_rests_long_when_there_is_no_more_and_shortly_when_there_is(
+async def test_the_sweep_interval_is_short_while_expired_keys_remain(
     app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rests: list[float] = []
@@ -319,7 +319,7 @@ async def test_a_sweep_rests_long_when_there_is_no_more_and_shortly_when_there_i
     assert others == [idempotency.PAUSE_S, idempotency.SWEEP_S, idempotency.PAUSE_S]
 
 
-async def test_nothing_is_written_when_nothing_has_expired(
+async def test_a_sweep_without_expired_keys_writes_nothing(
     app: FastAPI, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database: Database = app.state.services.database
@@ -349,7 +349,7 @@ async def kept(app: FastAPI, person: Person) -> list[str]:
     return [row["key"] for row in await app.state.services.database.all(statement, owner=person.user_id)]
 
 
-async def test_a_full_list_keeps_no_key(database_url: str) -> None:
+async def test_a_409_for_too_many_tasks_stores_no_key(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=1))) as client:
         alice = person("alice", client)
         task = await alice.create()
@@ -362,7 +362,7 @@ async def test_a_full_list_keeps_no_key(database_url: str) -> None:
     assert datetime.fromisoformat(answer.json()["created_at"]) <= datetime.now(UTC)
 
 
-async def test_a_user_has_a_largest_number_of_keys(
+async def test_keys_beyond_the_limit_per_user_are_429(
     alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(idempotency, "KEYS_MAX", 2)
@@ -379,11 +379,13 @@ async def test_a_user_has_a_largest_number_of_keys(
     assert (await post_once(bob, "c")).status_code == 201
 
 
-async def test_a_large_answer_counts_as_several_keys(alice: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_large_response_counts_as_several_keys(
+    alice: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(idempotency, "KEYS_MAX", 4)
     creations = [{"op": "create", "task": {"title": "x", "description": "é" * 1000}} for _ in range(7)]
 
-    large = await bulk_once(alice, "a", *creations)  # 7 times 2,400 bytes: four keys
+    large = await bulk_once(alice, "a", *creations)  # 7 times 2,400 bytes count as four keys
     refused = await post_once(alice, "b")
 
     assert 15_000 <= len(large.content) < 20_000
@@ -399,7 +401,7 @@ CREATION = {"op": "create", "task": {"title": "Once", "due_date": "2026-02-28"}}
 
 
 @pytest.mark.parametrize(("query", "status"), [("", 200), ("?atomic=false", 207)])
-async def test_a_bulk_request_that_is_sent_again_is_answered_as_before(
+async def test_a_repeated_key_of_a_bulk_request_replays_the_response(
     alice: Person, query: str, status: int
 ) -> None:
     task = await alice.create()
@@ -434,7 +436,7 @@ async def test_a_key_of_a_bulk_request_is_good_for_the_same_request_only(alice: 
     assert len((await alice.get()).json()) == 2
 
 
-async def test_a_bulk_request_that_fails_keeps_no_key(alice: Person) -> None:
+async def test_a_failed_bulk_request_stores_no_key(alice: Person) -> None:
     refused = await bulk_once(alice, "a", CREATION, {"op": "delete", "id": 1})
     mended = await bulk_once(alice, "a", CREATION)
 
@@ -457,7 +459,7 @@ async def test_a_bulk_request_that_still_runs_is_409(alice: Person, database_url
     assert (await alice.get()).json() == []
 
 
-async def test_twenty_bulk_requests_at_once_with_one_key_make_one_task(alice: Person) -> None:
+async def test_twenty_concurrent_bulk_requests_with_one_key_create_one_task(alice: Person) -> None:
     answers = await asyncio.gather(*(bulk_once(alice, "a", CREATION) for _ in range(20)))
 
     assert {answer.status_code for answer in answers} <= {200, 409}
@@ -466,10 +468,10 @@ async def test_twenty_bulk_requests_at_once_with_one_key_make_one_task(alice: Pe
 
 
 @pytest.mark.parametrize("send", ["task", "bulk", "bulk of another task"])
-async def test_an_answer_that_was_kept_just_after_we_looked_is_repeated(
+async def test_a_response_stored_after_the_first_look_up_is_replayed(
     database_url: str, monkeypatch: pytest.MonkeyPatch, send: str
 ) -> None:
-    """The first request takes the last place, or the task, and is answered before the second has the lock."""
+    """The first request fills the quota or deletes the task, and commits before the second gets the lock."""
     async with running(create_app(settings_for(database_url, max_tasks_per_user=1))) as client:
         alice = person("alice", client)
         if send == "bulk of another task":
@@ -490,7 +492,7 @@ async def test_an_answer_that_was_kept_just_after_we_looked_is_repeated(
 
 
 @pytest.mark.parametrize(("lost", "status", "tried"), [(True, 201, 2), (False, 503, 1)])
-async def test_only_a_lost_connection_is_worth_a_second_attempt(
+async def test_only_a_lost_connection_is_retried(
     alice: Person, monkeypatch: pytest.MonkeyPatch, lost: bool, status: int, tried: int
 ) -> None:
     attempts = 0
@@ -506,7 +508,7 @@ async def test_only_a_lost_connection_is_worth_a_second_attempt(
                 raise error
         return await one(self, statement, **values)
 
-    # Of PostgreSQL a transaction ends with its connection; here it has to be undone.
+    # A lost connection ends its transaction in PostgreSQL; this one survives and has to roll back.
     monkeypatch.setattr(postgres_database, "Unavailable", ZeroDivisionError)
     monkeypatch.setattr(Owner, "one", fail_once)
 
@@ -516,7 +518,7 @@ async def test_only_a_lost_connection_is_worth_a_second_attempt(
     assert len((await alice.get()).json()) == tried - 1
 
 
-async def test_a_key_of_another_request_is_looked_at_once(
+async def test_a_key_of_another_request_is_looked_up_once(
     alice: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await post_once(alice, "a")

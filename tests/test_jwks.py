@@ -29,7 +29,7 @@ def test_a_key_verifies_what_it_signed_and_nothing_else(algorithm: str) -> None:
         assert key.verify(other, b"message", signature) is same
 
 
-def test_a_key_that_names_its_algorithm_is_for_no_other() -> None:
+def test_a_key_with_alg_verifies_no_other_algorithm() -> None:
     key = read_keys(document(RSA | {"alg": "PS256"})).keys["key-RS256"]
 
     assert key.algorithms == {"PS256"}
@@ -51,7 +51,7 @@ NOT_FOR_US: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("entry", NOT_FOR_US.values(), ids=NOT_FOR_US)
-def test_keys_that_are_not_for_us_are_passed_over_in_silence(entry: dict[str, Any]) -> None:
+def test_keys_for_other_uses_are_ignored(entry: dict[str, Any]) -> None:
     for entries in ((entry, OLD), (OLD, entry), (entry, OLD, entry)):
         found = read_keys(document(*entries))
         assert (list(found.keys), found.skipped) == (["old"], {})
@@ -121,7 +121,7 @@ def test_an_invalid_key_does_not_take_the_id_of_a_valid_one() -> None:
     assert found.keys == read_keys(document(OLD)).keys
 
 
-def test_the_only_key_of_a_set_needs_no_id() -> None:
+def test_the_only_key_of_a_set_needs_no_kid() -> None:
     nameless = lacking(PUBLIC, "kid")
 
     for beside in ([], [NOT_FOR_US["for encryption"]], [RSA | {"n": "AQAB"}]):
@@ -132,7 +132,7 @@ def test_the_only_key_of_a_set_needs_no_id() -> None:
 
 
 @pytest.mark.parametrize(("entry", "reason"), ODD.values(), ids=ODD.keys())
-def test_a_mistake_in_the_keys_of_the_settings_is_refused(entry: Any, reason: str) -> None:
+def test_an_invalid_key_in_a_static_key_set_is_refused(entry: Any, reason: str) -> None:
     with pytest.raises(KeySetInvalid, match=reason):
         StaticKeys(document(OLD, entry))
 
@@ -143,7 +143,7 @@ def test_settings_without_any_key_are_refused() -> None:
             StaticKeys(document(*entries))
 
 
-async def test_static_keys_know_what_they_were_given() -> None:
+async def test_static_keys_are_exactly_those_configured() -> None:
     keys = StaticKeys(document(OLD))
 
     assert (await keys.key("old")).algorithms == {"EdDSA", "Ed25519"}
@@ -166,7 +166,7 @@ async def issuer() -> AsyncIterator[Issuer]:
 
 @pytest.fixture
 async def keys(issuer: Issuer, clock: Clock) -> AsyncIterator[FetchedKeys]:
-    """Keys that have been fetched once."""
+    """`FetchedKeys` after its first fetch."""
     keys = FetchedKeys(issuer.url)
     await keys.open()
     await keys.key("old")
@@ -179,7 +179,7 @@ async def end_of_fetch(keys: FetchedKeys) -> None:
     await keys._fetching
 
 
-async def test_keys_are_fetched_once_for_all_who_wait(issuer: Issuer, clock: Clock) -> None:
+async def test_concurrent_look_ups_share_one_fetch(issuer: Issuer, clock: Clock) -> None:
     issuer.delay_s = 0.1
     keys = FetchedKeys(issuer.url)
     await keys.open()
@@ -331,7 +331,7 @@ async def test_a_key_that_is_no_longer_published_is_dropped(
     issuer.publish(NEW)
     clock.now += jwks.FRESH_S + 1
 
-    assert await keys.key("old")  # renewed behind this answer's back
+    assert await keys.key("old")  # returns the old key and renews in the background
     assert await keys.key("new")
     with pytest.raises(KeyUnknown):
         await keys.key("old")
@@ -345,12 +345,12 @@ async def test_a_key_that_is_no_longer_published_is_dropped(
         *(pytest.param([entry], id=name) for name, (entry, _) in ODD.items() if "id" not in name),
     ],
 )
-async def test_a_withdrawn_key_ends_with_a_set_without_it_whatever_else_that_has(
+async def test_a_key_missing_from_the_next_set_is_withdrawn_at_once(
     issuer: Issuer, keys: FetchedKeys, clock: Clock, entries: list[Any]
 ) -> None:
     clock.now += jwks.FRESH_S + 1
     issuer.publish(*entries)
-    await keys.key("old")  # renewed behind this answer's back
+    await keys.key("old")  # returns the old key and renews in the background
     await end_of_fetch(keys)
 
     with pytest.raises(KeyUnknown):
@@ -361,7 +361,7 @@ async def test_a_withdrawn_key_ends_with_a_set_without_it_whatever_else_that_has
     assert await keys.key("new")
 
 
-async def test_what_a_set_lacks_or_has_too_much_of_is_logged(
+async def test_skipped_keys_and_an_empty_key_set_are_logged_once(
     issuer: Issuer, keys: FetchedKeys, clock: Clock
 ) -> None:
     with capture_logs() as lines:
@@ -390,12 +390,12 @@ async def test_after_idle_time_a_withdrawn_key_is_not_trusted(
     found = await asyncio.gather(*(keys.key("old") for _ in range(5)), return_exceptions=True)
 
     assert [type(each) for each in found] == [KeyUnknown] * 5
-    assert len(issuer.requests) == 1 + 2  # a renewal, and a search for a key made meanwhile
+    assert len(issuer.requests) == 1 + 2  # a renewal, and a fetch in search of the unknown key
     assert await keys.key("new")
 
 
 @pytest.mark.parametrize("failed_before", [False, True])
-async def test_after_idle_time_one_fetch_is_waited_for_while_the_issuer_is_away(
+async def test_after_idle_time_one_call_waits_for_a_fetch_while_the_issuer_is_down(
     issuer: Issuer, keys: FetchedKeys, clock: Clock, monkeypatch: pytest.MonkeyPatch, failed_before: bool
 ) -> None:
     monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.3)
@@ -409,11 +409,11 @@ async def test_after_idle_time_one_fetch_is_waited_for_while_the_issuer_is_away(
         clock.now += jwks.IDLE_MAX_S + 1
         began = time.perf_counter()
         assert await keys.key("old")
-        assert 0.2 < time.perf_counter() - began < 2  # this one has waited, and the old key serves on
+        assert 0.2 < time.perf_counter() - began < 2  # this call has waited, and the old key stays valid
 
         clock.now += jwks.COOL_DOWN_S
         began = time.perf_counter()
-        assert await keys.key("old")  # a fetch goes on behind this answer's back
+        assert await keys.key("old")  # a fetch goes on in the background
         assert time.perf_counter() - began < 0.2
         await end_of_fetch(keys)
 
@@ -458,14 +458,14 @@ MISBEHAVIOUR: dict[str, bytes | None] = {
 
 
 @pytest.mark.parametrize("reply", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR.keys())
-async def test_an_issuer_that_misbehaves_changes_nothing(
+async def test_an_invalid_response_of_the_issuer_keeps_the_known_keys(
     issuer: Issuer, keys: FetchedKeys, clock: Clock, reply: bytes | None
 ) -> None:
     issuer.reply = reply
     clock.now += jwks.FRESH_S + 1
 
     assert await keys.key("old")
-    with pytest.raises(KeysUnavailable):  # it may exist by now: nobody can tell
+    with pytest.raises(KeysUnavailable):  # the key may exist by now, but it cannot be fetched
         await keys.key("new")
     assert await keys.key("old")
 
@@ -475,7 +475,7 @@ async def test_an_issuer_that_misbehaves_changes_nothing(
 
 
 @pytest.mark.parametrize("reply", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR.keys())
-async def test_without_any_keys_they_are_unavailable(
+async def test_keys_are_unavailable_if_the_first_fetch_fails(
     issuer: Issuer, clock: Clock, reply: bytes | None
 ) -> None:
     issuer.reply = reply
@@ -484,14 +484,14 @@ async def test_without_any_keys_they_are_unavailable(
 
     with pytest.raises(KeysUnavailable):
         await keys.key("old")
-    with pytest.raises(KeysUnavailable):  # at once: the cool-down has not passed
+    with pytest.raises(KeysUnavailable):  # at once, during the cool-down
         await keys.key("old")
 
     assert len(issuer.requests) == 1
     await keys.close()
 
 
-async def test_a_slow_issuer_is_given_up(
+async def test_a_fetch_from_a_slow_issuer_times_out(
     issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.1)
@@ -504,7 +504,9 @@ async def test_a_slow_issuer_is_given_up(
     await keys.close()
 
 
-async def test_an_issuer_that_dribbles_is_given_up(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fetch_that_arrives_byte_by_byte_times_out(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.3)
 
     async def dribble(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -522,7 +524,7 @@ async def test_an_issuer_that_dribbles_is_given_up(clock: Clock, monkeypatch: py
     server.close()
 
 
-async def test_keys_serve_for_a_day_while_the_issuer_is_away(
+async def test_keys_stay_valid_for_a_day_while_the_issuer_is_down(
     issuer: Issuer, keys: FetchedKeys, clock: Clock
 ) -> None:
     issuer.reply = None
@@ -537,7 +539,7 @@ async def test_keys_serve_for_a_day_while_the_issuer_is_away(
         await keys.key("old")
 
 
-async def test_an_issuer_that_is_away_is_asked_once_per_cool_down(
+async def test_an_issuer_that_is_down_is_fetched_from_once_per_cool_down(
     issuer: Issuer, keys: FetchedKeys, clock: Clock
 ) -> None:
     issuer.reply = None
@@ -553,15 +555,13 @@ async def test_an_issuer_that_is_away_is_asked_once_per_cool_down(
     assert 1 + 3 <= len(issuer.requests) <= 1 + 4
 
 
-async def test_nothing_but_the_address_decides_where_keys_come_from(
-    issuer: Issuer, keys: FetchedKeys
-) -> None:
+async def test_the_key_set_is_fetched_without_authorization(issuer: Issuer, keys: FetchedKeys) -> None:
     assert issuer.requests[0].startswith(b"GET /api/auth/jwks HTTP/1.1\r\n")
     assert b"authorization" not in issuer.requests[0].lower()
 
 
 @pytest.mark.parametrize("more", ["?p=policy", "/", "/?a=b/&c=%20"])
-async def test_the_address_is_asked_for_as_it_is(issuer: Issuer, more: str) -> None:
+async def test_jwks_url_is_requested_unchanged(issuer: Issuer, more: str) -> None:
     keys = FetchedKeys(issuer.url + more)
     await keys.open()
 

@@ -99,7 +99,7 @@ async def fill(person: Person, tasks: Sequence[Json]) -> list[Json]:
         ("status=pending&priority=medium", []),
     ],
 )
-async def test_a_filter_leaves_the_tasks_that_it_names(alice: Person, query: str, titles: list[str]) -> None:
+async def test_a_filter_returns_the_matching_tasks(alice: Person, query: str, titles: list[str]) -> None:
     await fill(alice, SHELF)
 
     answer = await alice.get(f"?{query}&sort=title&count=true")
@@ -108,7 +108,7 @@ async def test_a_filter_leaves_the_tasks_that_it_names(alice: Person, query: str
     assert answer.headers["x-total-count"] == str(len(titles))
 
 
-async def test_a_filter_never_reaches_into_other_peoples_tasks(alice: Person, bob: Person) -> None:
+async def test_a_filter_never_matches_another_users_tasks(alice: Person, bob: Person) -> None:
     await fill(alice, SHELF)
 
     for query in (
@@ -137,7 +137,7 @@ async def test_a_filter_never_reaches_into_other_peoples_tasks(alice: Person, bo
     ],
 )
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
-async def test_what_has_no_value_comes_last_in_either_direction(
+async def test_null_values_sort_last_in_either_direction(
     alice: Person, query: str, titles: list[str], limit: int
 ) -> None:
     await fill(
@@ -168,7 +168,7 @@ async def test_ties_break_by_id_in_the_direction_of_the_sort(alice: Person, fiel
     assert downwards == ids[::-1]
 
 
-async def test_titles_are_in_the_order_of_their_small_letters(alice: Person) -> None:
+async def test_titles_sort_by_their_lower_case(alice: Person) -> None:
     titles = ["Z", "_", "É", "e", "İb", "ia", "ΑΣ", "ας", "ß", "zz", "😀", "\ufb01"]
     await fill(alice, [{"title": title} for title in titles])
 
@@ -225,7 +225,7 @@ async def test_a_filter_may_be_as_long_as_its_rule_says(alice: Person, longest: 
 
 
 @pytest.mark.parametrize("words", [["a"], ["milk", "a"], ["milk", "bottles", "z"], [*"abcdefgh"], ["a"] * 20])
-async def test_a_search_finds_what_has_every_word(alice: Person, words: list[str]) -> None:
+async def test_a_search_finds_tasks_with_every_word(alice: Person, words: list[str]) -> None:
     await alice.create(" ".join([*"abcdefgh", "milk", "z"]), description="Two BOTTLES")
     for word in set(words):
         await alice.create(" ".join(each for each in words if each != word) or "nothing")
@@ -251,7 +251,7 @@ async def test_a_search_for_more_than_eight_words_is_422(alice: Person, query: s
 
 
 async def test_a_page_of_long_tasks_ends_at_a_mebibyte(alice: Person) -> None:
-    one = {"op": "create", "task": {"title": "x", "description": "\u0001" * 1000}}  # six bytes each, in JSON
+    one = {"op": "create", "task": {"title": "x", "description": "\u0001" * 1000}}  # six bytes each in JSON
     for _ in range(4):
         for part in range(0, 100, 10):
             answer = await alice.post("/bulk", json={"operations": [one] * 10})
@@ -296,11 +296,11 @@ async def test_a_cursor_is_bound_to_its_filters_and_its_order(alice: Person, que
 
 
 @pytest.mark.parametrize("query", ["sort=due_date", "sort=-due_date", "sort=priority", "sort=-priority"])
-async def test_a_page_may_end_at_a_task_without_a_value(alice: Person, query: str) -> None:
+async def test_a_page_may_end_at_a_task_with_a_null_sort_value(alice: Person, query: str) -> None:
     ids = {task["id"] for task in await fill(alice, [{"title": "Buy milk"}] * 3)}
     url = (await alice.get(f"?{query}&limit=1")).links["next"]["url"]
 
-    # Whatever gets a value now stands before the page, as it would have before it was read.
+    # A task with a value sorts before all pages after this cursor, so the new task must not appear.
     await alice.create(due_date="2026-01-01", priority="high")
     rest = await pages(alice, url)
 
@@ -320,7 +320,7 @@ async def test_a_link_keeps_parameters_that_are_repeated(alice: Person) -> None:
 
 
 @pytest.mark.parametrize("sort", [f"{sign}{field}" for sign in ("", "-") for field in task_model.SORTS])
-async def test_pages_show_what_stays_once_while_the_rest_changes(alice: Person, sort: str) -> None:
+async def test_paging_shows_unchanged_tasks_once_while_others_change(alice: Person, sort: str) -> None:
     created = await fill(
         alice,
         [
@@ -349,7 +349,7 @@ async def test_pages_show_what_stays_once_while_the_rest_changes(alice: Person, 
         answer = await alice.get(path)
         page = [task["id"] for task in answer.json()]
         seen += page
-        if page and page[-1] in passing:  # the page that follows begins after a task that is no more
+        if page and page[-1] in passing:  # the next page's cursor points at a deleted task
             passing.remove(page[-1])
             await alice.delete(f"/{page[-1]}")
         if passing:
@@ -383,7 +383,7 @@ questions = st.tuples(
 
 
 class Shelf:
-    """The tasks of *owner*: what they should be, and as they were last seen."""
+    """The tasks of *owner*: the model, and the bodies last returned."""
 
     def __init__(self, owner: Person) -> None:
         self.owner = owner
@@ -391,7 +391,7 @@ class Shelf:
         self.seen: dict[int, Json] = {}
 
     async def do(self, operation: Json, method: str) -> None:
-        """Do *operation* for real and in the model, and compare what both have come to."""
+        """Run *operation* on the service and in the model, and compare the results."""
         match operation["op"]:
             case "bulk":
                 new = await self._do_together(operation["operations"])
@@ -438,12 +438,12 @@ class Shelf:
         return [new for task in changed if (new := task.change({"completed": operation["completed"]}))]
 
     def _pick(self, operation: Json) -> int:
-        """Return the id of the task that *operation* is about, or one that is nobody's."""
+        """Return the id of the task that *operation* refers to, or an unknown id."""
         number = operation.get("which", 0)
         return list(self.tasks)[number % len(self.tasks)] if self.tasks and number != 9 else 2**40
 
     def _expect(self, operation: Json, task_id: int) -> tuple[int, list[Task]]:
-        """Do *operation* in the model and return its status and the new tasks."""
+        """Run *operation* in the model and return the expected status and the new tasks."""
         if operation["op"] == "create":
             return 201, [task_model.create(operation["task"])]
         if task_id not in self.tasks:
@@ -483,7 +483,7 @@ class Shelf:
                 assert moment(seen["updated_at"]) > moment(earlier["updated_at"])
 
     async def ask(self, wanted: Wanted, limit: int | None, count: str | None) -> None:
-        """Walk through the pages of a list and compare them with those that it should have."""
+        """Follow the pages of a list and compare them with the model's."""
         expected = wanted.arranged(self.seen.values())
         options = [("limit", str(limit))] * bool(limit) + [("count", count)] * bool(count)
         path = f"?{urlencode([*wanted.parameters, *options])}"
@@ -502,7 +502,7 @@ def _fields(seen: Json) -> Json:
     return {name: seen[name] for name in WRITABLE}
 
 
-@pytest.mark.no_cover  # many times the same lines
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(
     st.lists(task_model.creates, min_size=6, max_size=9),
@@ -522,7 +522,7 @@ async def test_lists_show_what_the_operations_have_made_of_the_tasks(
     for number, (filters, limit, count) in enumerate(asked):
         order = ORDERS[(turn + 7 * number) % len(ORDERS)]
         await shelf.ask(Wanted((*filters, *order)), limit, count)
-    # Every series goes on: a month that had to end early is followed by one that need not.
+    # Complete every series twice: a month shorter than the anchor day is followed by a longer one.
     for _ in range(2):
         everything = {"op": "complete all", "wanted": Wanted((("status", "pending"),)), "completed": True}
         await shelf.do(everything, "PATCH")

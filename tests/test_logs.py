@@ -35,7 +35,7 @@ def test_libraries_write_in_the_same_format(stream: io.StringIO) -> None:
     assert ours.keys() - {"number"} == theirs.keys()
 
 
-def test_less_severe_lines_are_not_written(stream: io.StringIO) -> None:
+def test_lines_below_the_log_level_are_not_written(stream: io.StringIO) -> None:
     structlog.get_logger("ours").debug("event")
     logging.getLogger("theirs").debug("event")
 
@@ -62,7 +62,7 @@ def test_a_storm_of_events_is_bounded_and_counted(
     assert [line["left_out"] for line in lines if "left_out" in line] == [997]
 
 
-def test_a_full_disk_ends_nothing() -> None:
+def test_logging_to_a_full_disk_raises_nothing() -> None:
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     with Path("/dev/full").open("w") as full:

@@ -1,4 +1,4 @@
-"""What a client is told when its change was committed and the database's answer was lost."""
+"""The response to a client whose write was committed, but whose result was lost on the way back."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,14 +19,14 @@ from tests.postgres_proxy import Proxy, running_proxy
 
 @dataclass(frozen=True)
 class Line:
-    """A person, and the link between the service and its database."""
+    """A user, and the proxy between the service and its database."""
 
     alice: Person
     proxy: Proxy
     server: Server
 
     async def nothing(self) -> None:
-        """Nothing happens between the loss and the next attempt."""
+        """No other change happens between the loss and the retry."""
 
     async def another_change(self) -> None:
         await self.server.execute(
@@ -39,7 +39,7 @@ class Line:
 
 @pytest.fixture
 async def line(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Line]:
-    monkeypatch.setattr(idempotency, "SWEEP_S", 3600)  # or the proxy may cut the sweep's statement
+    monkeypatch.setattr(idempotency, "SWEEP_S", 3600)  # otherwise the proxy might cut the sweep's statement
     async with running_proxy(postgres_url) as proxy:
         settings = settings_for(proxy.url, database_pool_size=1)
         async with running(create_app(settings)) as client:
@@ -57,7 +57,7 @@ CHANGES: dict[str, tuple[str, str, Any]] = {
 
 
 async def _prepare(line: Line, change: str) -> None:
-    """Send *change* about another task, so that its statement is prepared and has one answer only."""
+    """Send *change* for another task first: once prepared, a statement has a single response."""
     await _send(line, change, (await line.alice.create())["id"], '"1"')
 
 
@@ -70,7 +70,7 @@ async def _send(line: Line, change: str, task_id: int, if_match: str | None) -> 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_a_change_with_a_version_whose_answer_was_lost_is_a_success(line: Line, change: str) -> None:
+async def test_a_versioned_write_succeeds_though_its_result_was_lost(line: Line, change: str) -> None:
     await _prepare(line, change)
     task = await line.alice.create()
 
@@ -86,7 +86,7 @@ async def test_a_change_with_a_version_whose_answer_was_lost_is_a_success(line: 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_a_change_without_a_version_whose_answer_was_lost_is_503(line: Line, change: str) -> None:
+async def test_an_unversioned_write_whose_result_was_lost_is_503(line: Line, change: str) -> None:
     await _prepare(line, change)
     task = await line.alice.create()
 
@@ -99,9 +99,7 @@ async def test_a_change_without_a_version_whose_answer_was_lost_is_503(line: Lin
 
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "delete"])
-async def test_a_change_that_was_changed_again_after_its_answer_was_lost_is_503(
-    line: Line, change: str
-) -> None:
+async def test_a_lost_result_of_a_write_that_was_overwritten_since_is_503(line: Line, change: str) -> None:
     await _prepare(line, change)
     task = await line.alice.create()
 
@@ -112,7 +110,7 @@ async def test_a_change_that_was_changed_again_after_its_answer_was_lost_is_503(
     assert (await line.alice.get(f"/{task['id']}")).json()["title"] == "theirs"
 
 
-async def test_a_task_that_is_gone_after_the_answer_to_its_change_was_lost_is_404(line: Line) -> None:
+async def test_a_lost_result_of_a_write_to_a_task_deleted_since_is_404(line: Line) -> None:
     await _prepare(line, "put")
     task = await line.alice.create()
 
@@ -123,7 +121,7 @@ async def test_a_task_that_is_gone_after_the_answer_to_its_change_was_lost_is_40
 
 @asynccontextmanager
 async def _locked(line: Line, task_id: int, *, waiting: int) -> AsyncIterator[None]:
-    """Lock a task until the block has ended and *waiting* statements wait for it."""
+    """Lock a task; when the block ends, wait until *waiting* statements are blocked, then release it."""
     other = await asyncpg.connect(line.server.url)
     try:
         async with other.transaction(), asyncio.timeout(5):
@@ -136,7 +134,7 @@ async def _locked(line: Line, task_id: int, *, waiting: int) -> AsyncIterator[No
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_a_change_that_goes_on_after_its_connection_broke_is_done_once_and_told(
+async def test_a_write_that_outlives_its_connection_is_applied_once_and_confirmed(
     line: Line, change: str
 ) -> None:
     await _prepare(line, change)
@@ -155,7 +153,7 @@ async def test_a_change_that_goes_on_after_its_connection_broke_is_done_once_and
         assert now.json()["version"] == 2
 
 
-async def test_a_toggle_of_several_versions_is_not_repeated_after_its_connection_broke(line: Line) -> None:
+async def test_a_toggle_with_several_etags_is_not_retried_after_a_lost_connection(line: Line) -> None:
     await _prepare(line, "toggle")
     task = await line.alice.create()
 
@@ -166,12 +164,12 @@ async def test_a_toggle_of_several_versions_is_not_repeated_after_its_connection
     assert answer.status_code == 503
     now: dict[str, Any] = {}
     async with asyncio.timeout(5):
-        while now.get("version") != 2:  # the first attempt goes on by itself
+        while now.get("version") != 2:  # the server completes the first attempt
             now = (await line.alice.get(f"/{task['id']}")).json()
     assert now["completed"] is True
 
 
-async def test_a_completed_series_whose_answer_was_lost_has_one_successor(line: Line) -> None:
+async def test_completing_a_series_whose_result_was_lost_makes_one_successor(line: Line) -> None:
     await _prepare(line, "set")
     task = await line.alice.create(recurring="daily", due_date="2026-06-01")
 

@@ -23,14 +23,14 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture(scope="module")
 def unconfigured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str, Path]]:
-    """A service that was started with nothing but a port, its address and its folder."""
+    """A service started with only a port configured, with its URL and its folder."""
     folder, port = tmp_path_factory.mktemp("unconfigured"), str(free_port())
     with running_service(folder, PORT=port) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
         yield service, f"http://127.0.0.1:{port}", folder
 
 
-def test_started_with_nothing_it_prints_three_lines_that_work(tmp_path: Path) -> None:
+def test_a_start_without_settings_prints_three_lines_that_work(tmp_path: Path) -> None:
     port = str(free_port())
     with running_service(tmp_path, PORT=port) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -45,7 +45,7 @@ def test_started_with_nothing_it_prints_three_lines_that_work(tmp_path: Path) ->
         assert service.stop() == 0
 
 
-def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
+def test_tasks_and_secret_survive_a_restart(tmp_path: Path) -> None:
     port = str(free_port())
     for expected in (1, 2):
         with running_service(tmp_path, PORT=port) as service:
@@ -72,7 +72,7 @@ def test_uvicorn_serves_too(tmp_path: Path) -> None:
     assert all("request_id=" in line for line in access)
 
 
-def test_an_answer_over_a_socket_names_no_server(unconfigured: tuple[Service, str, Path]) -> None:
+def test_a_response_over_a_socket_has_no_server_header(unconfigured: tuple[Service, str, Path]) -> None:
     _, address, _ = unconfigured
 
     answer = httpx.get(f"{address}/health", headers={"Origin": "http://localhost:3000"})
@@ -118,9 +118,7 @@ async def test_postgres_is_served_as_configured(tmp_path: Path, postgres_url: st
 
 
 @pytest.mark.parametrize("command", [(MAIN,), ("-m", "uvicorn", "main:app")])
-def test_a_mistake_in_the_settings_ends_the_start_with_a_sentence(
-    tmp_path: Path, command: tuple[str, ...]
-) -> None:
+def test_an_invalid_setting_ends_the_start_with_a_sentence(tmp_path: Path, command: tuple[str, ...]) -> None:
     done = run(tmp_path, *command, BETTER_AUTH_SECRET="short")
 
     assert done.returncode == 2
@@ -148,7 +146,7 @@ def test_a_damaged_file_ends_the_start_with_a_sentence(tmp_path: Path, kept: int
     path.parent.mkdir()
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE task (id INTEGER)")
-    content = path.read_bytes()[:kept] + b"\xff" * 8192  # the first 100 bytes say what it is
+    content = path.read_bytes()[:kept] + b"\xff" * 8192  # the first 100 bytes are SQLite's file header
     path.write_bytes(content)
 
     done = run(tmp_path, MAIN)
@@ -158,7 +156,7 @@ def test_a_damaged_file_ends_the_start_with_a_sentence(tmp_path: Path, kept: int
     assert path.read_bytes() == content
 
 
-def test_a_database_that_is_away_is_migrated_when_it_comes(tmp_path: Path) -> None:
+def test_an_unreachable_database_is_migrated_once_it_is_up(tmp_path: Path) -> None:
     port, database_port = free_port(), free_port()
     settings = {
         "DATABASE_URL": f"postgresql://postgres@127.0.0.1:{database_port}/postgres",
@@ -182,7 +180,7 @@ def test_a_database_that_is_away_is_migrated_when_it_comes(tmp_path: Path) -> No
         assert service.stop() == 0
 
 
-def test_waiting_for_the_database_keeps_nobody_from_stopping(tmp_path: Path) -> None:
+def test_the_service_stops_while_it_waits_for_the_database(tmp_path: Path) -> None:
     port = free_port()
     settings = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/nowhere", "BETTER_AUTH_SECRET": SECRET}
     with running_service(tmp_path, PORT=str(port), MIGRATE_ON_START="true", **settings) as service:
@@ -218,7 +216,7 @@ def half_a_request(token: str) -> bytes:
     )
 
 
-def test_a_client_that_stalls_keeps_nobody_from_stopping(tmp_path: Path) -> None:
+def test_the_service_stops_despite_a_stalled_client(tmp_path: Path) -> None:
     port = free_port()
     with running_service(tmp_path, PORT=str(port), SHUTDOWN_GRACE_S="1") as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -230,7 +228,9 @@ def test_a_client_that_stalls_keeps_nobody_from_stopping(tmp_path: Path) -> None
             assert service.stop() == 0
 
 
-def test_a_client_that_hangs_up_is_no_crash(unconfigured: tuple[Service, str, Path]) -> None:
+def test_a_client_disconnect_is_logged_as_499_without_a_traceback(
+    unconfigured: tuple[Service, str, Path],
+) -> None:
     service, address, folder = unconfigured
     with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as hasty:
         hasty.sendall(half_a_request(printed_token(folder)))
@@ -243,16 +243,16 @@ def test_a_client_that_hangs_up_is_no_crash(unconfigured: tuple[Service, str, Pa
     assert "Traceback" not in service.logged
 
 
-def test_nobody_has_to_read_what_is_printed(tmp_path: Path) -> None:
+def test_the_service_runs_when_stdout_cannot_be_written(tmp_path: Path) -> None:
     port = str(free_port())
     code = "import os, main; os.close(1); os.open('/dev/full', os.O_WRONLY); main.main([])"
     with running_service(tmp_path, "-c", code, PORT=port) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
 
-        assert service.stop() in (0, 120)  # the latter is Python's, when its last output cannot be written
+        assert service.stop() in (0, 120)  # Python exits with 120 if it cannot flush stdout
 
 
-def test_a_trusted_proxy_says_what_came_by_https(
+def test_x_forwarded_proto_counts_from_a_trusted_proxy_only(
     unconfigured: tuple[Service, str, Path], tmp_path: Path
 ) -> None:
     by_https = {"X-Forwarded-Proto": "https"}
@@ -266,7 +266,7 @@ def test_a_trusted_proxy_says_what_came_by_https(
     assert told == [False, True]
 
 
-def test_without_docs_it_names_none(tmp_path: Path) -> None:
+def test_with_docs_off_the_start_prints_no_docs_url(tmp_path: Path) -> None:
     port = str(free_port())
     with running_service(tmp_path, PORT=port, DOCS="false") as service:
         service.wait_for(f"http://127.0.0.1:{port}")

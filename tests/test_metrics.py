@@ -25,7 +25,7 @@ TOKEN = "a-token-that-only-prometheus-knows-01"
 
 
 def value(name: str, text: bytes | None = None, **labels: str) -> float:
-    """Return what the metric *name* says, now or in *text*; what has not happened yet is 0."""
+    """Return the value of the metric *name*, now or in *text*; an absent sample is 0."""
     families = text_string_to_metric_families((text or metrics.render()).decode())
     samples = [sample for family in families for sample in family.samples if sample.name == name]
     return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
@@ -33,7 +33,7 @@ def value(name: str, text: bytes | None = None, **labels: str) -> float:
 
 @pytest.fixture
 def risen() -> Callable[..., float]:
-    """Return by how much a metric has risen since the test began."""
+    """Return the increase of a metric since the test began."""
     before = metrics.render()
     return lambda name, **labels: value(name, **labels) - value(name, before, **labels)
 
@@ -51,7 +51,7 @@ async def test_requests_are_counted_by_template_method_and_status(
     assert alice.user_id not in metrics.render().decode()
 
 
-async def test_what_is_not_there_makes_no_label_values(
+async def test_unknown_paths_and_methods_make_no_label_values(
     client: httpx.AsyncClient, risen: Callable[..., float]
 ) -> None:
     word = secrets.token_hex(8)
@@ -87,7 +87,7 @@ async def test_a_crash_is_counted_and_no_longer_in_flight(
     assert risen("http_requests_in_flight") == 0
 
 
-async def test_connections_in_use_and_who_waits_for_one_are_told(postgres: Server) -> None:
+async def test_pool_connections_and_waiting_requests_are_gauged(postgres: Server) -> None:
     pool = Pool(lambda: asyncpg.connect(postgres.url), 2, wait_s=6)
     assert pool.usage == {"in use": 0, "idle": 0, "waiting": 0}
     sleepers = [asyncio.create_task(pool.fetch("SELECT pg_sleep(0.3)", [])) for _ in range(5)]
@@ -135,14 +135,14 @@ async def test_fetches_of_keys_are_counted(risen: Callable[..., float]) -> None:
     assert risen("key_fetches_total", outcome="ok") == 1
 
 
-def test_limits_count_what_they_refuse(risen: Callable[..., float]) -> None:
+def test_rate_limited_requests_are_counted_by_limit(risen: Callable[..., float]) -> None:
 
     metrics.rate_limited("user")
 
     assert risen("requests_rate_limited_total", limit="user") == 1
 
 
-def test_the_values_of_a_label_are_few() -> None:
+def test_the_number_of_label_values_is_bounded() -> None:
     counter = metrics.Labelled(f"test_{secrets.token_hex(4)}", "For this test.", "reason")
 
     for number in range(1000):
@@ -215,7 +215,7 @@ async def test_an_unavailable_database_is_counted_and_logged_with_the_requests_i
     assert "away-1" in [line.get("request_id") for line in log.events("database unavailable")]
 
 
-async def test_metrics_are_for_this_machine_while_nothing_is_configured(database_url: str) -> None:
+async def test_metrics_are_for_loopback_clients_only_by_default(database_url: str) -> None:
     app = create_app(settings_for(database_url))
     for peer, status in (("127.0.0.1", 200), ("::1", 200), ("203.0.113.7", 404), ("?", 404)):
         transport = httpx.ASGITransport(app, client=(peer, 1))
@@ -227,7 +227,7 @@ async def test_metrics_are_for_this_machine_while_nothing_is_configured(database
             assert "process_resident_memory_bytes" in answer.text
 
 
-async def test_with_a_token_metrics_are_for_who_has_it(database_url: str) -> None:
+async def test_metrics_require_their_token_once_it_is_configured(database_url: str) -> None:
     app = create_app(settings_for(database_url, metrics_token=TOKEN, environment="production"))
 
     async def status(*headers: tuple[bytes, bytes]) -> int:
@@ -242,13 +242,13 @@ async def test_with_a_token_metrics_are_for_who_has_it(database_url: str) -> Non
 @pytest.mark.parametrize(
     "changes", [{"environment": "production"}, {"metrics": False}, {"metrics_port": 9_000}]
 )
-async def test_otherwise_there_are_none_at_the_services_port(
+async def test_metrics_are_404_in_production_when_off_or_on_their_own_port(
     database_url: str, changes: dict[str, object]
 ) -> None:
     assert await raw_status(create_app(settings_for(database_url, **changes)), "GET", "/metrics") == 404
 
 
-async def test_switched_off_nothing_is_counted(database_url: str, risen: Callable[..., float]) -> None:
+async def test_with_metrics_off_nothing_is_counted(database_url: str, risen: Callable[..., float]) -> None:
 
     async with running(create_app(settings_for(database_url, metrics=False))) as client:
         await client.get("/health")
@@ -257,7 +257,7 @@ async def test_switched_off_nothing_is_counted(database_url: str, risen: Callabl
 
 
 @pytest.mark.process
-def test_a_port_of_their_own_needs_no_token_and_two_workers_do_not_quarrel(tmp_path: Path) -> None:
+def test_the_metrics_port_needs_no_token_and_may_be_taken_by_another_worker(tmp_path: Path) -> None:
     port, second, own = str(free_port()), str(free_port()), str(free_port())
     with running_service(tmp_path, PORT=port, METRICS_PORT=own) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -270,7 +270,7 @@ def test_a_port_of_their_own_needs_no_token_and_two_workers_do_not_quarrel(tmp_p
         assert service.stop() == 0
 
 
-def test_a_short_token_is_refused_at_start(tmp_path: Path) -> None:
+def test_a_short_metrics_token_is_refused_at_start(tmp_path: Path) -> None:
     done = command(tmp_path, METRICS_TOKEN="short")
 
     assert done.stderr.splitlines() == ["METRICS_TOKEN: must be at least 32 characters"]

@@ -20,12 +20,12 @@ from tests.postgres import Server
 PROJECT = Path(__file__).parent.parent
 BETTER_AUTH_TABLES = ("user", "session", "account", "verification", "jwks")
 OUR_TABLES = ("task", "idempotency_key", "local_account")
-FIRST = "0001"  # has what a task cannot be without
+FIRST = "0001"  # has the core columns only
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
 async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[db.Database]:
-    """A database in which Better Auth's tables stand, with a row each, and none of ours."""
+    """A database with Better Auth's tables, one row each, and without our tables."""
     if request.param == "sqlite":
         database = db.connect(f"sqlite:///{tmp_path / 'tasks.db'}", pool_size=1)
         await _add_better_auth(database)
@@ -71,7 +71,7 @@ def _alembic(database: db.Database) -> Config:
     return config
 
 
-async def test_up_down_and_up_again_leaves_other_tables_alone(database: db.Database) -> None:
+async def test_upgrade_and_downgrade_leave_other_tables_alone(database: db.Database) -> None:
     others = set(BETTER_AUTH_TABLES)
     await asyncio.to_thread(command.upgrade, _alembic(database), "head")
     assert await _tables(database) == others | {*OUR_TABLES, "task_schema_version"}
@@ -86,7 +86,7 @@ async def test_up_down_and_up_again_leaves_other_tables_alone(database: db.Datab
 
 
 def _schema(connection: Connection) -> dict[str, Any]:
-    """Return all that the database itself says of our tables."""
+    """Return the definition of our tables from the database's catalogue."""
     inspector = inspect(connection)
     return {
         table: {
@@ -97,7 +97,7 @@ def _schema(connection: Connection) -> dict[str, Any]:
             "indexes": {
                 index["name"]: _as_text(index)
                 for index in inspector.get_indexes(table)
-                if index["name"] != "ix_task_words"  # PostgreSQL may have it, the models never
+                if index["name"] != "ix_task_words"  # PostgreSQL only, and not in the models
             },
             "key": inspector.get_pk_constraint(table)["constrained_columns"],
             "checks": inspector.get_check_constraints(table),
@@ -124,7 +124,7 @@ async def test_the_migrated_schema_is_that_of_the_models(database: db.Database) 
     assert await _inspect(database, _schema) == migrated
 
 
-async def test_alembic_sees_nothing_to_do(database: db.Database) -> None:
+async def test_alembic_check_finds_no_difference(database: db.Database) -> None:
     await asyncio.to_thread(migrate, database)
     await asyncio.to_thread(command.check, _alembic(database))
 
@@ -148,7 +148,7 @@ async def test_the_default_list_has_its_index(database: db.Database) -> None:
     assert sql[0].endswith("(user_id, created_at DESC, id DESC)")
 
 
-async def test_every_required_column_but_the_core_has_a_default(database: db.Database) -> None:
+async def test_every_required_column_but_user_id_and_title_has_a_default(database: db.Database) -> None:
     await asyncio.to_thread(migrate, database)
 
     columns = await _inspect(database, lambda connection: inspect(connection).get_columns("task"))
@@ -184,7 +184,7 @@ LATER_COLUMNS = "priority, category, tags, due_date, due_time, recurring, remind
 
 
 async def _add(database: db.Database, title: str) -> int:
-    """Insert a row as somebody does who knows the first columns only, and return its id."""
+    """Insert a row as an old release does, which knows only the first columns; return its id."""
     ((task_id,),) = await _run(
         database,
         "INSERT INTO task (user_id, title, description, completed, completed_at, version) "
@@ -194,7 +194,7 @@ async def _add(database: db.Database, title: str) -> int:
     return int(task_id)
 
 
-async def test_rows_survive_the_way_up_and_down(database: db.Database) -> None:
+async def test_rows_survive_upgrade_and_downgrade(database: db.Database) -> None:
     await asyncio.to_thread(command.upgrade, _alembic(database), FIRST)
     for title in ("Buy milk", "Bake bread", "Été 🌻"):
         await _add(database, title)
@@ -222,7 +222,7 @@ async def _has_defaults(database: db.Database) -> None:
     assert {repr(row) for row in found} == {repr((None, None, no_tags, None, None, None, no, None, no))}
 
 
-async def test_rows_are_loaded_without_the_later_columns(database: db.Database) -> None:
+async def test_rows_inserted_without_the_later_columns_get_defaults(database: db.Database) -> None:
     await asyncio.to_thread(migrate, database)
 
     await _add(database, "Buy milk")
@@ -230,7 +230,7 @@ async def test_rows_are_loaded_without_the_later_columns(database: db.Database) 
     await _has_defaults(database)
 
 
-async def test_no_migration_makes_an_id_be_used_again(database: db.Database) -> None:
+async def test_no_migration_makes_an_id_reusable(database: db.Database) -> None:
     given = []
     for migrate_, target in (
         (command.upgrade, FIRST),
@@ -240,12 +240,12 @@ async def test_no_migration_makes_an_id_be_used_again(database: db.Database) -> 
     ):
         await asyncio.to_thread(migrate_, _alembic(database), target)
         given += [await _add(database, "Buy milk") for _ in range(2)]
-        await _run(database, f"DELETE FROM task WHERE id = {given[-1]}")  # the newest
+        await _run(database, f"DELETE FROM task WHERE id = {given[-1]}")  # the highest id
 
     assert given == sorted(set(given))
 
 
-async def test_what_is_remembered_of_a_series_survives_its_new_names(database: db.Database) -> None:
+async def test_series_columns_keep_their_values_when_they_are_renamed(database: db.Database) -> None:
     add = "INSERT INTO task (user_id, title, {}, {}) VALUES ('alice', '{}', 31, true)"
     old, new = ("series_day", "succeeded"), ("anchor_day", "has_successor")
     await asyncio.to_thread(command.upgrade, _alembic(database), "0008")
@@ -261,7 +261,9 @@ async def test_what_is_remembered_of_a_series_survives_its_new_names(database: d
     assert downgraded == upgraded
 
 
-async def test_due_times_survive_the_end_of_their_rule_and_its_return(database: db.Database) -> None:
+async def test_due_times_with_a_date_survive_dropping_and_restoring_their_constraint(
+    database: db.Database,
+) -> None:
     alembic = _alembic(database)
     rows = "SELECT title, due_time FROM task ORDER BY title"
     add = "INSERT INTO task (user_id, title, due_date, due_time) VALUES ('alice',"
@@ -281,7 +283,7 @@ async def test_due_times_survive_the_end_of_their_rule_and_its_return(database: 
 
 
 ADDED_INDEXES = {"ix_idempotency_key_created_at", "ix_idempotency_key_user_id_weight"}
-RELEASED_INDEXES = {  # 0003 of the release built them, with a table that took no requests meanwhile
+RELEASED_INDEXES = {  # the released 0003 built them, blocking requests
     "ix_task_pending": "task (user_id, created_at DESC, id DESC) WHERE NOT completed",
     "ix_task_user_id_due_date_id": "task (user_id, due_date, id)",
     "ix_task_search": (
@@ -301,7 +303,7 @@ async def _names_of_indexes(database: db.Database) -> set[str]:
     return {name for (name,) in found}
 
 
-async def test_the_indexes_of_a_released_database_are_kept_replaced_and_given_back(
+async def test_upgrade_keeps_or_replaces_released_indexes_and_downgrade_restores_them(
     database: db.Database,
 ) -> None:
     alembic = _alembic(database)
@@ -325,7 +327,7 @@ async def test_the_indexes_of_a_released_database_are_kept_replaced_and_given_ba
     await asyncio.to_thread(command.downgrade, alembic, "base")
 
 
-def test_there_is_one_line_of_migrations() -> None:
+def test_migrations_have_one_head() -> None:
     script = ScriptDirectory.from_config(Config(toml_file=PROJECT / "pyproject.toml"))
 
     assert len(script.get_heads()) == 1

@@ -1,4 +1,4 @@
-"""Migrations of a PostgreSQL that serves requests meanwhile."""
+"""Migrations of a PostgreSQL database that serves requests at the same time."""
 
 import asyncio
 import contextlib
@@ -55,7 +55,7 @@ async def upgrade(url: str, revision: str = "head") -> None:
 
 
 async def command_line(url: str, folder: Path) -> asyncio.subprocess.Process:
-    """Start README's command."""
+    """Start the README's migration command."""
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "alembic", "upgrade", "head"),
         cwd=PROJECT,
@@ -67,7 +67,7 @@ async def command_line(url: str, folder: Path) -> asyncio.subprocess.Process:
 
 @contextlib.asynccontextmanager
 async def old_snapshot(url: str) -> AsyncIterator[None]:
-    """Keep a transaction open that a concurrent build has to wait for."""
+    """Keep a transaction open for which a concurrent index build has to wait."""
     connection = await asyncpg.connect(url)
     try:
         async with connection.transaction(isolation="repeatable_read"):
@@ -79,7 +79,7 @@ async def old_snapshot(url: str) -> AsyncIterator[None]:
 
 async def eventually(connection: asyncpg.Connection, query: str) -> Any:
     async with asyncio.timeout(WITHIN_S):
-        while (found := await connection.fetchval(query)) is None:  # noqa: ASYNC110 - the server has no event
+        while (found := await connection.fetchval(query)) is None:  # noqa: ASYNC110 - there is no event
             await asyncio.sleep(0.02)
     return found
 
@@ -110,7 +110,7 @@ async def test_an_index_of_an_existing_table_is_always_built_concurrently(url: s
     with recorded() as statements:
         await upgrade(url)
 
-    created: set[str] = set()  # in the revision at hand
+    created: set[str] = set()  # in this revision
     built = []
     for statement in statements:
         if "task_schema_version" in statement:
@@ -168,7 +168,7 @@ async def test_an_index_whose_build_was_interrupted_is_built_again(
         await watcher.execute(f"SELECT pg_terminate_backend({pid})")
         with pytest.raises(ConnectionError) as failure:
             await building
-    assert failures.is_transient(failure.value)  # a start tries again
+    assert failures.is_transient(failure.value)  # the next start tries again
     assert False in (await validity(watcher)).values()
     assert await watcher.fetchval(REVISION) == BEFORE_INDEXES
 
@@ -177,7 +177,7 @@ async def test_an_index_whose_build_was_interrupted_is_built_again(
     assert await validity(watcher) == dict.fromkeys(INDEXES, True)
 
 
-async def test_a_second_process_waits_for_a_build_and_for_what_a_killed_process_left(
+async def test_a_second_process_waits_for_the_index_build_of_a_killed_one(
     url: str, watcher: asyncpg.Connection, tmp_path: Path
 ) -> None:
     await upgrade(url, BEFORE_INDEXES)
@@ -185,12 +185,12 @@ async def test_a_second_process_waits_for_a_build_and_for_what_a_killed_process_
         first = await command_line(url, tmp_path)
         await eventually(watcher, WAITING)
         second = await command_line(url, tmp_path)
-        await eventually(  # it has asked for the lock, and not in a statement that the build would wait for
+        await eventually(  # it has tried to lock, and holds no snapshot for which the build would wait
             watcher, "SELECT pid FROM pg_stat_activity WHERE query = 'ROLLBACK;' AND state = 'idle'"
         )
         first.kill()
         await first.wait()
-        assert await watcher.fetchval(BUILDING)  # the server goes on for who has gone
+        assert await watcher.fetchval(BUILDING)  # the server goes on although its client was killed
         await eventually(watcher, "SELECT pid FROM pg_stat_activity WHERE query LIKE 'LOCK TABLE%'")
     printed = (await asyncio.wait_for(second.communicate(), WITHIN_S))[0].decode()
 
@@ -215,7 +215,7 @@ async def test_a_role_with_short_timeouts_builds_an_index_that_has_to_wait(
     assert await validity(watcher) == dict.fromkeys(INDEXES, True)
 
 
-async def test_a_table_that_another_session_holds_is_tried_again_and_requests_go_between(
+async def test_a_migration_retries_a_locked_table_and_lets_requests_through(
     url: str, watcher: asyncpg.Connection, tmp_path: Path
 ) -> None:
     await upgrade(url, "0001")

@@ -58,7 +58,7 @@ PARAMETERS = {
     "delete_task": {"user_id", "task_id", "If-Match", "If-None-Match"},
     "complete_task": {"user_id", "task_id", "If-Match", "If-None-Match"},
 }
-# Beside X-Request-ID, which every answer has.
+# In addition to X-Request-ID, which every response has.
 HEADERS_OF_PROBLEMS = {"401": {"WWW-Authenticate"}, "429": {"Retry-After"}, "503": {"Retry-After"}}
 HEADERS = {
     ("list_tasks", "200"): {"Link", "X-Total-Count"},
@@ -205,7 +205,7 @@ def test_a_patch_has_two_media_types_and_other_bodies_one(document: dict[str, An
     assert all(types == {"application/json"} for types in found.values())
 
 
-def test_links_lead_from_a_task_to_what_can_be_done_with_it(document: dict[str, Any]) -> None:
+def test_links_lead_from_a_task_to_its_operations(document: dict[str, Any]) -> None:
     created = document["paths"][TASKS]["post"]["responses"]["201"]["links"]
     read = document["paths"][f"{TASKS}/{{task_id}}"]["get"]["responses"]["200"]["links"]
 
@@ -234,7 +234,7 @@ KEYS = [
 
 
 @pytest.mark.parametrize("key", KEYS)
-async def test_an_idempotency_key_is_taken_if_the_document_says_so(
+async def test_an_idempotency_key_is_accepted_if_it_matches_the_documented_pattern(
     document: dict[str, Any], alice: Person, key: str
 ) -> None:
     parameters = document["paths"][TASKS]["post"]["parameters"]
@@ -263,7 +263,7 @@ def test_every_task_operation_asks_for_the_bearer_token(document: dict[str, Any]
     assert (scheme["type"], scheme["scheme"], scheme["bearerFormat"]) == ("http", "bearer", "JWT")
 
 
-def test_a_password_is_another_way_to_a_token(document_with_accounts: dict[str, Any]) -> None:
+def test_operations_accept_the_bearer_or_the_password_scheme(document_with_accounts: dict[str, Any]) -> None:
     document = document_with_accounts
     either: list[dict[str, list[str]]] = [{"bearer": []}, {"password": []}]
     secured = {operation["operationId"]: operation["security"] for operation in _operations(document)}
@@ -298,7 +298,7 @@ def test_the_account_is_described_as_it_is_sent(document_with_accounts: dict[str
     assert refused["content"]["application/problem+json"]["example"]["code"] == "INVALID_EMAIL_OR_PASSWORD"
 
 
-def test_without_accounts_nothing_is_said_of_them(document: dict[str, Any]) -> None:
+def test_without_accounts_the_document_does_not_mention_them(document: dict[str, Any]) -> None:
     assert set(document["components"]["securitySchemes"]) == {"bearer"}
     assert not any(name in json.dumps(document) for name in ("password", "AccountOut", "/api/auth"))
 
@@ -323,7 +323,7 @@ def test_a_task_always_has_all_its_members(document: dict[str, Any]) -> None:
     assert set(schema["examples"][0]) == set(schema["properties"])
 
 
-def test_only_what_can_be_null_is_nullable(document: dict[str, Any]) -> None:
+def test_only_optional_task_fields_are_nullable(document: dict[str, Any]) -> None:
     fields = document["components"]["schemas"]["TaskOut"]["properties"]
 
     nullable = {name for name, field in fields.items() if {"type": "null"} in field.get("anyOf", ())}
@@ -335,14 +335,14 @@ def test_only_what_can_be_null_is_nullable(document: dict[str, Any]) -> None:
     assert done["required"] == ["status"]
 
 
-def test_an_update_promises_no_defaults(document: dict[str, Any]) -> None:
+def test_an_update_has_no_defaults_and_no_required_fields(document: dict[str, Any]) -> None:
     for name in ("TaskUpdate", "Completion"):
         schema = document["components"]["schemas"][name]
         assert "required" not in schema
         assert not any("default" in field for field in schema["properties"].values())
 
 
-def test_no_reference_leads_nowhere(document_with_accounts: dict[str, Any]) -> None:
+def test_every_ref_resolves_to_a_component(document_with_accounts: dict[str, Any]) -> None:
     document = document_with_accounts
     found: list[str] = []
 
@@ -369,7 +369,7 @@ async def test_the_document_is_served(client: httpx.AsyncClient, document: dict[
     assert answer.json() == document
 
 
-def test_the_kept_document_is_the_one_that_is_served(document: dict[str, Any]) -> None:
+def test_the_committed_openapi_json_is_the_one_that_is_served(document: dict[str, Any]) -> None:
     kept = KEPT.read_text().splitlines(keepends=True)
     now = openapi.write(document).splitlines(keepends=True)
 
@@ -393,13 +393,13 @@ def test_the_document_names_the_licence_of_the_project(document: dict[str, Any])
 
 
 def _redocly() -> list[str]:
-    """Return the command, after the package of the lock file has been installed if it is not."""
+    """Install the package of the lock file if necessary, and return the command."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if not node or not npm:
         sentence = "Node.js 20.19 or newer with npm is not installed (https://nodejs.org)"
         if os.environ.get("CI"):
             pytest.fail(sentence)
-        pytest.skip(sentence)  # not from PyPI, so the README's test command cannot bring it
+        pytest.skip(sentence)  # not on PyPI, so the README's test command cannot install it
     installed, lock = REDOCLY / "node_modules" / ".package-lock.json", REDOCLY / "package-lock.json"
     if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
         command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
@@ -407,11 +407,11 @@ def _redocly() -> list[str]:
             command, cwd=REDOCLY, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
         )
         assert done.returncode == 0, done.stderr
-        installed.touch()  # a file of the lock's own age would install it again and again
+        installed.touch()  # must be newer than the lock file, or each run would install again
     return [node, str(REDOCLY / "node_modules" / "@redocly" / "cli" / "bin" / "cli.js")]
 
 
-def test_redocly_finds_nothing_to_mend(tmp_path: Path) -> None:
+def test_redocly_lint_finds_no_problem(tmp_path: Path) -> None:
     command = [*_redocly(), "lint", "openapi.json", "--extends=recommended", "--format=json"]
     quiet = {"REDOCLY_TELEMETRY": "off", "REDOCLY_SUPPRESS_NOTIFICATIONS": "true"}
     for settings in ({}, {"local_accounts": True}):
@@ -420,7 +420,7 @@ def test_redocly_finds_nothing_to_mend(tmp_path: Path) -> None:
 
         done = subprocess.run(
             command,
-            cwd=tmp_path,  # where no configuration lies
+            cwd=tmp_path,  # a folder without Redocly configuration
             env=os.environ | quiet,
             capture_output=True,
             text=True,

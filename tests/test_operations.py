@@ -13,7 +13,7 @@ from observability import metrics
 DOCS = Path(__file__).parent.parent / "docs"
 OPERATIONS = (DOCS / "operations.md").read_text()
 RULES = (DOCS / "prometheus-rules.yml").read_text()
-# What is no metric in an expression of PromQL: words of the language, and what Prometheus adds itself.
+# Names in PromQL that are not metrics of the service: keywords, functions, and Prometheus's own `up`.
 LANGUAGE = {
     *("sum", "by", "rate", "increase", "changes", "histogram_quantile", "max_over_time", "unless", "or"),
     "up",
@@ -22,9 +22,9 @@ SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), 
 
 
 ALERTS = re.findall(r"- alert: (\w+)", RULES)
-END = 40  # minutes, of which Prometheus has every one in each of the series below
+END = 40  # minutes; each series below has one sample per minute
 
-# What lets an alert fire, and what comes near and does not. Series as promtool has them: start+step x times.
+# Series for which an alert fires, and near misses for which it does not, in promtool's start+step x times.
 FIRES: dict[str, dict[str, str]] = {
     "TasksDown": {'up{job="tasks"}': "1x37 0x2"},
     "TasksErrors": {
@@ -51,7 +51,7 @@ FIRES: dict[str, dict[str, str]] = {
     "TasksKeysNotFetched": {
         'key_fetches_total{instance="a",outcome="failed"}': "0+1x40",
         'key_fetches_total{instance="a",outcome="ok"}': "5x40",
-        'key_fetches_total{instance="b",outcome="ok"}': "0+1x40",  # another process, which does nothing for a
+        'key_fetches_total{instance="b",outcome="ok"}': "0+1x40",  # must not hide a's failures
     },
     "TasksForeignTokens": {
         f'tokens_refused_total{{instance="{instance}",reason="Token is another user\'s"}}': "0+40x40"
@@ -106,18 +106,18 @@ SILENT: dict[str, dict[str, str]] = {
 
 
 def promtool() -> str:
-    """Return the path of promtool; only a newcomer's machine may lack it."""
+    """Return the path of promtool; skip the test without it, or fail it in CI."""
     found = shutil.which("promtool")
     if not found:
         sentence = "promtool is not installed (Debian: apt-get install --no-install-recommends prometheus)"
         if os.environ.get("CI"):
             pytest.fail(sentence)
-        pytest.skip(sentence)  # not from PyPI, so the README's test command cannot bring it
+        pytest.skip(sentence)  # not on PyPI, so the README's test command cannot install it
     return found
 
 
 def prometheus_says(folder: Path, alert: str, series: dict[str, str], *, fires: bool) -> str:
-    """Return what is wrong with *alert* after `END` minutes of *series*, by Prometheus itself."""
+    """Return promtool's verdict on *alert* after `END` minutes of *series*; empty if correct."""
     firing = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})'
     samples = [{"labels": "{}", "value": 1}] if fires else []
     test = {
@@ -125,7 +125,7 @@ def prometheus_says(folder: Path, alert: str, series: dict[str, str], *, fires: 
         "input_series": [{"series": name, "values": values} for name, values in series.items()],
         "promql_expr_test": [{"expr": firing, "eval_time": f"{END}m", "exp_samples": samples}],
     }
-    path = folder / "test.json"  # JSON is YAML
+    path = folder / "test.json"  # JSON is valid YAML
     rules = [str(DOCS / "prometheus-rules.yml")]
     path.write_text(json.dumps({"rule_files": rules, "evaluation_interval": "1m", "tests": [test]}))
     done = subprocess.run([promtool(), "test", "rules", path], capture_output=True, text=True, check=False)
@@ -151,7 +151,7 @@ def test_prometheus_loads_the_rules() -> None:
 
 
 def _families() -> dict[str, str]:
-    """Return the type of every metric, by the name that stands in the documents."""
+    """Return the type of every metric by its documented name."""
     families = text_string_to_metric_families(metrics.render().decode())
     return {family.name + ("_total" if family.type == "counter" else ""): family.type for family in families}
 

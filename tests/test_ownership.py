@@ -31,12 +31,12 @@ from tests.statements import bulks, constants, every_statement, list_statements
 KEYS = idempotency._KEYS
 ALIAS = TASKS.alias("other")
 OTHER_BIND = bindparam("owner_too", type_=TASKS.c.user_id.type)
-# They remove what has expired, of any user.
+# They remove expired rows of any user.
 _WITHOUT_OWNER = [idempotency._FIND_PORTION, idempotency._REMOVE_PORTION]
 
 
 class _Noting(PGCompiler_asyncpg):
-    """Compiles to SQL and notes each statement that becomes a part of it."""
+    """Compiles to SQL and records each statement nested in it."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.parts: list[Any] = []
@@ -59,13 +59,13 @@ for _name in ("visit_select", "visit_insert", "visit_update", "visit_delete"):
 
 
 def parts(statement: Any) -> list[Any]:
-    """Return the statement and every one inside it: sub-selects, parts of a UNION, common tables."""
+    """Return the statement and all nested ones: sub-selects, parts of a UNION, CTEs."""
     compiled: list[Any] = _Noting(PGDialect_asyncpg(), statement).parts  # type: ignore[no-untyped-call]
     return compiled
 
 
 def owned_tables(element: Any) -> list[Any]:
-    """Return what *element* is, or joins, of the tables whose rows have an owner."""
+    """Return the tables with owned rows that *element* is or joins."""
     if isinstance(element, Join):
         return owned_tables(element.left) + owned_tables(element.right)
     table = element.element if isinstance(element, Alias) else element
@@ -83,7 +83,7 @@ def is_owner(value: Any) -> bool:
 
 
 def is_limited_to_owner(condition: Any, table: Any) -> bool:
-    """Whether one of the conditions that *condition* joins by AND names the owner of *table*'s rows."""
+    """Whether *condition*, split at AND, restricts *table* to the owner's rows."""
     return any(
         isinstance(each, BinaryExpression)
         and each.operator is operators.eq
@@ -94,7 +94,7 @@ def is_limited_to_owner(condition: Any, table: Any) -> bool:
 
 
 def breaches(statement: Any) -> list[str]:
-    """Return which parts of *statement* read or change rows that may be another user's."""
+    """Return the parts of *statement* that may read or change another user's rows."""
     found = []
     for part in parts(statement):
         if isinstance(part, Insert):
@@ -111,7 +111,7 @@ def breaches(statement: Any) -> list[str]:
 
 
 def _set(statement: Any) -> dict[str, Any]:
-    """Return what *statement* writes, by the names of columns."""
+    """Return the values that *statement* writes, by column name."""
     assert not getattr(statement, "_multi_values", ()), "of many rows: not looked into"
     return {getattr(column, "key", column): value for column, value in (statement._values or {}).items()}
 
@@ -182,6 +182,6 @@ def test_many_tasks_are_locked_in_the_order_of_their_ids() -> None:
     for statement in [bulk._SELECT_FOR_UPDATE, *(each for shape in get_args(Shape) for each in bulks(shape))]:
         assert len(locks(statement)) == 1
 
-    # Of two requests that lock the same tasks in two orders, the database ends one (40P01).
+    # If two requests lock the same tasks in different orders, PostgreSQL aborts one (40P01, deadlock).
     for lock in (lock for statement in every_statement() for lock in locks(statement)):
         assert [each is TASKS.c.id for each in lock._order_by_clauses] == [True], str(lock)

@@ -7,7 +7,7 @@ from pwdlib.hashers.bcrypt import BcryptHasher
 
 from auth.passwords import PER_ADDRESS_MAX, ROUNDS, THREADS, Passwords, TooManyPasswords
 
-QUICK = 4  # the least that bcrypt can do
+QUICK = 4  # bcrypt's minimum
 
 DIFFERENT = {
     "in the 73rd byte": ("a" * 72 + "b", "a" * 72 + "c"),
@@ -21,7 +21,7 @@ DIFFERENT = {
 
 
 class WatchedHasher(BcryptHasher):
-    """Keeps what it was asked: the hashes it checked against, and on which threads."""
+    """Records the hashes that it checked against, and the threads."""
 
     def __init__(self, rounds: int = QUICK) -> None:
         super().__init__(rounds)
@@ -44,7 +44,7 @@ def passwords(hasher: WatchedHasher) -> Passwords:
     return Passwords(hasher)
 
 
-async def test_a_password_is_known_by_its_hash(passwords: Passwords) -> None:
+async def test_a_password_verifies_against_its_own_hash_only(passwords: Passwords) -> None:
     password_hash = await passwords.hash("correct horse")
 
     assert "correct horse" not in password_hash
@@ -53,7 +53,7 @@ async def test_a_password_is_known_by_its_hash(passwords: Passwords) -> None:
     assert await passwords.hash("correct horse") != password_hash
 
 
-async def test_a_hash_costs_what_it_should() -> None:
+async def test_a_hash_is_bcrypt_with_the_expected_rounds() -> None:
     assert (await Passwords().hash("correct horse")).startswith(f"$2b${ROUNDS}$")
 
 
@@ -67,7 +67,7 @@ async def test_passwords_that_differ_anywhere_are_different(
     assert not await passwords.check(other, password_hash)
 
 
-async def test_a_password_is_the_same_from_every_keyboard(passwords: Passwords) -> None:
+async def test_passwords_are_normalized_unicode(passwords: Passwords) -> None:
     password_hash = await passwords.hash("caf\u00e9 con leche")
 
     assert await passwords.check("cafe\u0301 con leche", password_hash)
@@ -77,7 +77,7 @@ async def test_a_password_of_a_megabyte_is_hashed_like_any_other(passwords: Pass
     assert await passwords.check("a" * 1_000_000, await passwords.hash("a" * 1_000_000))
 
 
-async def test_nobodys_password_is_as_dear_to_check_as_anybodys(
+async def test_checking_without_a_hash_costs_as_much_as_with_one(
     passwords: Passwords, hasher: WatchedHasher
 ) -> None:
     password_hash = await passwords.hash("correct horse")
@@ -91,24 +91,26 @@ async def test_nobodys_password_is_as_dear_to_check_as_anybodys(
     assert (nobodys[:7], len(nobodys)) == (somebodys[:7], len(somebodys))
 
 
-async def test_the_event_loop_hashes_nothing(passwords: Passwords, hasher: WatchedHasher) -> None:
+async def test_hashing_runs_in_threads_and_not_on_the_event_loop(
+    passwords: Passwords, hasher: WatchedHasher
+) -> None:
     await asyncio.gather(*(passwords.check("correct horse", None) for _ in range(8)))
 
     assert len(hasher.threads) <= THREADS
     assert all(name.startswith("passwords") for name in hasher.threads)
 
 
-def test_there_are_as_many_places_as_may_run_and_wait() -> None:
+def test_there_are_as_many_slots_as_may_run_and_wait() -> None:
     passwords = Passwords(WatchedHasher(), waiting_max=1)
 
     with passwords.slot("1.2.3.4"), passwords.slot("1.2.3.4"):
         with passwords.slot("1.2.3.4"), pytest.raises(TooManyPasswords), passwords.slot("1.2.3.4"):
             pass
-        with passwords.slot("1.2.3.4"):  # given back
+        with passwords.slot("1.2.3.4"):  # the slot was released
             pass
 
 
-def test_one_address_leaves_places_for_others() -> None:
+def test_one_address_leaves_slots_for_others() -> None:
     passwords = Passwords(WatchedHasher(), waiting_max=100)
 
     with ExitStack() as held:
@@ -118,12 +120,12 @@ def test_one_address_leaves_places_for_others() -> None:
             pass
         with passwords.slot("5.6.7.8"):
             pass
-    with passwords.slot("1.2.3.4"):  # given back
+    with passwords.slot("1.2.3.4"):  # the slot was released
         pass
     assert passwords._held == {}
 
 
-def test_a_place_is_given_back_after_a_mistake() -> None:
+def test_a_slot_is_released_after_an_exception() -> None:
     passwords = Passwords(WatchedHasher(), waiting_max=1 - THREADS)
 
     for _ in range(2):

@@ -63,7 +63,7 @@ async def connection(url: str) -> AsyncIterator[Any]:
     await connection.close()
 
 
-# A filtered list is always planned for its values, as the test of searches shows.
+# A filtered list always gets a custom plan, as the test of searches shows.
 PLANS = [
     (each, generic) for each in LISTS for generic in (False, True) if each.shape != "filtered" or not generic
 ]
@@ -74,7 +74,7 @@ PLANS = [
     PLANS,
     ids=[f"{each.name}-{'any' if generic else 'these'} values" for each, generic in PLANS],
 )
-async def test_a_page_reads_no_more_than_a_page(connection: Any, wanted: List, generic: bool) -> None:
+async def test_a_page_scans_no_more_rows_than_its_limit(connection: Any, wanted: List, generic: bool) -> None:
     found = await plan(connection, *wanted.compiled(), generic=generic)
 
     scans = [node for _, node in nodes(found["Plan"]) if "Relation Name" in node]
@@ -106,7 +106,7 @@ async def test_pages_by_due_date_go_through_every_task_once(url: str, descending
 
 
 @pytest.mark.parametrize("word", ["number", "om", RARE])
-async def test_a_search_is_planned_for_its_words_however_often_it_is_sent(url: str, word: str) -> None:
+async def test_a_search_always_gets_a_custom_plan(url: str, word: str) -> None:
     wanted = List("search", Filter(words=(word,)))
     database = db.Postgres(url, 1)
     owner = Owner(OWNER, database)
@@ -130,7 +130,7 @@ async def test_search_finds_the_same_with_and_without_extensions(postgres: Serve
     own = Server(postgres.url_of(name))
     url = own.url
     if extensions == "refused":
-        # An owner of tables who may not change the database, as a careful administrator gives it out.
+        # A role that owns the tables but may not create extensions, as a careful administrator grants it.
         await own.execute("CREATE ROLE careful LOGIN; GRANT CREATE ON SCHEMA public TO careful")
         url = url.replace("postgres@", "careful@")
     async with running(create_app(settings_for(url))) as client:
@@ -183,7 +183,7 @@ async def _indexes(url: str) -> set[str]:
 @pytest.mark.parametrize(
     "statement", [bulk._SELECT_FOR_UPDATE, bulk._UPDATE_SOME, bulk._DELETE_SOME], ids=str
 )
-def test_sqlite_does_little_for_each_task_that_a_bulk_request_leaves_alone(
+def test_sqlite_bulk_statements_do_little_work_for_untouched_tasks(
     tmp_path: Path, statement: Executable
 ) -> None:
     database = db.connect(f"sqlite:///{tmp_path / 'tasks.db'}", pool_size=1)
@@ -200,11 +200,11 @@ def test_sqlite_does_little_for_each_task_that_a_bulk_request_leaves_alone(
         connection.set_progress_handler(lambda: next(steps) < 0, 100)
         assert len(connection.execute(compiled.sql, arguments).fetchall()) == 100
 
-    # 100 records looked through for each of 10,000 tasks were 5,000,000 steps of SQLite's machine.
+    # Scanning the 100 records for each of 10,000 tasks took 5,000,000 steps of SQLite's virtual machine.
     assert next(steps) * 100 < 30 * TASKS
 
 
-async def test_sqlite_weighs_keys_without_reading_their_answers(tmp_path: Path) -> None:
+async def test_sqlite_weighs_keys_by_a_covering_index(tmp_path: Path) -> None:
     database = db.connect(f"sqlite:///{tmp_path / 'tasks.db'}", pool_size=1)
     await asyncio.to_thread(migrate, database)
     compiled = compile_statement(idempotency._LOCK_AND_FIND, database.dialect)

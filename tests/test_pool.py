@@ -22,13 +22,13 @@ async def pool(postgres: Server) -> AsyncIterator[Pool]:
 
 
 async def pid(pool: Pool) -> int:
-    """Return which connection served us."""
+    """Return the backend's process id, which identifies the connection."""
     ((found,),) = await pool.fetch(PID, [])
     return int(found)
 
 
 async def occupied(pool: Pool, count: int = 2) -> list["asyncio.Task[object]"]:
-    """Return tasks that each hold a connection for ever, once they do."""
+    """Start tasks that each hold a connection until cancelled; return once they do."""
     tasks: list[asyncio.Task[object]] = [
         asyncio.create_task(pool.fetch("SELECT pg_sleep(60)", [])) for _ in range(count)
     ]
@@ -36,7 +36,7 @@ async def occupied(pool: Pool, count: int = 2) -> list["asyncio.Task[object]"]:
     return tasks
 
 
-async def test_a_connection_is_used_again(pool: Pool) -> None:
+async def test_a_connection_is_reused(pool: Pool) -> None:
     assert await pid(pool) == await pid(pool)
 
 
@@ -61,7 +61,7 @@ async def test_a_connection_keeps_its_most_recent_statements_prepared(pool: Pool
 
         kept = {row["statement"] for row in await connection.fetch(prepared, [])}
 
-    # The server has yet to hear of the last one that was dropped.
+    # The server may not know yet that the last statement was dropped.
     assert STATEMENTS_MAX <= len(kept) <= STATEMENTS_MAX + 1
     assert {"SELECT 'often used'", f"SELECT {3 * STATEMENTS_MAX - 1} + $1::int"} <= kept
 
@@ -75,13 +75,13 @@ async def test_a_connection_is_replaced_after_its_lifetime(
     assert await pid(pool) == first
     await asyncio.sleep(0.25)
 
-    assert await pid(pool) == first  # the request that finds it old is still served by it
+    assert await pid(pool) == first  # the request that finds the connection expired still uses it
     assert await pid(pool) != first
     assert pool.usage == {"in use": 0, "idle": 1, "waiting": 0}
     await pool.close()
 
 
-async def test_who_waits_too_long_is_told_so(postgres: Server) -> None:
+async def test_waiting_too_long_for_a_connection_raises_timeout_error(postgres: Server) -> None:
     pool = Pool(lambda: asyncpg.connect(postgres.url), 2, wait_s=0.05)
     holders = await occupied(pool)
 
@@ -119,7 +119,7 @@ async def test_an_error_of_the_statement_keeps_the_connection(pool: Pool) -> Non
     assert await pid(pool) == before
 
 
-async def test_an_interrupted_statement_costs_its_connection(pool: Pool) -> None:
+async def test_a_cancelled_statement_drops_its_connection(pool: Pool) -> None:
     before = await pid(pool)
     (holder,) = await occupied(pool, 1)
 
@@ -129,7 +129,7 @@ async def test_an_interrupted_statement_costs_its_connection(pool: Pool) -> None
     assert await pid(pool) != before
 
 
-async def test_a_server_that_is_away_is_awaited_and_then_given_up_at_once(
+async def test_an_unreachable_server_is_awaited_once_and_then_fails_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pool_module, "PATIENCE_S", 0.5)
@@ -150,7 +150,7 @@ async def test_a_server_that_is_away_is_awaited_and_then_given_up_at_once(
 @pytest.mark.parametrize(
     "error", [asyncpg.InternalClientError("?"), AttributeError("server_version"), EOFError()]
 )
-async def test_whatever_connecting_fails_with_is_outlived(postgres: Server, error: Exception) -> None:
+async def test_connecting_is_retried_after_any_error(postgres: Server, error: Exception) -> None:
     failures = [OSError("refused"), error, error]
 
     async def connect() -> Any:
@@ -165,7 +165,7 @@ async def test_whatever_connecting_fails_with_is_outlived(postgres: Server, erro
     await pool.close()
 
 
-async def test_who_asks_while_a_server_wakes_is_served(
+async def test_requests_made_while_the_server_wakes_get_a_connection(
     postgres: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     awake = False
@@ -186,7 +186,9 @@ async def test_who_asks_while_a_server_wakes_is_served(
     await pool.close()
 
 
-async def test_too_many_who_wait_are_told_at_once(postgres: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_queue_for_connections_is_pool_busy_at_once(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pool_module, "WAITING_MAX_AT_LEAST", 3)
     monkeypatch.setattr(pool_module, "WAITING_MAX_PER_CONNECTION", 1)
     pool = Pool(lambda: asyncpg.connect(postgres.url), 2, wait_s=6)
@@ -204,7 +206,7 @@ async def test_too_many_who_wait_are_told_at_once(postgres: Server, monkeypatch:
     await pool.close()
 
 
-async def test_a_connection_that_was_cut_off_while_idle_is_noticed_and_so_are_the_others(
+async def test_a_dead_idle_connection_and_all_others_are_replaced(
     postgres: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "CHECK_TIMEOUT_S", 0.2)
@@ -212,7 +214,7 @@ async def test_a_connection_that_was_cut_off_while_idle_is_noticed_and_so_are_th
         pool = Pool(lambda: asyncpg.connect(proxy.url), 3, wait_s=6)
         await pool.warm()
         before = set(await asyncio.gather(*(pid(pool) for _ in range(20))))
-        proxy.swallow()  # whatever is sent by the connections of now
+        proxy.swallow()  # drop all data of the current connections
         monkeypatch.setattr(pool_module, "UNCHECKED_S", 0.0)
 
         started = time.monotonic()
@@ -241,10 +243,10 @@ async def test_a_connection_is_checked_once_it_has_been_idle_for_half_a_minute(
     assert await pid(pool) == before
     assert len(asked) == checks
     assert await pid(pool) == before
-    assert len(asked) == checks  # it has just been used
+    assert len(asked) == checks  # the connection was just used
 
 
-async def test_a_cancelled_check_forgets_its_connection(
+async def test_a_cancelled_check_drops_its_connection(
     postgres: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "UNCHECKED_S", 0.0)
@@ -271,11 +273,11 @@ async def test_a_cancelled_check_forgets_its_connection(
         with pytest.raises(ConnectionRefusedError):
             await pid(pool)
 
-        assert time.monotonic() - started < 1  # it would wait longer for a connection that somebody has
+        assert time.monotonic() - started < 1  # it would wait longer if the connection were still in use
         await pool.close()
 
 
-async def test_a_cancelled_wait_gives_no_turn_away(pool: Pool) -> None:
+async def test_cancelled_waiters_leak_no_connection(pool: Pool) -> None:
     holders = await occupied(pool)
     waiters = [asyncio.create_task(pid(pool)) for _ in range(5)]
     await asyncio.sleep(0)
@@ -297,7 +299,7 @@ async def test_an_idle_connection_is_replaced_before_the_server_drops_it(
     assert await pid(pool) != before
 
 
-async def test_a_server_with_fewer_places_than_wanted_is_used_as_far_as_it_goes(postgres: Server) -> None:
+async def test_a_server_with_a_lower_connection_limit_than_the_pool_is_usable(postgres: Server) -> None:
     await postgres.execute("CREATE ROLE few LOGIN CONNECTION LIMIT 2")
     url = postgres.url.replace("postgres@", "few@")
     pool = Pool(lambda: asyncpg.connect(url), 6, wait_s=6)

@@ -18,7 +18,7 @@ CLIENTS = 20
 
 @dataclass
 class Pooled:
-    """The app behind a pooler in transaction mode, and what it sends to that pooler."""
+    """The app with a pooler in transaction mode, and a proxy that records what it sends to the pooler."""
 
     client: httpx.AsyncClient
     proxy: Proxy
@@ -57,7 +57,7 @@ async def test_many_clients_share_few_server_connections(pooled: Pooled) -> None
     await asyncio.gather(*(_lifecycle(someone) for someone in people for _ in range(5)))
 
 
-async def test_nothing_is_left_on_the_servers_connections(pooled: Pooled) -> None:
+async def test_no_prepared_statement_is_left_on_pooled_connections(pooled: Pooled) -> None:
     await _lifecycle(person("alice", pooled.client))
 
     through_pooler = await asyncpg.connect(pooled.proxy.url, statement_cache_size=0)
@@ -68,7 +68,7 @@ async def test_nothing_is_left_on_the_servers_connections(pooled: Pooled) -> Non
 
 
 async def _transactions(someone: Person) -> None:
-    """Send what takes several statements, each kind with an answer that tells whether all were done."""
+    """Send requests that take several statements; each response shows whether all of them ran."""
     first, again = [
         await someone.post(json={"title": "Buy milk"}, headers={"Idempotency-Key": "once"}) for _ in range(2)
     ]
@@ -87,7 +87,7 @@ async def _transactions(someone: Person) -> None:
     ]
     results = (await someone.post("/bulk", json={"operations": operations})).json()["results"]
     assert [result["status"] for result in results] == [200, 201, 204]
-    refused = await someone.post("/bulk", json={"operations": operations})  # the last is not there any more
+    refused = await someone.post("/bulk", json={"operations": operations})  # the last task no longer exists
     assert refused.status_code == 404
     assert (await someone.patch("?status=pending", json={"completed": True})).json() == {"count": 2}
     assert len((await someone.get()).json()) == 4
@@ -99,7 +99,7 @@ STATES = (
 )
 
 
-async def test_transactions_leave_nothing_on_the_servers_connections(pooled: Pooled) -> None:
+async def test_transactions_leave_no_lock_or_statement_on_pooled_connections(pooled: Pooled) -> None:
     pooled.proxy.clear()
 
     await asyncio.gather(*(_transactions(person("alice", pooled.client)) for _ in range(CLIENTS)))
@@ -107,7 +107,7 @@ async def test_transactions_leave_nothing_on_the_servers_connections(pooled: Poo
     direct = await asyncpg.connect(pooled.direct_url)
     async with asyncio.timeout(5):
         while [tuple(row) for row in await direct.fetch(STATES)] != [("idle",)]:
-            await direct.execute("SELECT pg_sleep(0.01)")  # a sweep may be under way
+            await direct.execute("SELECT pg_sleep(0.01)")  # a sweep may be running
     locks = await direct.fetch(
         "SELECT * FROM pg_locks JOIN pg_database ON database = pg_database.oid "
         "WHERE locktype = 'advisory' AND datname = current_database()"
@@ -123,7 +123,7 @@ async def test_transactions_leave_nothing_on_the_servers_connections(pooled: Poo
 
 async def test_a_request_is_one_round_trip(pooled: Pooled) -> None:
     alice = person("alice", pooled.client)
-    for _ in range(12):  # every connection of the pool learns the statements once
+    for _ in range(12):  # each connection of the pool prepares the statements once
         await asyncio.gather(*(_lifecycle(alice) for _ in range(10)))
     pooled.proxy.clear()
 

@@ -1,4 +1,4 @@
-"""What arrives over a socket, byte by byte, at the service as its own process."""
+"""HTTP over real sockets, byte by byte, against the service as its own process."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.process
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 SCRIPT = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
-# The real times would make the tests slow.
+# The real timeouts would make the tests slow.
 CODE = """
 import main
 from server import connections, protocol
@@ -41,7 +41,7 @@ import functools, uvicorn
 uvicorn.Config = functools.partial(uvicorn.Config, timeout_keep_alive=1)
 """
 SPEED = 5
-# The service with its real times, on a clock that runs five times as fast.
+# The service with its real timeouts, on a clock that runs five times as fast.
 FAST = f"""
 import asyncio, selectors, sys, time
 sys.modules["uvloop"] = None  # its clock cannot be set
@@ -64,7 +64,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 def exchange(port: int, *pieces: bytes, pause_s: float = 0.0) -> bytes:
-    """Send *pieces* and return all that comes until the service closes, within two seconds."""
+    """Send *pieces* and return everything received until the service closes, within two seconds."""
     with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
         received = b""
         try:
@@ -75,13 +75,13 @@ def exchange(port: int, *pieces: bytes, pause_s: float = 0.0) -> bytes:
                 received += data
         except TimeoutError:
             received += b"<not closed>"
-        except ConnectionError:  # it was reset
+        except ConnectionError:  # the connection was reset
             pass
         return received
 
 
 def problem(answer: bytes) -> tuple[int, str]:
-    """Return status and sentence of *answer*, which must be a whole problem."""
+    """Return status and detail of *answer*, which must be a complete problem response."""
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"content-type: application/problem+json" in head.lower()
     assert b"connection: close" in head.lower()
@@ -104,7 +104,7 @@ def problem(answer: bytes) -> tuple[int, str]:
         b"GET /h\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n\r\n",
     ],
 )
-def test_what_is_no_http_is_refused_with_a_problem(port: int, request_: bytes) -> None:
+def test_malformed_http_is_400_with_a_problem(port: int, request_: bytes) -> None:
     status, sentence = problem(exchange(port, request_))
 
     assert (status, sentence) == (400, "This is not an HTTP request that can be understood")
@@ -132,18 +132,18 @@ def test_a_head_of_ordinary_size_is_served_byte_by_byte(port: int) -> None:
     assert answer.startswith(b"HTTP/1.1 200")
 
 
-def test_a_head_that_does_not_come_is_408(port: int) -> None:
+def test_an_incomplete_head_is_408(port: int) -> None:
     assert problem(exchange(port, HEALTH))[0] == 408
 
 
-def test_a_client_has_as_long_as_the_documents_say(tmp_path: Path) -> None:
-    """10 s for a head, 5 s for a body, 30 s to read something."""
+def test_head_body_and_read_timeouts_are_as_documented(tmp_path: Path) -> None:
+    """10 s for a head, 5 s for a body, 30 s without reading."""
     port, token = free_port(), tokens.issue("alice", SECRET, 900)
     post = f"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n".encode()
     body = b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
 
     def seconds(request: bytes) -> float:
-        """Return after how long the service answers or gives up, by its own clock."""
+        """Return the seconds until the service responds or disconnects, by its own clock."""
         started = time.monotonic()
         with socket.socket() as connection:
             connection.settimeout(20)
@@ -164,7 +164,7 @@ def test_a_client_has_as_long_as_the_documents_say(tmp_path: Path) -> None:
 
     assert 10 <= head_s < 13
     assert 5 <= body_s < 8
-    assert 30 <= unread_s < 37  # it looks every 5 s
+    assert 30 <= unread_s < 37  # the service checks every 5 s
 
 
 def test_a_head_that_comes_too_slowly_is_408(port: int) -> None:
@@ -181,25 +181,25 @@ def test_a_head_that_comes_too_slowly_is_408(port: int) -> None:
     [[], [HEALTH + b"\r\n", b"\r\n"], [HEALTH + b"Content-Length: 100\r\n\r\n", b"x", b"x", b"x"]],
     ids=["says nothing", "goes on with empty lines", "goes on with a body that nobody reads"],
 )
-def test_a_connection_that_asks_nothing_is_closed(port: int, pieces: list[bytes]) -> None:
+def test_a_connection_without_a_next_request_is_closed(port: int, pieces: list[bytes]) -> None:
     answer = exchange(port, *pieces, pause_s=0.1)
 
     assert not answer.endswith(b"<not closed>")
     assert answer.count(b"HTTP/1.1 200") == (1 if pieces else 0)
 
 
-def test_a_connection_that_says_nothing_is_closed_without_an_answer(port: int) -> None:
+def test_a_silent_connection_is_closed_without_a_response(port: int) -> None:
     assert exchange(port) == b""
 
 
-def test_two_requests_at_once_are_answered_in_order(port: int) -> None:
+def test_pipelined_requests_are_answered_in_order(port: int) -> None:
     answer = exchange(port, HEALTH + b"\r\n" + HEALTH + b"Connection: close\r\n\r\n")
 
     assert answer.count(b"HTTP/1.1 200") == 2
 
 
 @pytest.mark.parametrize("asked", [1, 2])
-def test_what_was_asked_before_is_answered_before_a_refusal(port: int, asked: int) -> None:
+def test_pipelined_requests_before_a_malformed_one_are_answered(port: int, asked: int) -> None:
     answer = exchange(port, (HEALTH + b"\r\n") * asked + b"\0\r\n\r\n")
 
     *answers, refusal = answer.split(b"HTTP/1.1 ")[1:]
@@ -208,7 +208,7 @@ def test_what_was_asked_before_is_answered_before_a_refusal(port: int, asked: in
 
 
 @pytest.mark.parametrize("asked", [0, 1])
-def test_a_body_that_breaks_off_is_refused_after_what_was_asked_before(port: int, asked: int) -> None:
+def test_a_malformed_chunked_body_is_400_after_earlier_responses(port: int, asked: int) -> None:
     chunked = b"PUT /api/x/tasks/1 HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nxno chunk"
 
     answer = exchange(port, (HEALTH + b"\r\n") * asked + chunked)
@@ -218,7 +218,7 @@ def test_a_body_that_breaks_off_is_refused_after_what_was_asked_before(port: int
     assert problem(b"HTTP/1.1 " + refusal)[0] == 400
 
 
-def test_a_trailer_is_no_header(port: int) -> None:
+def test_a_trailer_is_not_a_header(port: int) -> None:
     token = tokens.issue("alice", SECRET, 900).encode()
     head = b"POST /api/alice/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
     head += b"Transfer-Encoding: chunked\r\n\r\n"
@@ -250,7 +250,7 @@ def test_a_refusal_is_logged_with_the_id_of_its_answer(tmp_path: Path) -> None:
     assert answered[2] == ["mine"]
 
 
-def test_a_request_whose_body_is_known_to_be_broken_is_not_begun(tmp_path: Path) -> None:
+def test_a_request_with_a_malformed_chunked_body_is_not_started(tmp_path: Path) -> None:
     port = free_port()
     with running_service(tmp_path, PORT=str(port)) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -260,8 +260,8 @@ def test_a_request_whose_body_is_known_to_be_broken_is_not_begun(tmp_path: Path)
     assert "path=/broken" not in service.logged
 
 
-def test_a_request_that_was_answered_gets_no_second_answer(port: int) -> None:
-    """Its body breaks off only then: a proxy would take another answer for that of its next request."""
+def test_a_body_malformed_after_the_response_gets_no_second_response(port: int) -> None:
+    """The body turns out malformed later: a proxy would take a second response for the next request's."""
     head = b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
     answer = exchange(port, head, b"no chunk", pause_s=0.2)
@@ -277,23 +277,23 @@ def test_beyond_twenty_pipelined_requests_the_rest_is_429(port: int) -> None:
     assert problem(b"HTTP/1.1 " + refusal)[0] == 429
 
 
-def test_a_client_that_does_not_read_is_given_up(port: int) -> None:
+def test_a_client_that_does_not_read_is_disconnected(port: int) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(5)
         connection.connect(("127.0.0.1", port))
         connection.sendall(SCRIPT * 20)
-        time.sleep(2)  # four times as long as it has
+        time.sleep(2)  # four times the stall timeout
         received = 0
         with contextlib.suppress(ConnectionError):
             while data := connection.recv(65536):
                 received += len(data)
 
-    assert received < 15_000_000  # of thirty: what the kernel had taken already
+    assert received < 15_000_000  # of 30 MB: what the kernel had buffered already
 
 
 def _read(connection: socket.socket, bytes_: int) -> bytes:
-    """Return so many bytes, or fewer at the end."""
+    """Return that many bytes, or fewer at the end."""
     received = b""
     while len(received) < bytes_ and (data := connection.recv(bytes_ - len(received))):
         received += data
@@ -314,12 +314,12 @@ def test_a_client_that_reads_slowly_gets_everything(port: int, bytes_: int, paus
 
     length = int(received.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
     assert received.count(b"HTTP/1.1 200") == 9
-    assert len(received) > 8 * length  # more than the kernel takes before any of it is read
+    assert len(received) > 8 * length  # more than the kernel buffers before any of it is read
 
 
 @contextlib.contextmanager
 def narrow_service(folder: Path, code: str, **settings: str) -> Iterator[tuple[Service, socket.socket]]:
-    """A service by *code*, and a connection to it on which the two kernels keep next to nothing."""
+    """A service started by *code*, and a connection to it with minimal socket buffers on both sides."""
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as connection:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
@@ -330,8 +330,8 @@ def narrow_service(folder: Path, code: str, **settings: str) -> Iterator[tuple[S
             yield service, connection
 
 
-def test_a_client_that_has_read_much_may_take_its_time_again(tmp_path: Path) -> None:
-    """Though more waits then than before: the next answers have taken the place of what it has read."""
+def test_reading_restarts_the_stall_timeout(tmp_path: Path) -> None:
+    """Although more is unread than before: new responses have replaced the bytes that were read."""
     code = "import main\nfrom server import connections, protocol\nprotocol.STALL_CHECK_S = 0.1\n"
     code += "connections.STALL_TIMEOUT_S = 2.0\nmain.main([])"
     with narrow_service(tmp_path, code) as (service, connection):
@@ -341,14 +341,14 @@ def test_a_client_that_has_read_much_may_take_its_time_again(tmp_path: Path) -> 
             connection.sendall(HEALTH + b"\r\n")
             time.sleep(0.01)
         time.sleep(0.3)
-        for bytes_ in (8_000, 6_000):  # half of what waits, and then nearly all
+        for bytes_ in (8_000, 6_000):  # half of the unread bytes, and then nearly all
             assert len(_read(connection, bytes_)) == bytes_
             time.sleep(1.4)
 
         assert "its client does not read" not in service.logged
 
 
-def test_a_client_that_has_read_everything_is_not_given_up(tmp_path: Path) -> None:
+def test_a_client_that_has_read_everything_is_not_disconnected(tmp_path: Path) -> None:
     with narrow_service(tmp_path, CODE) as (service, connection):
         connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" + HEALTH + b"\r\n")
         assert len(_until(b'"status":"ok"', connection)) > 5 * WRITE_BUFFER_MAX_BYTES
@@ -360,7 +360,7 @@ def test_a_client_that_has_read_everything_is_not_given_up(tmp_path: Path) -> No
         assert "its client does not read" not in service.logged
 
 
-def test_a_request_after_an_answer_that_is_not_read_is_not_begun(tmp_path: Path) -> None:
+def test_a_request_after_an_unread_response_is_not_started(tmp_path: Path) -> None:
     token = tokens.issue("alice", SECRET, 900)
     fields = f"Host: x\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n".encode()
     post = b"POST /api/alice/tasks HTTP/1.1\r\n" + fields + b'Content-Length: 14\r\n\r\n{"title": "x"}'
@@ -374,7 +374,7 @@ def test_a_request_after_an_answer_that_is_not_read_is_not_begun(tmp_path: Path)
         assert b"HTTP/1.1 201" in _until(b'"title":"x"', connection)
 
 
-def test_a_client_that_does_not_read_is_answered_only_so_far(tmp_path: Path) -> None:
+def test_a_client_that_does_not_read_gets_a_bounded_number_of_responses(tmp_path: Path) -> None:
     request = b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n"
     with narrow_service(tmp_path, "import main; main.main([])") as (service, connection):
         connection.sendall(request)
@@ -401,8 +401,10 @@ def test_a_client_that_does_not_read_is_answered_only_so_far(tmp_path: Path) -> 
     ],
     ids=["idle", "closing", "refused", "refused later", "half a head later"],
 )
-def test_a_client_that_does_not_read_a_little_is_given_up(tmp_path: Path, last: bytes, later: bytes) -> None:
-    """Less waits than would pause the service; but its connection would never end."""
+def test_a_client_that_leaves_a_little_unread_is_disconnected(
+    tmp_path: Path, last: bytes, later: bytes
+) -> None:
+    """The unread bytes are too few to pause the service, but the connection would never close."""
     with narrow_service(tmp_path, IDLE + CODE) as (service, connection):
         connection.sendall((HEALTH + b"\r\n") * 20 + last)
         time.sleep(0.3)
@@ -419,7 +421,7 @@ def test_a_client_that_does_not_read_a_little_is_given_up(tmp_path: Path, last: 
     assert received.count(b"HTTP/1.1 200") < 20
 
 
-def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path) -> None:
+def test_a_request_sent_during_the_drain_is_answered_with_connection_close(tmp_path: Path) -> None:
     port = free_port()
     with running_service(tmp_path, "-c", CODE, PORT=str(port)) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
@@ -428,7 +430,7 @@ def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path
             assert _until(b"}", connection).startswith(b"HTTP/1.1 200")
 
             service.process.terminate()
-            time.sleep(0.1)  # it is stopping now, and this client has not heard of it
+            time.sleep(0.1)  # the service is draining, but this client has not been told
             connection.sendall(HEALTH + b"\r\n")
             answer = _until(b"}", connection)
 
@@ -437,11 +439,11 @@ def test_a_request_on_its_way_is_answered_while_the_service_stops(tmp_path: Path
         assert service.process.wait(5) == 0
 
 
-def test_a_connection_that_asks_nothing_more_is_closed_when_the_service_stops(tmp_path: Path) -> None:
+def test_the_drain_closes_an_idle_keep_alive_connection(tmp_path: Path) -> None:
     port = free_port()
     with running_service(tmp_path, "-c", CODE, PORT=str(port)) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
-        with socket.create_connection(("127.0.0.1", port), timeout=3) as connection:  # keep-alive is five
+        with socket.create_connection(("127.0.0.1", port), timeout=3) as connection:  # keep-alive is 5 s
             connection.sendall(HEALTH + b"\r\n")
             assert _until(b"}", connection).startswith(b"HTTP/1.1 200")
 
@@ -455,7 +457,7 @@ def test_a_connection_that_asks_nothing_more_is_closed_when_the_service_stops(tm
 async def locked_out(
     tmp_path: Path, postgres_url: str, *program: str, **settings: str
 ) -> AsyncIterator[tuple[int, Service, asyncpg.Connection]]:
-    """A service with one database connection, and a transaction that lets nobody read tasks."""
+    """A service with one database connection, and a transaction that locks the task table against reads."""
     port = free_port()
     settings |= {
         "DATABASE_URL": postgres_url,
@@ -477,9 +479,7 @@ def list_request(user: str = "alice") -> bytes:
     return f"GET /api/{user}/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
 
 
-async def test_an_answer_that_is_given_while_the_service_stops_says_that_it_is_the_last(
-    tmp_path: Path, postgres_url: str
-) -> None:
+async def test_a_response_during_the_drain_has_connection_close(tmp_path: Path, postgres_url: str) -> None:
     async with locked_out(tmp_path, postgres_url) as (port, service, locking):
         reader, writer = await _connected(port, list_request())
         await _until_true(5, lambda: _waits_for_a_lock(locking))
@@ -494,7 +494,7 @@ async def test_an_answer_that_is_given_while_the_service_stops_says_that_it_is_t
         writer.close()
 
 
-async def test_a_request_may_take_longer_than_a_connection_may_be_idle(
+async def test_the_keep_alive_timeout_does_not_end_a_running_request(
     tmp_path: Path, postgres_url: str
 ) -> None:
     async with locked_out(tmp_path, postgres_url, "-c", IDLE + CODE) as (port, _, locking):
@@ -509,7 +509,7 @@ async def test_a_request_may_take_longer_than_a_connection_may_be_idle(
         writer.close()
 
 
-async def test_a_request_that_takes_longer_than_the_drain_is_answered_while_the_service_stops(
+async def test_a_request_that_takes_longer_than_the_drain_is_answered(
     tmp_path: Path, postgres_url: str
 ) -> None:
     async with locked_out(tmp_path, postgres_url, "-c", CODE) as (port, service, locking):
@@ -520,7 +520,7 @@ async def test_a_request_that_takes_longer_than_the_drain_is_answered_while_the_
         await asyncio.sleep(0.1)
         writer.write(list_request())
         await _until_true(5, lambda: _waits_for_a_lock(locking))
-        await asyncio.sleep(1)  # twice as long as it waits for a request
+        await asyncio.sleep(1)  # twice the drain
         await locking.execute("ROLLBACK")
 
         assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
@@ -528,16 +528,16 @@ async def test_a_request_that_takes_longer_than_the_drain_is_answered_while_the_
 
 
 @pytest.mark.parametrize("proxies", ["", "127.0.0.1"], ids=["a client", "a trusted proxy"])
-async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
+async def test_a_connection_answered_with_busy_503_is_read_again_after_a_pause(
     tmp_path: Path, postgres_url: str, proxies: str
 ) -> None:
-    """Unless it is a proxy's, on which the requests of other clients follow."""
+    """A trusted proxy's connection is read at once, since it carries requests of other clients."""
     code = "import main\nfrom database import pool\n"
     code += "pool.WAITING_MAX_AT_LEAST = pool.WAITING_MAX_PER_CONNECTION = 0\nmain.main([])"
     locked = locked_out(tmp_path, postgres_url, "-c", code, TRUSTED_PROXIES=proxies)
     async with locked as (port, _, locking):
         _, waiting = await _connected(port, list_request())
-        await _until_true(5, lambda: _waits_for_a_lock(locking))  # now the only connection is taken
+        await _until_true(5, lambda: _waits_for_a_lock(locking))  # the only database connection is in use
         started = time.monotonic()
         reader, writer = await _connected(port, list_request("bob"))
         refused, refused_s = await reader.readuntil(b"}"), time.monotonic() - started
@@ -554,16 +554,14 @@ async def test_a_connection_that_was_told_to_come_back_is_read_again_later(
     assert (answered_s >= OVERLOADED_PAUSE_S) == (not proxies)
 
 
-async def test_what_is_done_for_a_client_that_hangs_up_is_cancelled(
-    tmp_path: Path, postgres_url: str
-) -> None:
+async def test_a_client_disconnect_cancels_its_statements(tmp_path: Path, postgres_url: str) -> None:
     async with locked_out(tmp_path, postgres_url) as (port, service, locking):
         hasty = [await _connected(port, list_request()) for _ in range(3)]
         await _until_true(5, lambda: _waits_for_a_lock(locking))
         for _, writer in hasty:
             writer.close()
 
-        # In less than the four seconds that the statement alone would take.
+        # Sooner than the statement timeout of 4 s would end the statement.
         await _until_true(2, lambda: _are_cancelled(service, locking, 3))
 
         await locking.execute("ROLLBACK")
@@ -584,7 +582,7 @@ async def _are_cancelled(service: Service, locking: asyncpg.Connection, count: i
 
 async def _until_true(timeout_s: float, happened: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(timeout_s):
-        while not await happened():  # noqa: ASYNC110 - it happens in another process
+        while not await happened():  # noqa: ASYNC110 - another process sends no event
             await asyncio.sleep(0.01)
 
 

@@ -17,7 +17,7 @@ from tests.postgres_proxy import running_proxy
 
 @asynccontextmanager
 async def observing(database_url: str, **settings: Any) -> AsyncIterator[tuple[Person, list[str]]]:
-    """Lend somebody whose app is watched, and the list of statements that really reach the database."""
+    """Yield a user of an app whose statements are recorded as they reach the database."""
     async with AsyncExitStack() as stack:
         sent: list[str] = []
         if database_url.startswith("postgresql"):
@@ -104,7 +104,7 @@ async def test_each_operation_is_one_statement(
 
 
 @pytest.mark.parametrize(("method", "path", "body", "verb"), OPERATIONS)
-async def test_a_wrong_caller_reaches_no_statement(
+async def test_a_403_runs_no_statement(
     anna: Person, sent: list[str], method: str, path: str, body: Any, verb: str
 ) -> None:
     task = await anna.create()
@@ -128,7 +128,7 @@ async def test_each_operation_is_one_round_trip_to_a_database_ten_milliseconds_a
     ):
         anna = person("anna", client)
         counted: list[int] = []
-        for _ in range(2):  # the first time, the connection learns the statement
+        for _ in range(2):  # the first time, the connection prepares the statement
             counted.clear()
             for method, path, body, _verb in OPERATIONS:
                 task = await anna.create()
@@ -140,7 +140,7 @@ async def test_each_operation_is_one_round_trip_to_a_database_ten_milliseconds_a
 
 
 @pytest.mark.parametrize(("method", "path", "body", "verb"), CONDITIONAL)
-async def test_a_condition_that_holds_costs_no_statement(
+async def test_if_match_that_holds_costs_no_extra_statement(
     anna: Person, sent: list[str], method: str, path: str, body: Any, verb: str
 ) -> None:
     task = await anna.create()
@@ -155,7 +155,7 @@ async def test_a_condition_that_holds_costs_no_statement(
 
 
 @pytest.mark.parametrize(("method", "path", "body", "verb"), CONDITIONAL)
-async def test_a_condition_that_fails_is_explained_by_a_second_statement(
+async def test_if_match_that_fails_costs_a_second_statement(
     anna: Person, sent: list[str], method: str, path: str, body: Any, verb: str
 ) -> None:
     task = await anna.create()
@@ -169,7 +169,7 @@ async def test_a_condition_that_fails_is_explained_by_a_second_statement(
     assert _verbs(sent) == [verb, "SELECT"]
 
 
-async def test_what_the_client_has_already_is_one_statement(anna: Person, sent: list[str]) -> None:
+async def test_a_304_is_one_statement(anna: Person, sent: list[str]) -> None:
     task = await anna.create()
     sent.clear()
 
@@ -180,7 +180,7 @@ async def test_what_the_client_has_already_is_one_statement(anna: Person, sent: 
 
 
 @pytest.mark.parametrize("limit", [3, 1000])
-async def test_a_limit_of_tasks_costs_no_statement(database_url: str, limit: int) -> None:
+async def test_a_task_limit_costs_no_extra_statement(database_url: str, limit: int) -> None:
     async with observing(database_url, max_tasks_per_user=limit) as (anna, sent):
         answers = [await anna.post(json={"title": "Buy milk"}) for _ in range(4)]
 
@@ -188,9 +188,7 @@ async def test_a_limit_of_tasks_costs_no_statement(database_url: str, limit: int
     assert _verbs(sent) == ["INSERT"] * 4
 
 
-async def test_a_post_with_a_key_keeps_its_answer_in_two_more_statements(
-    anna: Person, sent: list[str]
-) -> None:
+async def test_a_post_with_an_idempotency_key_is_two_more_statements(anna: Person, sent: list[str]) -> None:
     for number, verbs in ((0, ["SELECT", "INSERT", "INSERT"]), (1, ["SELECT"])):
         sent.clear()
 
@@ -275,7 +273,7 @@ async def _every_kind(someone: Person, sent: list[str]) -> list[dict[str, Any]]:
     return results
 
 
-async def test_a_new_connection_asks_for_nothing_but_tasks(postgres_url: str) -> None:
+async def test_a_new_connection_sends_no_introspection_statements(postgres_url: str) -> None:
     async with observing(postgres_url) as (anna, sent):
         await _every_kind(anna, [])
         for method, path, body, _verb in OPERATIONS:
@@ -294,7 +292,7 @@ async def test_a_transaction_is_a_round_trip_for_each_statement(postgres: Server
         running(create_app(settings_for(proxy.url, database_pool_size=1))) as client,
     ):
         anna = person("anna", client)
-        for number in range(2):  # the first time, the connection learns the statements
+        for number in range(2):  # the first time, the connection prepares the statements
             task = await anna.create(recurring="daily", due_date="2026-06-01")
             proxy.clear()
             await anna.post(json={"title": "Buy milk"}, headers={"Idempotency-Key": str(number)})

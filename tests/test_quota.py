@@ -9,7 +9,7 @@ from queries.quota import USERS_REMEMBERED, TaskQuota
 from tests.conftest import person, running, settings_for
 
 
-def test_a_tenth_of_what_is_left_goes_unchecked() -> None:
+def test_a_tenth_of_the_remaining_quota_goes_uncounted() -> None:
     limit = TaskQuota(100)
     limit.counted("alice", 50)
 
@@ -24,11 +24,11 @@ def test_near_the_limit_every_task_is_counted() -> None:
     assert limit.take("alice") is False
 
 
-def test_without_a_limit_nobody_is_counted() -> None:
+def test_without_a_limit_no_task_is_counted() -> None:
     assert TaskQuota(0).take("alice") is True
 
 
-def test_only_so_many_users_are_remembered() -> None:
+def test_the_number_of_remembered_users_is_bounded() -> None:
     limit = TaskQuota(100)
     for number in range(USERS_REMEMBERED + 1):
         limit.counted(str(number), 0)
@@ -38,7 +38,7 @@ def test_only_so_many_users_are_remembered() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 3, 25])
-async def test_beyond_the_limit_is_409(database_url: str, most: int) -> None:
+async def test_a_task_beyond_the_limit_is_409(database_url: str, most: int) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=most))) as client:
         alice, bob = person("alice", client), person("bob", client)
         tasks = [await alice.create(str(number)) for number in range(most)]
@@ -57,10 +57,10 @@ async def test_beyond_the_limit_is_409(database_url: str, most: int) -> None:
         assert len((await alice.get()).json()) == most
 
 
-async def test_what_bulk_creates_counts_for_single_tasks(database_url: str) -> None:
+async def test_tasks_created_in_bulk_count_for_single_creates(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=30))) as client:
         alice = person("alice", client)
-        await alice.create()  # and two more may go unchecked
+        await alice.create()  # two more may be created uncounted
 
         create = {"op": "create", "task": {"title": "x"}}
         filled = await alice.post("/bulk", json={"operations": [create] * 29})
@@ -69,7 +69,7 @@ async def test_what_bulk_creates_counts_for_single_tasks(database_url: str) -> N
         assert (await alice.post(json={"title": "one too many"})).status_code == 409
 
 
-async def test_many_at_once_exceed_the_limit_by_no_more_than_run_at_once(database_url: str) -> None:
+async def test_concurrent_creates_exceed_the_limit_by_less_than_their_number(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=10))) as client:
         alice = person("alice", client)
 
@@ -94,7 +94,7 @@ DAILY = {"due_date": "2026-11-21", "recurring": "daily"}
         ("POST", "/bulk", {"operations": [{"op": "update", "id": "{id}", "changes": {"completed": True}}]}),
     ],
 )
-async def test_the_next_of_a_series_counts(
+async def test_a_successor_counts_towards_the_limit(
     database_url: str, method: str, path: str, body: dict[str, Any] | None
 ) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=3))) as client:
@@ -118,7 +118,7 @@ async def test_the_next_of_a_series_counts(
         assert third["id"] in {each["id"] for each in (await alice.get()).json()}
 
 
-async def test_completing_all_again_and_again_makes_no_more_than_the_limit(database_url: str) -> None:
+async def test_completing_all_repeatedly_never_exceeds_the_task_limit(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=20))) as client:
         alice = person("alice", client)
         for _ in range(5):
@@ -130,7 +130,7 @@ async def test_completing_all_again_and_again_makes_no_more_than_the_limit(datab
         assert len((await alice.get()).json()) == 20
 
 
-async def test_what_adds_several_waits_for_its_turn(database_url: str) -> None:
+async def test_concurrent_bulk_creates_never_exceed_the_limit(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=20))) as client:
         alice = person("alice", client)
         filling = {"operations": [{"op": "create", "task": {"title": "x"}}] * 10}
@@ -141,7 +141,7 @@ async def test_what_adds_several_waits_for_its_turn(database_url: str) -> None:
         assert len((await alice.get()).json()) == 20
 
 
-async def test_what_a_bulk_request_deletes_makes_room_for_what_it_creates(database_url: str) -> None:
+async def test_deletes_in_a_bulk_request_make_room_for_its_creates(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=2))) as client:
         alice = person("alice", client)
         task, _ = await alice.create(), await alice.create()
@@ -153,7 +153,7 @@ async def test_what_a_bulk_request_deletes_makes_room_for_what_it_creates(databa
         assert (one.status_code, two.status_code) == (200, 409)
 
 
-async def test_no_limit_is_none(database_url: str) -> None:
+async def test_a_limit_of_zero_is_no_limit(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=0))) as client:
         alice = person("alice", client)
 

@@ -26,7 +26,7 @@ ALICE = {"name": "Alice", "email": "alice@example.com", "password": "correct hor
 
 @pytest.fixture(autouse=True)
 def _noon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no window end while a test counts; all keys' windows begin together."""
+    """Align the rate limit windows of all keys, so that none ends during a test."""
     started = time.time()
     monkeypatch.setattr(rate_limits, "crc32", lambda _: 30 - int(started) % 60)
 
@@ -41,7 +41,7 @@ async def limited(database_url: str, **settings: Any) -> AsyncIterator[httpx.Asy
 
 
 def moved(client: httpx.AsyncClient, address: str) -> None:
-    client._transport.client = (address, 1)  # type: ignore[attr-defined] # what ASGITransport tells
+    client._transport.client = (address, 1)  # type: ignore[attr-defined] # the peer that ASGITransport passes
 
 
 def left(answer: httpx.Response) -> int:
@@ -62,7 +62,7 @@ def assert_refused(answer: httpx.Response, policy: str) -> None:
     assert 1 <= int(answer.headers["retry-after"]) <= 60
 
 
-async def test_a_user_is_told_what_is_left_and_refused_beyond_it(database_url: str) -> None:
+async def test_the_ratelimit_header_counts_down_and_the_next_request_is_429(database_url: str) -> None:
     async with limited(database_url) as client:
         alice, bob = person("alice", client), person("bob", client)
 
@@ -74,7 +74,7 @@ async def test_a_user_is_told_what_is_left_and_refused_beyond_it(database_url: s
         assert [left(answer) for answer in answers] == [2, 1, 0]
         for answer in refused:
             assert_refused(answer, "user")
-        assert_refused(await alice.get(), "user")  # wherever she is
+        assert_refused(await alice.get(), "user")  # from any address
         assert left(await bob.get()) == 2
         assert (await bob.get(f"{alice.tasks}/1")).status_code == 403
 
@@ -117,7 +117,7 @@ async def test_without_a_valid_token_the_address_is_limited(
         assert left(elsewhere) == 2
 
 
-async def test_nobody_with_a_token_suffers_from_others_at_the_address(database_url: str) -> None:
+async def test_anonymous_requests_do_not_use_up_a_users_rate_limit(database_url: str) -> None:
     async with limited(database_url) as client:
         for _ in range(5):
             await client.get("/nope")
@@ -125,12 +125,12 @@ async def test_nobody_with_a_token_suffers_from_others_at_the_address(database_u
         assert left(await person("alice", client).get()) == 2
 
 
-async def test_what_is_refused_has_not_been_done(database_url: str) -> None:
+async def test_a_rate_limited_request_has_no_effect(database_url: str) -> None:
     bob = person("bob", httpx.AsyncClient())
     async with limited(database_url) as client:
         for _ in range(3):
             await client.get("/nope")
-        headers = {"Authorization": f"Bearer {bob.token}"}  # a token does not open another quota
+        headers = {"Authorization": f"Bearer {bob.token}"}  # a token does not select another limit here
         signed_up = await client.post("/api/auth/sign-up/email", json=ALICE, headers=headers)
         signed_in = await client.post("/api/auth/sign-in/email", json=ALICE, headers=headers)
         form = {"grant_type": "password", "username": ALICE["email"], "password": ALICE["password"]}
@@ -142,10 +142,10 @@ async def test_what_is_refused_has_not_been_done(database_url: str) -> None:
         assert_refused(answer, "anonymous")
     assert signed_up.json()["code"] == "TOO_MANY_REQUESTS"
     assert granted.json()["error"] == "temporarily_unavailable"
-    assert afterwards.status_code == 401  # there is no such account
+    assert afterwards.status_code == 401  # the account was not created
 
 
-async def test_an_answer_is_counted_once(database_url: str) -> None:
+async def test_a_request_is_counted_once(database_url: str) -> None:
     async with limited(database_url, rate_limit_anonymous="100/minute") as client:
         answers = [
             await client.post("/api/auth/sign-in/email", json=ALICE),
@@ -159,7 +159,9 @@ async def test_an_answer_is_counted_once(database_url: str) -> None:
     ]
 
 
-async def test_crashes_carry_the_headers_too(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_crashes_have_the_ratelimit_headers_too(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def fail(*_: object, **values: object) -> None:
         raise RuntimeError("the cause")
 
@@ -184,7 +186,9 @@ async def test_health_and_preflights_are_never_limited(database_url: str) -> Non
 
 
 @pytest.mark.parametrize("path", ["/health%2F", "/health%2Fready", "/%68ealth", "//health"])
-async def test_what_only_resembles_a_probe_is_limited(database_url: str, path: str) -> None:
+async def test_a_path_that_only_resembles_a_health_probe_is_rate_limited(
+    database_url: str, path: str
+) -> None:
     async with limited(database_url) as client:
         answers = [await client.get(path) for _ in range(4)]
 
@@ -203,7 +207,7 @@ async def test_either_limit_can_be_switched_off(database_url: str, off: str) -> 
     assert [answer.status_code == 429 for answer in refused] == [False] * 3 + [True] * 2
 
 
-async def test_a_forwarded_address_counts_for_nothing_by_itself(database_url: str) -> None:
+async def test_x_forwarded_for_is_ignored_without_a_trusted_proxy(database_url: str) -> None:
     async with limited(database_url) as client:
         answers = [
             await client.get("/nope", headers={"X-Forwarded-For": f"198.51.100.{number}"})
@@ -229,7 +233,7 @@ def test_an_ipv6_network_is_one_client(host: str, client: str) -> None:
     assert client_address({"client": (host, 1)}) == client
 
 
-def test_a_client_without_an_address_is_one_too() -> None:
+def test_clients_without_an_address_share_one_key() -> None:
     assert client_address({"client": None}) == client_address({}) == ""
 
 
@@ -237,13 +241,13 @@ def test_a_client_without_an_address_is_one_too() -> None:
 @pytest.mark.parametrize(
     ("trusted", "forwarded", "other"),
     [
-        (None, "198.51.100.1", "198.51.100.2"),  # nobody is believed: one client
-        ("127.0.0.1", "198.51.100.7, 198.51.100.1", "198.51.100.8, 198.51.100.1"),  # what a client adds
+        (None, "198.51.100.1", "198.51.100.2"),  # no proxy is trusted: one client
+        ("127.0.0.1", "198.51.100.7, 198.51.100.1", "198.51.100.8, 198.51.100.1"),  # forged by the client
         ("127.0.0.0/8", "198.51.100.1, 127.0.0.9", "198.51.100.1"),  # a second proxy
-        ("10.0.0.0/8", "198.51.100.1", "198.51.100.2"),  # another than this peer is trusted
+        ("10.0.0.0/8", "198.51.100.1", "198.51.100.2"),  # this peer is not trusted
     ],
 )
-def test_only_a_trusted_proxy_says_who_the_client_is(
+def test_only_a_trusted_proxy_sets_the_client_address(
     tmp_path: Path, trusted: str | None, forwarded: str, other: str
 ) -> None:
     port = str(free_port())

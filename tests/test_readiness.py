@@ -82,7 +82,7 @@ async def test_a_schema_that_is_ahead_is_ready(url: str) -> None:
         assert (await ready(client)).status_code == 200
 
 
-async def test_requests_without_a_schema_are_told_to_come_back_and_the_start_says_why(
+async def test_without_a_schema_requests_are_503_and_the_start_logs_why(
     url: str,
     log: Log,
 ) -> None:
@@ -94,7 +94,7 @@ async def test_requests_without_a_schema_are_told_to_come_back_and_the_start_say
     assert log.events("crash") == []
 
 
-async def test_a_database_that_has_stopped_is_not_ready(tmp_path: Path) -> None:
+async def test_a_stopped_database_is_not_ready(tmp_path: Path) -> None:
     with own_server() as server:
         url = server.url_of(await server.create_database())
         app = create_app(settings_for(url))
@@ -105,7 +105,7 @@ async def test_a_database_that_has_stopped_is_not_ready(tmp_path: Path) -> None:
     await lifespan.__aexit__(None, None, None)
 
 
-async def test_a_database_that_is_frozen_is_not_ready_until_it_goes_on() -> None:
+async def test_a_frozen_database_is_not_ready_until_it_resumes() -> None:
     with own_server() as server:
         async with running(create_app(settings_for(server.url, database_pool_size=2))) as client:
             assert (await ready(client)).status_code == 200
@@ -136,7 +136,7 @@ def _signal(processes: list[str], number: int) -> None:
         subprocess.run(["kill", f"-{number}", process], check=False)
 
 
-async def test_many_who_ask_at_once_cost_one_statement(
+async def test_concurrent_readiness_probes_share_one_statement(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = create_app(settings_for(database_url))
@@ -155,7 +155,7 @@ async def test_many_who_ask_at_once_cost_one_statement(
     assert len(statements) == 1
 
 
-async def test_who_hangs_up_takes_the_answer_from_nobody(database_url: str) -> None:
+async def test_a_cancelled_readiness_probe_does_not_cancel_another(database_url: str) -> None:
     database = db.connect(database_url, pool_size=1)
     await database.open()
     asked = Readiness(database)
@@ -167,7 +167,7 @@ async def test_who_hangs_up_takes_the_answer_from_nobody(database_url: str) -> N
     await database.close()
 
 
-def test_the_revisions_are_alembics() -> None:
+def test_the_outdated_revisions_are_those_of_alembic() -> None:
     script = ScriptDirectory(str(readiness.VERSIONS.parent))
     known = {revision.revision for revision in script.walk_revisions()}
 

@@ -26,7 +26,9 @@ from tests.conftest import Person
         ("monthly", "9999-12-01", 1, None),
     ],
 )
-def test_the_next_day_of_a_series(recurring: str, due_date: str, day: int, following: str | None) -> None:
+def test_the_next_due_date_of_a_series(
+    recurring: str, due_date: str, day: int, following: str | None
+) -> None:
     found = next_due_date(date.fromisoformat(due_date), recurring, day)
 
     assert found == (following and date.fromisoformat(following))
@@ -87,7 +89,7 @@ async def test_completing_a_recurring_task_creates_the_next(alice: Person, way: 
 
 
 @pytest.mark.parametrize("way", COMPLETIONS)
-async def test_a_short_month_is_forgotten_in_the_next(alice: Person, way: str) -> None:
+async def test_a_short_month_keeps_the_anchor_day(alice: Person, way: str) -> None:
     await series(alice)
 
     for _ in range(3):
@@ -103,7 +105,7 @@ async def test_a_short_month_is_forgotten_in_the_next(alice: Person, way: str) -
 
 
 @pytest.mark.parametrize("method", ["PUT", "PATCH"])
-async def test_a_day_that_is_sent_back_as_it_was_is_no_new_day(alice: Person, method: str) -> None:
+async def test_resending_the_same_due_date_keeps_the_anchor_day(alice: Person, method: str) -> None:
     await series(alice)
     await complete(alice, (await tasks(alice))[-1]["id"], "toggled")
     february = (await tasks(alice))[-1]
@@ -114,7 +116,7 @@ async def test_a_day_that_is_sent_back_as_it_was_is_no_new_day(alice: Person, me
     assert (await tasks(alice))[-1]["due_date"] == "2026-03-31"
 
 
-async def test_a_day_that_is_set_anew_is_the_day_of_the_series(alice: Person) -> None:
+async def test_a_new_due_date_sets_the_anchor_day(alice: Person) -> None:
     await series(alice)
     await complete(alice, (await tasks(alice))[-1]["id"], "toggled")
     february = (await tasks(alice))[-1]
@@ -136,7 +138,7 @@ async def test_completing_twice_makes_one_successor(alice: Person, way: str) -> 
 
 
 @pytest.mark.parametrize("way", COMPLETIONS)
-async def test_reopening_makes_none_and_neither_does_completing_again(alice: Person, way: str) -> None:
+async def test_reopening_and_completing_again_makes_no_second_successor(alice: Person, way: str) -> None:
     task = await series(alice, recurring="daily")
     await complete(alice, task["id"], way)
 
@@ -147,7 +149,7 @@ async def test_reopening_makes_none_and_neither_does_completing_again(alice: Per
     assert len([task for task in await tasks(alice) if task["due_date"] <= "2026-02-01"]) == 2
 
 
-async def test_with_another_day_a_reopened_task_has_a_successor_again(alice: Person) -> None:
+async def test_a_reopened_task_with_a_new_due_date_has_a_successor_again(alice: Person) -> None:
     task = await series(alice, recurring="daily")
     await complete(alice, task["id"], "set")
 
@@ -168,7 +170,7 @@ async def test_with_another_day_a_reopened_task_has_a_successor_again(alice: Per
         ({"due_date": "9999-12-31", "recurring": "daily"}, {"completed": True}),
     ],
 )
-async def test_what_is_no_series_has_no_successor(
+async def test_a_change_that_completes_no_series_makes_no_successor(
     alice: Person, fields: dict[str, str], change: dict[str, object]
 ) -> None:
     task = await alice.create(**fields)
@@ -179,7 +181,7 @@ async def test_what_is_no_series_has_no_successor(
     assert await tasks(alice) == [answer.json()]
 
 
-async def test_a_change_that_completes_counts_for_the_successor(alice: Person) -> None:
+async def test_the_successor_has_the_fields_set_on_completion(alice: Person) -> None:
     task = await alice.create(due_date="2026-01-31")
 
     await alice.put(f"/{task['id']}", json={"completed": True, "recurring": "weekly", "title": "Weekly"})
@@ -200,7 +202,7 @@ async def test_completing_at_the_same_moment_makes_one_successor(alice: Person) 
     statuses = await asyncio.gather(*(complete(alice, task["id"], way) for way in ways))
 
     assert set(statuses) == {200}
-    # "all" completes the successors that it finds, too: each has one.
+    # "all" also completes existing successors, and each of them gets its own successor.
     due_dates = [task["due_date"] for task in await tasks(alice)]
     assert len(due_dates) == len(set(due_dates))
     assert len([task for task in await tasks(alice) if not task["completed"]]) == 1

@@ -1,4 +1,4 @@
-"""Services that are stopped and started under load, as their own processes over real sockets."""
+"""Stopping and starting services under load, as separate processes over real sockets."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from tests.conftest import SECRET, pages
 from tests.postgres import free_port
 from tests.service import UNMEASURED, Service, running_service, running_service_on
 
-# What is run here is measured elsewhere; coverage would only slow the load.
+# Other tests cover these lines; coverage would only slow the load.
 pytestmark = [pytest.mark.no_cover, pytest.mark.process]
 
 CLIENTS = 16
@@ -25,7 +25,7 @@ CLIENTS = 16
 
 @dataclass
 class Load:
-    """What clients that never stop asking have been answered, and what has failed."""
+    """Responses to and failures of clients that send requests without pause."""
 
     address: str
     acknowledged: set[str] = field(default_factory=set)
@@ -86,14 +86,14 @@ def settings_of(url: str) -> dict[str, str]:
     } | UNMEASURED
 
 
-async def test_a_service_that_is_asked_to_stop_breaks_nothing_off(url: str, tmp_path: Path) -> None:
+async def test_a_service_stopped_under_load_drops_no_request(url: str, tmp_path: Path) -> None:
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     with running_service(tmp_path, PORT=str(port), **settings_of(url)) as service:
         await asyncio.to_thread(service.wait_for, address)
         async with loading(address) as load:
             async with asyncio.timeout(20):
-                while len(load.acknowledged) <= CLIENTS:  # noqa: ASYNC110 - nothing tells
+                while len(load.acknowledged) <= CLIENTS:  # noqa: ASYNC110 - there is no event
                     await asyncio.sleep(0.05)
 
             code = await asyncio.to_thread(service.stop)
@@ -122,7 +122,7 @@ async def _start(stack: ExitStack, folder: Path, listening: socket.socket, url: 
     return service
 
 
-async def test_two_behind_one_socket_are_replaced_without_a_failed_request(
+async def test_two_processes_on_one_socket_are_replaced_without_a_failed_request(
     url: str, tmp_path: Path, listening: socket.socket
 ) -> None:
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -140,14 +140,16 @@ async def test_two_behind_one_socket_are_replaced_without_a_failed_request(
     assert sorted(kept) == sorted(load.acknowledged)
 
 
-async def test_four_processes_are_as_one(url: str, tmp_path: Path, listening: socket.socket) -> None:
+async def test_four_processes_on_one_socket_act_as_one(
+    url: str, tmp_path: Path, listening: socket.socket
+) -> None:
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     with ExitStack() as stack:
         services = [await _start(stack, tmp_path / str(number), listening, url) for number in range(4)]
         async with loading(address) as load:
             await asyncio.sleep(2)
-        kept = await titles(address)  # by cursors that another process has signed
-        # The kernel decides which process a connection goes to: with enough of them, not always the same.
+        kept = await titles(address)  # with cursors that another process may have sealed
+        # The kernel assigns connections to processes: enough connections reach more than one process.
         for _ in range(200):
             answered = [service for service in services if "path=/api/alice/tasks" in service.logged]
             if len(answered) > 1:
@@ -159,7 +161,7 @@ async def test_four_processes_are_as_one(url: str, tmp_path: Path, listening: so
     assert len(answered) > 1
 
 
-async def test_what_takes_too_long_to_finish_ends_with_the_grace(url: str, tmp_path: Path) -> None:
+async def test_a_request_that_outlasts_the_shutdown_grace_is_ended(url: str, tmp_path: Path) -> None:
     port = free_port()
     settings = settings_of(url) | {"SHUTDOWN_GRACE_S": "1", "PORT": str(port)}
     with running_service(tmp_path, **settings) as service:

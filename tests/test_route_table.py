@@ -66,7 +66,9 @@ def test_the_table_routes_as_the_patterns_do(built: FastAPI) -> None:
 
 
 @pytest.mark.parametrize("more", [{"root_path": "/behind"}, {"fastapi.telemetry": object()}])
-def test_what_only_the_framework_knows_is_left_to_it(built: FastAPI, more: dict[str, Any]) -> None:
+def test_root_path_and_telemetry_scopes_are_left_to_the_framework(
+    built: FastAPI, more: dict[str, Any]
+) -> None:
     table = RouteTable(built.routes)
 
     assert table.find(scope_of("GET", "/api/alice/tasks")) is not None

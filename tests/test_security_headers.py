@@ -20,7 +20,7 @@ def assert_secure(answer: httpx.Response) -> None:
     assert "server" not in answer.headers
 
 
-async def test_every_answer_carries_them(client: httpx.AsyncClient, alice: Person) -> None:
+async def test_every_response_has_the_security_headers(client: httpx.AsyncClient, alice: Person) -> None:
     answers = [
         await client.get("/"),
         await client.get("/docs"),
@@ -47,7 +47,7 @@ async def test_only_the_docs_may_load_anything(client: httpx.AsyncClient) -> Non
     assert set(policies.values()) == {NOTHING}
 
 
-async def test_nothing_about_tasks_or_accounts_is_stored(database_url: str) -> None:
+async def test_tasks_and_accounts_are_cache_control_no_store(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, local_accounts=True))) as client:
         alice = person("alice", client)
         private = [
@@ -63,7 +63,9 @@ async def test_nothing_about_tasks_or_accounts_is_stored(database_url: str) -> N
     assert [answer for answer in public if "cache-control" in answer.headers] == []
 
 
-async def test_crashes_carry_them_too(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_crashes_have_the_security_headers_too(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def fail(*_: object, **values: object) -> None:
         raise RuntimeError("the cause")
 
@@ -78,7 +80,9 @@ async def test_crashes_carry_them_too(database_url: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("scheme", "told"), [("http", []), ("https", ["max-age=31536000"])])
-async def test_only_who_came_by_https_is_told_to_stay(app: FastAPI, scheme: str, told: list[str]) -> None:
+async def test_only_https_responses_have_strict_transport_security(
+    app: FastAPI, scheme: str, told: list[str]
+) -> None:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=f"{scheme}://testserver") as it:
         answer = await it.get("/health", headers={"X-Forwarded-Proto": "https"})
 

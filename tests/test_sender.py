@@ -1,4 +1,4 @@
-"""What the sender writes is what uvicorn writes, in fewer pieces."""
+"""The sender writes the same bytes as uvicorn, in fewer writes."""
 
 import asyncio
 import logging
@@ -117,7 +117,7 @@ async def test_a_whole_response_is_one_write() -> None:
     assert len(transport.written) == 1
 
 
-async def test_nothing_is_written_to_a_client_that_has_gone() -> None:
+async def test_nothing_is_written_to_a_disconnected_client() -> None:
     cycle, transport = cycle_of("GET", keep_alive=True)
     cycle.disconnected = True
 
@@ -126,7 +126,7 @@ async def test_nothing_is_written_to_a_client_that_has_gone() -> None:
     assert transport.written == []
 
 
-async def test_a_start_that_waits_can_be_sent_alone() -> None:
+async def test_a_buffered_response_start_can_be_sent_alone() -> None:
     cycle, transport = cycle_of("GET", keep_alive=True)
     sender = Sender(cycle)
 

@@ -26,7 +26,7 @@ async def _exhaust(counted: SignInThrottle) -> None:
         await counted.count(*ALICE)
 
 
-async def test_one_attempt_more_is_too_many_until_the_window_ends(clock: Clock) -> None:
+async def test_attempts_beyond_the_limit_are_refused_until_the_window_ends(clock: Clock) -> None:
     counted = SignInThrottle(LocalStorage())
     await _exhaust(counted)
 
@@ -41,14 +41,14 @@ async def test_one_attempt_more_is_too_many_until_the_window_ends(clock: Clock) 
 
 
 @pytest.mark.parametrize("other", [("bob@example.com", ALICE[1]), (ALICE[0], "192.0.2.2")])
-async def test_attempts_at_something_else_are_not_affected(other: tuple[str, str]) -> None:
+async def test_attempts_on_another_account_or_address_are_not_affected(other: tuple[str, str]) -> None:
     counted = SignInThrottle(LocalStorage())
     await _exhaust(counted)
 
     await counted.count(*other)
 
 
-async def test_attempts_made_at_once_are_each_counted() -> None:
+async def test_concurrent_attempts_are_each_counted() -> None:
     counted = SignInThrottle(LocalStorage())
 
     made = await asyncio.gather(*(counted.count(*ALICE) for _ in range(50)), return_exceptions=True)
@@ -56,7 +56,7 @@ async def test_attempts_made_at_once_are_each_counted() -> None:
     assert made.count(None) == FAILURES_MAX
 
 
-async def test_a_success_forgets_the_failures() -> None:
+async def test_a_success_resets_the_failure_count() -> None:
     counted = SignInThrottle(LocalStorage())
     await _exhaust(counted)
 
@@ -65,7 +65,7 @@ async def test_a_success_forgets_the_failures() -> None:
     await _exhaust(counted)
 
 
-async def test_no_address_is_kept() -> None:
+async def test_no_email_is_stored_in_plain_text() -> None:
     storage = LocalStorage()
 
     await SignInThrottle(storage).count(*ALICE)

@@ -1,4 +1,4 @@
-"""Users whose `sub` has a slash, at the service as its own process, since the server decodes paths."""
+"""Users whose `sub` has a slash, against the service as its own process, since the server decodes paths."""
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -70,9 +70,9 @@ SPELLINGS = [
     "al/ice",
     "al%252Fice",
     "al%25252Fice",
-    "al%ED%B0%AFice",  # the sign that stands for a slash inside
-    "al%C0%AFice",  # a slash, too long
-    "al%EF%BC%8Fice",  # a wide slash
+    "al%ED%B0%AFice",  # the internal placeholder for an encoded slash
+    "al%C0%AFice",  # an overlong encoding of a slash
+    "al%EF%BC%8Fice",  # a full-width slash
     "al%5Cice",
     "al%00ice",
     "al%2F%2Fice",
@@ -88,7 +88,7 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-async def test_nobody_with_a_slash_is_reached_by_another_spelling(
+async def test_another_spelling_of_a_slash_reaches_no_other_user(
     served: httpx.AsyncClient, spelling: str
 ) -> None:
     created = await served.post("/api/al%2Fice/tasks", json={"title": "secret"}, **_bearer("al/ice"))
@@ -108,17 +108,17 @@ async def test_nobody_with_a_slash_is_reached_by_another_spelling(
     "path",
     ["/api%2Falice/tasks", "/api/alice%2Ftasks", "/api/alice/tasks%2F", "/api/alice/tasks%2F1", "/%2Fhealth"],
 )
-async def test_an_encoded_slash_ends_no_part_of_the_path(served: httpx.AsyncClient, path: str) -> None:
+async def test_an_encoded_slash_separates_no_path_segments(served: httpx.AsyncClient, path: str) -> None:
     assert (await served.get(path, **_bearer("alice"))).status_code == 404
 
 
-async def test_a_task_with_a_slash_is_no_task(served: httpx.AsyncClient) -> None:
+async def test_a_task_id_with_an_encoded_slash_is_422(served: httpx.AsyncClient) -> None:
     for task in ("1%2Fcomplete", "stats%2F", "%2F1"):
         answer = await served.get(f"/api/alice/tasks/{task}", **_bearer("alice"))
         assert (answer.status_code, answer.json()["errors"][0]["parameter"]) == (422, "task_id")
 
 
-async def test_a_slash_is_a_slash_in_the_log(logged: httpx.AsyncClient, log: Log) -> None:
+async def test_an_encoded_slash_is_logged_as_a_slash(logged: httpx.AsyncClient, log: Log) -> None:
     denied = await logged.get("/api/al%2Fice/tasks", **_bearer("bob"))
     refused = await logged.put("/api/al%2Fice/tasks", **_bearer("al/ice"))
 

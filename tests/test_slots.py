@@ -20,7 +20,7 @@ async def test_requests_get_slots_in_the_order_in_which_they_began_to_wait() -> 
     assert (order, slots.free, slots.waiting) == (["a", "b", "c"], 1, 0)
 
 
-async def test_a_request_that_has_waited_long_enough_is_told_so_and_passed_over() -> None:
+async def test_a_request_that_times_out_waiting_for_a_slot_is_passed_over() -> None:
     slots = Slots(1, wait_s=0.02)
     assert slots.take()
 
@@ -37,7 +37,7 @@ async def test_a_cancelled_request_loses_no_slot() -> None:
     first, second = (asyncio.create_task(slots.wait()) for _ in range(2))
     await asyncio.sleep(0)
 
-    slots.give()  # to the first, which is cancelled before it runs again
+    slots.give()  # to the first waiter, which is cancelled before it runs again
     first.cancel()
     await second
 

@@ -1,4 +1,4 @@
-"""Starts beside a database that hinders them: the port opens, and who is asked to stop stops."""
+"""Starts with a blocked or unresponsive database: the port opens, and a signal stops the service."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.process
 MIGRATION_LOCK = 7_240_115_033
 GRACE_S = 2
 STOPPED_WITHIN_S = GRACE_S + 1.5
-# The port opens 2.5 s after the start where nothing else runs; if it waited for a connection, a minute.
+# On an idle machine the port opens 2.5 s after the start; waiting for a connection would take a minute.
 CONNECT_TIMEOUT_S = 60
 STARTED_WITHIN_S = 20
 
@@ -85,12 +85,12 @@ async def logged(service: Service, sentence: str) -> None:
 
 @pytest.fixture
 def black_hole() -> Iterator[str]:
-    """A database that accepts connections and never answers."""
+    """A server that accepts database connections and never responds."""
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
         yield f"postgresql://nobody@127.0.0.1:{listening.getsockname()[1]}/nowhere?sslmode=disable"
 
 
-async def test_a_migration_that_another_session_hinders_keeps_nobody_from_starting_and_stopping(
+async def test_the_service_starts_and_stops_while_its_migration_is_blocked(
     postgres_url: str, tmp_path: Path
 ) -> None:
     other = await asyncpg.connect(postgres_url)
@@ -104,7 +104,7 @@ async def test_a_migration_that_another_session_hinders_keeps_nobody_from_starti
     await other.close()
 
 
-async def test_a_migration_that_another_session_hindered_is_done_when_that_ends(
+async def test_a_blocked_migration_runs_once_the_other_session_ends(
     postgres_url: str, tmp_path: Path
 ) -> None:
     other = await asyncpg.connect(postgres_url)
@@ -120,7 +120,7 @@ async def test_a_migration_that_another_session_hindered_is_done_when_that_ends(
 
 
 @pytest.mark.parametrize("migrates", [True, False])
-async def test_a_database_that_never_answers_keeps_nobody_from_starting_and_stopping(
+async def test_the_service_starts_and_stops_while_its_database_never_answers(
     black_hole: str, tmp_path: Path, migrates: bool
 ) -> None:
     with starting(tmp_path, settings_of(black_hole, migrates=migrates)) as (service, address):
@@ -131,7 +131,7 @@ async def test_a_database_that_never_answers_keeps_nobody_from_starting_and_stop
 
 
 @pytest.mark.parametrize("migrates", [True, False])
-async def test_who_still_waits_for_the_database_stops_when_asked(
+async def test_the_service_stops_while_its_startup_waits_for_the_database(
     black_hole: str, tmp_path: Path, migrates: bool
 ) -> None:
     with starting(tmp_path, settings_of(black_hole, migrates=migrates)) as (service, _):
@@ -140,14 +140,14 @@ async def test_who_still_waits_for_the_database_stops_when_asked(
         await assert_stops(service)
 
 
-async def test_a_migration_that_is_stopped_midway_leaves_each_revision_done_or_undone(
+async def test_a_migration_stopped_midway_leaves_each_revision_applied_or_not(
     postgres_url: str, tmp_path: Path
 ) -> None:
     await asyncio.to_thread(command.upgrade, _alembic(db.connect(postgres_url, pool_size=1)), "0001")
     other = await asyncpg.connect(postgres_url)
     holding = other.transaction()
     await holding.start()
-    await other.execute("LOCK TABLE task IN ACCESS SHARE MODE")  # 0002 passes, 0003 has to wait
+    await other.execute("LOCK TABLE task IN ACCESS SHARE MODE")  # revision 0002 passes, 0003 has to wait
     with starting(tmp_path, settings_of(postgres_url)) as (service, address):
         await open_port(service, address)
         await eventually(partial(other.fetchval, "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"))
@@ -169,7 +169,7 @@ def own_process() -> Iterator[Process]:
         yield process
 
 
-async def test_a_database_that_freezes_while_a_migration_waits_keeps_nobody_from_stopping(
+async def test_the_service_stops_when_the_database_freezes_during_a_migration(
     own_process: Process, tmp_path: Path
 ) -> None:
     other = await asyncpg.connect(own_process.url)
@@ -186,7 +186,7 @@ async def test_a_database_that_freezes_while_a_migration_waits_keeps_nobody_from
 
 
 @pytest.mark.parametrize("migrated", [True, False])
-async def test_a_file_that_another_process_writes_to_keeps_nobody_from_starting_and_stopping(
+async def test_the_service_starts_and_stops_while_its_sqlite_file_is_locked(
     tmp_path: Path, migrated: bool
 ) -> None:
     path = tmp_path / "tasks.db"
@@ -205,10 +205,10 @@ async def test_a_file_that_another_process_writes_to_keeps_nobody_from_starting_
             await assert_stops(service)
 
 
-async def test_a_file_that_another_process_held_is_served_when_that_ends(tmp_path: Path) -> None:
+async def test_a_locked_sqlite_file_is_served_once_the_lock_is_released(tmp_path: Path) -> None:
     path = tmp_path / "tasks.db"
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")  # not yet a file of ours, which could be read meanwhile
+        other.execute("BEGIN EXCLUSIVE")  # not in WAL mode yet, in which it could be read meanwhile
         with starting(tmp_path, settings_of(f"sqlite:///{path}")) as (service, address):
             await open_port(service, address)
             assert not await is_ready(address)
@@ -222,7 +222,7 @@ async def test_a_file_that_another_process_held_is_served_when_that_ends(tmp_pat
 async def test_a_signal_before_the_server_listens_for_signals_is_not_lost(tmp_path: Path) -> None:
     code = (
         "import main, os, signal\nfrom server import run\n"
-        "run._inherited_sockets = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"  # the last that is asked
+        "run._inherited_sockets = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"  # runs before serving
         "main.main([])"
     )
     with running_service(tmp_path, "-c", code, PORT=str(free_port())) as service:

@@ -27,7 +27,7 @@ def test_json_is_read(text: bytes, value: Any) -> None:
     assert strict_json.loads(text) == value
 
 
-def test_a_whole_number_stays_one() -> None:
+def test_a_large_integer_stays_exact() -> None:
     assert isinstance(strict_json.loads(b"9007199254740993"), int)
     assert strict_json.loads(b"9007199254740993") == 2**53 + 1
 
@@ -44,20 +44,20 @@ def test_a_whole_number_stays_one() -> None:
         '{"é": 1, "\\u00e9": 2}'.encode(),
     ],
 )
-def test_a_member_comes_once(text: bytes) -> None:
+def test_a_duplicate_member_is_refused(text: bytes) -> None:
     with pytest.raises(NotStrictJson, match=r"^has a member twice$"):
         strict_json.loads(text)
 
 
 @pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])
 @pytest.mark.parametrize("text", ["{}", "[1, {}]", '{{"a": {{"b": {}}}}}'])
-def test_a_number_is_one_that_json_knows(text: str, name: str) -> None:
+def test_nan_and_infinity_are_refused(text: str, name: str) -> None:
     with pytest.raises(NotStrictJson, match=f"^has the number {name}, which JSON does not know$"):
         strict_json.loads(text.format(name).encode())
 
 
 @pytest.mark.parametrize("text", [b"1e999", b"-1e999", b"1E+400", b'{"a": [1.5e309]}', b"9" * 400 + b".0"])
-def test_a_number_is_finite(text: bytes) -> None:
+def test_a_number_beyond_the_float_range_is_refused(text: bytes) -> None:
     with pytest.raises(NotStrictJson, match=r"^has a number that is too large$"):
         strict_json.loads(text)
 
@@ -110,7 +110,7 @@ def test_deep_nesting_is_refused(text: bytes) -> None:
         '{"title": "École"}'.encode("latin-1"),
     ],
 )
-def test_text_is_utf_8(text: bytes) -> None:
+def test_invalid_utf_8_is_refused(text: bytes) -> None:
     with pytest.raises(NotStrictJson, match=r"^is not valid UTF-8$"):
         strict_json.loads(text)
 
@@ -149,7 +149,7 @@ def test_text_is_utf_8(text: bytes) -> None:
         (b"{}\0", 2),
     ],
 )
-def test_what_is_not_json_is_refused_where_it_goes_wrong(text: bytes, position: int) -> None:
+def test_invalid_json_is_refused_with_its_position(text: bytes, position: int) -> None:
     with pytest.raises(NotStrictJson, match=r"^is not valid JSON at character \d+$") as refusal:
         strict_json.loads(text)
 

@@ -33,7 +33,7 @@ FIELDS = [
 PRIORITIES = "must be 'urgent', 'high', 'medium', 'low' or 'none'"
 
 
-async def test_create_answers_with_the_task(alice: Person) -> None:
+async def test_create_returns_the_task(alice: Person) -> None:
     before = datetime.now(UTC)
 
     answer = await alice.post(json={"title": "  Buy milk ", "description": " Two bottles "})
@@ -162,7 +162,7 @@ UNSET: dict[str, Any] = {
 }
 
 
-async def test_what_is_not_sent_is_unset(alice: Person) -> None:
+async def test_omitted_fields_are_unset(alice: Person) -> None:
     task = await alice.create()
 
     assert {name: task[name] for name in UNSET} == UNSET
@@ -278,7 +278,7 @@ async def test_stats_count_by_kind(alice: Person, bob: Person) -> None:
     assert list(answer.json()["tags"]) == ["home", "a"]
 
 
-async def test_stats_of_nothing(alice: Person) -> None:
+async def test_stats_without_tasks_are_zero(alice: Person) -> None:
     nothing = (await alice.get("/stats")).json()
 
     assert (nothing["total"], nothing["overdue"], nothing["tags"]) == (0, None, {})
@@ -317,7 +317,7 @@ async def test_put_clears_with_null(alice: Person) -> None:
 
 
 @pytest.mark.parametrize("body", [{}, {"unknown": 1}])
-async def test_put_of_nothing_changes_nothing(alice: Person, body: dict[str, int]) -> None:
+async def test_put_without_known_fields_changes_nothing(alice: Person, body: dict[str, int]) -> None:
     task = await alice.create()
 
     answer = await alice.put(f"/{task['id']}", json=body)
@@ -325,7 +325,7 @@ async def test_put_of_nothing_changes_nothing(alice: Person, body: dict[str, int
     assert (answer.status_code, answer.json()) == (200, task)
 
 
-async def test_put_of_what_is_there_already_changes_nothing(alice: Person) -> None:
+async def test_put_of_the_current_values_changes_nothing(alice: Person) -> None:
     task = await alice.create(description="Two bottles", completed=True)
 
     answer = await alice.put(
@@ -388,7 +388,7 @@ async def test_complete_with_a_body_sets_and_may_be_repeated(alice: Person) -> N
 
 
 @pytest.mark.parametrize("value", [None, "true", 1, []])
-async def test_complete_refuses_a_state_that_is_none(alice: Person, value: object) -> None:
+async def test_complete_with_a_non_boolean_state_is_422(alice: Person, value: object) -> None:
     task = await alice.create()
 
     answer = await alice.patch(f"/{task['id']}/complete", json={"completed": value})
@@ -407,7 +407,7 @@ async def test_forty_concurrent_toggles_end_where_they_began(alice: Person) -> N
     assert (after["completed"], after["version"]) == (False, task["version"] + 40)
 
 
-async def test_delete_answers_with_nothing_and_removes(alice: Person) -> None:
+async def test_delete_is_204_and_removes_the_task(alice: Person) -> None:
     task = await alice.create()
 
     answer = await alice.delete(f"/{task['id']}")
@@ -454,7 +454,7 @@ async def test_another_users_task_looks_absent(
 @pytest.mark.parametrize(
     "task_id", ["0", "-1", "2147483648000000000000", str(2**63), "9" * 5000, "1.5", "abc", "%00", "1e3", "٣x"]
 )
-async def test_an_id_that_cannot_be_is_refused(
+async def test_an_invalid_task_id_is_422(
     alice: Person, method: str, path: str, body: object, task_id: str
 ) -> None:
     answer = await alice.send(method, path.format(task_id), **({"json": body} if body else {}))
@@ -463,7 +463,7 @@ async def test_an_id_that_cannot_be_is_refused(
     assert answer.json()["errors"][0]["parameter"] == "task_id"
 
 
-async def test_an_id_beyond_32_bits_is_just_absent(alice: Person) -> None:
+async def test_a_task_id_beyond_32_bits_is_404(alice: Person) -> None:
     assert (await alice.get(f"/{2**31}")).status_code == 404
     assert (await alice.get(f"/{2**63 - 1}")).status_code == 404
 
@@ -578,7 +578,7 @@ async def test_pages_hold_every_task_once(alice: Person, query: str) -> None:
     assert [title for page in walked for title in page] == everything
 
 
-async def test_a_full_last_page_leads_nowhere(alice: Person) -> None:
+async def test_a_full_last_page_has_no_next_link(alice: Person) -> None:
     for number in range(4):
         await alice.create(str(number))
 
@@ -594,7 +594,7 @@ async def test_the_next_link_keeps_every_other_parameter(alice: Person) -> None:
     assert url.startswith(f"{alice.tasks}?limit=1&x=a%26b&status=pending&x=c&cursor=")
 
 
-async def test_pages_stay_right_while_others_write(alice: Person) -> None:
+async def test_paging_skips_and_repeats_nothing_while_tasks_change(alice: Person) -> None:
     tasks = [await alice.create(str(number)) for number in range(6)]
     first = await alice.get("?limit=2")
 
@@ -620,7 +620,7 @@ async def test_a_cursor_is_good_for_its_own_list_only(alice: Person, bob: Person
     assert (await bob.get(f"?cursor={cursor}")).status_code == 422
 
 
-async def test_count_is_of_all_pages(alice: Person) -> None:
+async def test_x_total_count_is_of_all_pages(alice: Person) -> None:
     for number in range(3):
         await alice.create(str(number), completed=number == 0)
 
@@ -635,13 +635,13 @@ async def test_count_is_of_all_pages(alice: Person) -> None:
     assert [task["title"] for task in filtered.json()] == ["0"]
 
 
-async def test_count_of_nothing_is_zero(alice: Person) -> None:
+async def test_x_total_count_without_tasks_is_zero(alice: Person) -> None:
     answer = await alice.get("?count=true")
 
     assert (answer.json(), answer.headers["x-total-count"]) == ([], "0")
 
 
-async def test_the_list_is_limited_without_being_asked(alice: Person) -> None:
+async def test_a_list_has_1000_tasks_per_page_by_default(alice: Person) -> None:
     for _ in range(10):
         await alice.post("/bulk", json={"operations": [{"op": "create", "task": {"title": "x"}}] * 100})
     await alice.create()
@@ -671,7 +671,7 @@ async def test_the_versioned_path_is_the_same_service(alice: Person) -> None:
     assert (await alice.get()).json() == [created.json()]
 
 
-async def test_a_trailing_slash_is_no_error(alice: Person) -> None:
+async def test_a_trailing_slash_is_accepted(alice: Person) -> None:
     created = await alice.post("/", json={"title": "Buy milk"})
 
     assert created.status_code == 201
@@ -680,7 +680,7 @@ async def test_a_trailing_slash_is_no_error(alice: Person) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "/stats", "/1/complete", "/", "/stats/"])
-async def test_a_line_feed_at_the_end_is_another_address(alice: Person, path: str) -> None:
+async def test_a_path_with_a_trailing_line_feed_is_404(alice: Person, path: str) -> None:
     answer = await alice.get(f"{path}%0A")
 
     assert answer.status_code == 404
@@ -724,7 +724,7 @@ async def test_a_cursor_is_good_for_its_own_direction_only(alice: Person) -> Non
     assert (await alice.get(f"?cursor={cursor}&order=desc")).status_code == 422
 
 
-async def test_addresses_in_headers_are_escaped(alice: Person) -> None:
+async def test_urls_in_location_and_link_are_escaped(alice: Person) -> None:
     user_id = f"a é<李>{secrets.token_hex(4)}"
     someone = Person(quote(user_id), alice.client, tokens.issue(user_id, SECRET, 60))
     created = await someone.post(json={"title": "1"})
@@ -737,7 +737,7 @@ async def test_addresses_in_headers_are_escaped(alice: Person) -> None:
 
 
 @pytest.mark.parametrize("query", ["limit=1_0", "limit=+1", "limit=1.0", "limit=%201", "limit=٣"])
-async def test_a_number_is_written_in_digits(alice: Person, query: str) -> None:
+async def test_an_integer_in_a_url_must_be_plain_digits(alice: Person, query: str) -> None:
     assert (await alice.get(f"?{query}")).status_code == 422
     assert (await alice.get(f"/{query.partition('=')[2]}")).status_code == 422
 
@@ -745,7 +745,7 @@ async def test_a_number_is_written_in_digits(alice: Person, query: str) -> None:
 @pytest.mark.parametrize(
     "position", [[{"x": 1}, 2], [1, 2, 3], [1, 2], [None, 2], ["x", 2**63], ["x", "y"], []]
 )
-async def test_a_cursor_that_is_signed_and_wrong_is_refused(alice: Person, position: list[object]) -> None:
+async def test_a_sealed_cursor_with_a_wrong_position_is_422(alice: Person, position: list[object]) -> None:
     sealer = CursorSealer([SECRET])
     by_title, by_time = (
         TaskList(alice.user_id, Filter(), Order(field, descending=False)).binding
@@ -763,7 +763,7 @@ async def test_a_cursor_that_is_signed_and_wrong_is_refused(alice: Person, posit
 @pytest.mark.parametrize(
     ("setting", "status", "content"), [({}, 204, b""), ({"delete_status": "200"}, 200, b'{"ok":true}')]
 )
-async def test_delete_status_chooses_the_answer_to_a_delete(
+async def test_delete_status_sets_the_status_of_a_delete(
     database_url: str, setting: dict[str, str], status: int, content: bytes
 ) -> None:
     async with running(create_app(settings_for(database_url, **setting))) as client:

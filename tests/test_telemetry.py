@@ -17,7 +17,7 @@ ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 @contextmanager
 def collector() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Take what is exported, and lend the address and the bodies by path."""
+    """Receive exported telemetry; yield the collector's URL and the bodies by path."""
     bodies: dict[str, bytes] = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -62,7 +62,7 @@ def test_requests_are_spans_of_the_callers_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_without_its_packages_the_start_says_so_and_goes_on(tmp_path: Path) -> None:
+def test_without_the_telemetry_packages_the_start_logs_it_and_goes_on(tmp_path: Path) -> None:
     port = str(free_port())
     code = "import sys; sys.modules['opentelemetry.sdk'] = None; import main; main.main([])"
     with running_service(tmp_path, "-c", code, PORT=port, **{ENDPOINT: "http://127.0.0.1:1"}) as service:
@@ -72,7 +72,7 @@ def test_without_its_packages_the_start_says_so_and_goes_on(tmp_path: Path) -> N
 
 
 @pytest.mark.process
-def test_without_its_variables_it_is_not_even_loaded(tmp_path: Path) -> None:
+def test_without_otel_variables_the_sdk_is_not_imported(tmp_path: Path) -> None:
     code = "import sys, main; main.app; print([name for name in sys.modules if 'opentelemetry.sdk' in name])"
 
     assert run(tmp_path, "-c", code).stdout.strip() == "[]"
@@ -90,11 +90,11 @@ def test_without_its_variables_it_is_not_even_loaded(tmp_path: Path) -> None:
         ({"OTEL_SERVICE_NAME": "tasks"}, False),
     ],
 )
-def test_the_standards_variables_switch_it_on(environment: dict[str, str], wanted: bool) -> None:
+def test_otel_variables_switch_telemetry_on(environment: dict[str, str], wanted: bool) -> None:
     assert telemetry.is_wanted(environment) is wanted
 
 
-def test_an_exporter_without_an_address_is_a_sentence() -> None:
+def test_an_otlp_exporter_without_an_endpoint_is_reported() -> None:
     assert "OTEL_EXPORTER_OTLP_ENDPOINT" in (
         telemetry.not_exported_reason({"OTEL_TRACES_EXPORTER": "otlp"}) or ""
     )

@@ -1,4 +1,4 @@
-"""Real clients shake hands with a listener, on a Python whose own default is no minimum, as Debian's."""
+"""TLS handshakes of real clients, on a Python without a default minimum version, like Debian's."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from web.counters import SharedStorage
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[ssl.SSLContext]:
-    """The contexts of all handshakes that begin."""
+    """The SSL contexts of all handshakes that are started."""
     used: list[ssl.SSLContext] = []
     new, wrap_bio = ssl.SSLContext.__new__, ssl.SSLContext.wrap_bio
 
@@ -36,7 +36,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[ssl.SSLContext]:
 
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    """A listener that agrees to TLS, as PostgreSQL does, and hangs up on what comes then."""
+    """A listener that accepts TLS, as PostgreSQL does, and then disconnects."""
 
     async def agree(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if await reader.read(8) == b"\0\0\0\x08\x04\xd2\x16\x2f":  # SSLRequest

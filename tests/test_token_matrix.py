@@ -1,4 +1,4 @@
-"""Every kind of token against every kind of configuration: a secret, an issuer's keys, or both."""
+"""Every kind of token against every kind of configuration: a shared secret, an issuer's keys, or both."""
 
 import base64
 import json
@@ -35,7 +35,7 @@ def part(content: object) -> str:
 
 
 def shared(header: dict[str, Any] | None = None, secret: bytes = SECRET.encode(), **claims: Any) -> str:
-    """Return a token signed with a shared secret; a claim that is None is left out."""
+    """Return a token signed with a shared secret; a claim set to None is omitted."""
     content = {"sub": "alice", "exp": NOW + 900} | claims
     kept = {name: value for name, value in content.items() if value is not None}
     signed = f"{part({'alg': 'HS256', 'typ': 'JWT'} | (header or {}))}.{part(kept)}"
@@ -164,7 +164,7 @@ BAD: dict[str, str] = {
 
 @pytest.fixture(autouse=True)
 def _stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock stands at the moment for which the tokens were made."""
+    """Freeze the clock at the time for which the tokens were issued."""
     for module in (tokens, tests.issuer):
         monkeypatch.setattr(module, "time", Clock(NOW))
 
@@ -207,6 +207,6 @@ async def test_issuer_and_audience_of_a_shared_secret_are_checked_when_configure
             await verifier.verify(token)
 
 
-def test_the_matrix_is_as_large_as_it_looks() -> None:
+def test_the_matrix_has_over_100_tokens_and_every_algorithm() -> None:
     assert len(GOOD) + len(BAD) > 100
     assert set(ALGORITHMS) == {"HS256", *KEYS}

@@ -1,4 +1,4 @@
-"""Tokens are signed by hand here, so that a refusal is for the rule in question and not the signature."""
+"""Tokens here have valid signatures, so that a refusal is for the tested rule and not for the signature."""
 
 import base64
 import hmac
@@ -38,7 +38,7 @@ def part(content: Json) -> str:
 
 
 def signed(header: str, payload: str, secret: str = SECRET, digest: str = "sha256") -> str:
-    """Return a token of two parts as they are, with the signature that belongs to them."""
+    """Return a token of the two given parts, with a valid signature."""
     mac = hmac.digest(secret.encode(), f"{header}.{payload}".encode(), digest)
     return f"{header}.{payload}.{part(mac)}"
 
@@ -68,7 +68,7 @@ def signature_of(token: str) -> bytes:
 
 
 def respelt(text: str) -> str:
-    """Return another base64 text that decodes to the same bytes: its last character has bits to spare."""
+    """Return another base64 text of the same bytes: the last character has unused bits."""
     alphabet = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
     other = text[:-1] + alphabet[alphabet.index(text[-1]) ^ 1]
     padding = "=" * (-len(text) % 4)
@@ -77,14 +77,14 @@ def respelt(text: str) -> str:
 
 
 def standard(text: str) -> str:
-    """Return *text* in the alphabet of base64, which differs in two characters from base64url."""
+    """Return *text* in the base64 alphabet, which differs from base64url in two characters."""
     assert "-" in text
     assert "_" in text
     return text.replace("-", "+").replace("_", "/")
 
 
 def of_length(length: int) -> str:
-    """Return a good token of *length* characters."""
+    """Return a valid token of *length* characters."""
     bare = token(CLAIMS | {"image": ""})
     payload = part(CLAIMS | {"image": ""})
     wanted = len(payload) + length - len(bare)
@@ -97,9 +97,9 @@ def of_length(length: int) -> str:
 H, P = part(HEADER), part(CLAIMS)
 GOOD = token()
 WITHDRAWN, STAYING = new_key("EdDSA", "withdrawn"), new_key("EdDSA", "staying")
-# Of 16 bytes, as P is of 35: the last character has bits to spare.
+# 16 bytes, as P has 35: the last base64 character has unused bits.
 LOOSE_HEADER = part({"alg": "HS256"})
-# With characters that base64 and base64url spell differently.
+# Contains characters that base64 and base64url encode differently.
 ODD_PAYLOAD = part(b'{"sub": "~~~???>>>", "exp": %d, "x": "\xc3\xbe\xc3\xbf~?"}' % SOON)
 ODD_HEADER = part({"alg": "HS256", "kid": "~~~???>>>"})
 
@@ -358,7 +358,7 @@ def test_a_reason_may_stand_in_a_challenge(reason: str) -> None:
 
 
 @pytest.mark.parametrize(("reason", "refused"), ALL_REFUSED)
-async def test_a_refusal_never_holds_the_token(verifier: Verifier, reason: str, refused: str) -> None:
+async def test_a_refusal_never_contains_the_token(verifier: Verifier, reason: str, refused: str) -> None:
     with pytest.raises(TokenInvalid) as refusal:
         await verifier.verify(refused)
 
@@ -521,7 +521,7 @@ async def test_no_more_tokens_are_remembered_than_allowed(checks: list[bytes]) -
     assert len(checks) == 11
 
 
-async def test_a_remembered_token_takes_nobodys_place(checks: list[bytes]) -> None:
+async def test_verifying_a_remembered_token_evicts_no_other(checks: list[bytes]) -> None:
     verifier = Verifier([SECRET], remembered_max=2)
     alice, bob = claiming(sub="alice"), claiming(sub="bob")
 
@@ -550,7 +550,7 @@ async def test_ten_thousand_tokens_are_remembered(verifier: Verifier, checks: li
         pytest.param([token(CLAIMS | {"n": n}, secret=OLDER) for n in range(50)], id="forged"),
     ],
 )
-async def test_a_bad_token_never_takes_the_place_of_a_good_one(checks: list[bytes], bad: list[str]) -> None:
+async def test_a_refused_token_never_evicts_a_good_one(checks: list[bytes], bad: list[str]) -> None:
     verifier = Verifier([SECRET], remembered_max=1)
     await verifier.verify(GOOD)
 
@@ -563,7 +563,7 @@ async def test_a_bad_token_never_takes_the_place_of_a_good_one(checks: list[byte
     assert checks == []
 
 
-async def test_what_is_remembered_of_a_token_is_not_the_token(verifier: Verifier) -> None:
+async def test_the_token_cache_does_not_contain_the_token(verifier: Verifier) -> None:
     await verifier.verify(GOOD)
 
     assert len(verifier._remembered) == 1
@@ -599,7 +599,7 @@ def of_key(key: SigningKey) -> str:
 async def renew(issuer: Issuer, keys: FetchedKeys, clock: Clock, *published: SigningKey) -> None:
     issuer.publish(*published, STAYING)
     clock.now += jwks.FRESH_S + 1
-    await keys.key(WITHDRAWN.kid)  # too old: renewed behind this answer's back, which the next one awaits
+    await keys.key(WITHDRAWN.kid)  # stale: this call renews in the background, and the next one awaits that
     await keys.key(STAYING.kid)
 
 
@@ -617,7 +617,7 @@ async def test_a_remembered_token_ends_with_its_key(
     assert verifier._remembered == {}
 
 
-async def test_a_remembered_token_ends_when_its_keys_name_goes_to_another(
+async def test_a_remembered_token_ends_when_its_kid_names_another_key(
     issuer: Issuer, keys: FetchedKeys, clock_of_keys: Clock
 ) -> None:
     verifier = Verifier(keys=keys)
