@@ -33,8 +33,10 @@ class Slots:
         self.waiting += 1
         try:
             await slot
-        except asyncio.CancelledError:
-            if slot.done() and not slot.cancelled() and not slot.exception():
+        except (asyncio.CancelledError, TimeoutError):
+            if slot in self._queue:
+                self._queue.remove(slot)
+            elif not slot.cancelled() and not slot.exception():
                 self.give()  # it was handed over at the moment of the cancellation
             raise
         finally:

@@ -75,6 +75,7 @@ class _Exchange:
     ) -> None:
         self._front, self._scope, self._receive, self._send = front, scope, receive, send
         self._asked_by = asked_by
+        self._path: str = scope["path"]  # as it was sent: it is normalized later
         self._status = 0  # until an answer begins
         self._size = 0
         self._is_over = False  # what the application still says is not sent
@@ -85,7 +86,7 @@ class _Exchange:
 
     async def run(self) -> None:
         front, scope = self._front, self._scope
-        started, path = front.access_log.start(scope), scope["path"]
+        started, path = front.access_log.start(scope), self._path
         # The server asks its own scope for the method.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         timer = self._task.get_loop().call_later(front.deadline_s, self._expire)
@@ -156,7 +157,12 @@ class _Exchange:
             own = message.get("headers", ())
             identifier = (b"x-request-id", request_id(scope).encode())
             limits = state_of(scope).get("rate_limit", ())
-            message["headers"] = [*own, *security_headers(scope, own), identifier, *limits]
+            message["headers"] = [
+                *own,
+                *security_headers(scope["scheme"], self._path, own),
+                identifier,
+                *limits,
+            ]
             if self._asked_by is None:
                 message["headers"].append(_VARY)
             else:

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-from starlette.types import Scope
-
 Field = tuple[bytes, bytes]
 
 CONTENT_POLICY = b"content-security-policy"
@@ -17,14 +15,14 @@ ALWAYS = (
 )
 
 
-def security_headers(scope: Scope, own: Iterable[Field]) -> tuple[Field, ...]:
+def security_headers(scheme: str, path: str, own: Iterable[Field]) -> tuple[Field, ...]:
     """Return what to add to an answer with the headers *own*.
 
     A page brings a content policy of its own; everything else may load nothing.
     """
-    is_private = scope["path"].startswith("/api/")
+    is_private = path.startswith("/api/")
     brings_policy = not is_private and any(name == CONTENT_POLICY for name, _ in own)
-    return _ADDED[scope["scheme"] == "https", is_private, brings_policy]
+    return _ADDED[scheme == "https", is_private, brings_policy]
 
 
 # By whether the request came by https, whether its path is below /api/ (tasks and accounts are private), and

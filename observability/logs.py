@@ -127,4 +127,5 @@ def _render_json(logger: Any, method: str, line: MutableMapping[str, Any]) -> st
     try:
         return orjson.dumps(line, default=repr, option=orjson.OPT_UTC_Z).decode()
     except TypeError:  # an unpaired surrogate, which an exception's text may hold
+        line["timestamp"] = line["timestamp"].isoformat()
         return json.dumps(line, default=repr)

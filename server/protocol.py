@@ -241,10 +241,8 @@ class Protocol(HttpToolsProtocol):
         except asyncio.CancelledError:
             if not self.transport.is_closing():
                 raise
-        except Exception:
-            await sender.begin()  # uvicorn cuts off what has begun
-            raise
         finally:
+            await sender.begin()  # without its body: uvicorn cuts it off
             if self._answering is task:  # else the next request has begun
                 self._answering = None
 

@@ -1,5 +1,6 @@
 """Sends a response: with one write if its body comes in one piece, as nearly every one's does."""
 
+import re
 from typing import Any
 
 from starlette.types import Message
@@ -11,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 WITHOUT_BODY = frozenset({204, 304})
+_FRAMING = re.compile(b"connection|transfer-encoding", re.IGNORECASE)  # fields that uvicorn acts on
 # A transport keeps a piece until its last byte is sent, so a long body in one piece is held as a whole.
 PIECE_BYTES = 64 * 1024
 
@@ -51,14 +53,12 @@ class Sender:
         """Return the response, long ones in pieces; None if uvicorn has to decide on their framing."""
         cycle, status = self._cycle, start["status"]
         fields = [*cycle.default_headers, *start.get("headers", ())]
-        names = [name for name, _ in fields]
-        is_usual = cycle.scope["method"] != "HEAD" and status not in WITHOUT_BODY
-        if not is_usual or b"connection" in names or (b"content-length", b"%d" % len(body)) not in fields:
+        names = b"".join([name for name, _ in fields])
+        decides_framing = _FRAMING.search(names) or cycle.scope["method"] == "HEAD" or status in WITHOUT_BODY
+        if decides_framing or (b"content-length", b"%d" % len(body)) not in fields:
             return None
-        if HEADER_RE.search(b"".join(names)) or HEADER_VALUE_RE.search(
-            b"".join([value for _, value in fields])
-        ):
-            raise RuntimeError("a field of the response would break its head")
+        if HEADER_RE.search(names) or HEADER_VALUE_RE.search(b"".join([value for _, value in fields])):
+            return None  # uvicorn refuses it
         if not cycle.keep_alive:
             fields.append((b"connection", b"close"))
         head = b"".join([b"%s: %s\r\n" % field for field in fields])

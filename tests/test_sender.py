@@ -82,6 +82,8 @@ RESPONSES: dict[str, Messages] = {
     "in parts of a known length": [start(200, LENGTH), body(b"he", more=True), body(b"llo")],
     "chunked by itself": [start(200, (b"transfer-encoding", b"chunked")), body(b"hello")],
     "closing": [start(200, LENGTH, (b"connection", b"close")), body(b"hello")],
+    "closing, in capitals": [start(200, LENGTH, (b"Connection", b"close")), body(b"hello")],
+    "length and chunks": [start(200, LENGTH, (b"Transfer-Encoding", b"chunked")), body(b"hello")],
     "another line in a field": [start(200, LENGTH, (b"location", b"/a\r\nset-cookie: x")), body(b"hello")],
     "another field in a name": [start(200, LENGTH, (b"a: b\r\nc", b"d")), body(b"hello")],
     "body first": [body(b"hello")],
@@ -103,6 +105,7 @@ async def test_the_bytes_are_those_that_uvicorn_writes(
     outcome = await sent(Sender(cycle), messages)
 
     assert outcome == expected_outcome
+    assert cycle.response_started == expected_cycle.response_started
     if outcome is None:
         assert b"".join(transport.written) == b"".join(expected.written)
         assert transport.is_closed == expected.is_closed

@@ -223,7 +223,7 @@ async def read_body(request: Request) -> bytes:
     # Python refuses to read numbers of more than 4,300 digits, which are too large anyway.
     if announced.isdecimal() and (len(announced) > ANNOUNCED_MAX or int(announced) > BODY_MAX_BYTES):
         raise ContentTooLarge
-    if state_of(request.scope).get("body_received"):
+    if state_of(request.scope).pop("body_received", False):
         return await _receive(request)  # without a timer
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
