@@ -157,12 +157,8 @@ class _Exchange:
             own = message.get("headers", ())
             identifier = (b"x-request-id", request_id(scope).encode())
             limits = state_of(scope).get("rate_limit", ())
-            message["headers"] = [
-                *own,
-                *security_headers(scope["scheme"], self._path, own),
-                identifier,
-                *limits,
-            ]
+            security = security_headers(scope["scheme"], self._path, own)
+            message["headers"] = [*own, *security, identifier, *limits]
             if self._asked_by is None:
                 message["headers"].append(_VARY)
             else:

@@ -8,7 +8,17 @@ from tests.conftest import SCOPE, Person, front
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/docs", "/openapi.json", "/health", "/nope", "/docs/assets/index.css"]
+    "path",
+    [
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/health",
+        "/nope",
+        "/docs/assets/index.css",
+        "/api/",
+        "/api%2Falice%2Ftasks",
+    ],
 )
 async def test_head_answers_as_get_without_the_body(client: httpx.AsyncClient, path: str) -> None:
     got, headed = await client.get(path), await client.head(path)

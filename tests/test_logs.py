@@ -3,6 +3,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -81,4 +82,6 @@ def test_logging_to_a_full_disk_raises_nothing() -> None:
 def test_an_unpaired_surrogate_is_written(stream: io.StringIO) -> None:
     structlog.get_logger("ours").info("event", text="\ud800")
 
-    assert json.loads(stream.getvalue())["text"] == "\ud800"
+    line = json.loads(stream.getvalue())
+    assert line["text"] == "\ud800"
+    assert datetime.fromisoformat(line["timestamp"]).utcoffset() == timedelta(0)

@@ -87,3 +87,8 @@ async def test_only_https_responses_have_strict_transport_security(
         answer = await it.get("/health", headers={"X-Forwarded-Proto": "https"})
 
     assert answer.headers.get_list("strict-transport-security") == told
+
+
+@pytest.mark.parametrize("path", ["/api/", "/api/nope", "/api%2Falice%2Ftasks"])
+async def test_every_answer_below_api_is_no_store(client: httpx.AsyncClient, path: str) -> None:
+    assert (await client.get(path)).headers["cache-control"] == "no-store"
