@@ -71,7 +71,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
 
     app.add_middleware(
         FrontMiddleware,
-        routes=app,
+        routes=app.routes,
         rate_limits=services.rate_limits,
         deadline_s=settings.request_deadline_s,
         origins=settings.origins,

@@ -130,10 +130,10 @@ def _verifier(settings: Settings, keys: tokens.KeySource | None) -> tokens.Verif
     )
 
 
-def _local_accounts(settings: Settings, counters: Storage) -> LocalAccounts:
+def _local_accounts(settings: Settings, storage: Storage) -> LocalAccounts:
     def issue(user_id: str, lifetime_s: float, **claims: str | float) -> str:
         return tokens.issue(user_id, settings.secrets[0], lifetime_s, **settings.own_claims, **claims)
 
     return LocalAccounts(
-        Passwords(), SignInThrottle(counters), issue, settings.jwt_expiration_s, settings.session_max_age_s
+        Passwords(), SignInThrottle(storage), issue, settings.jwt_expiration_s, settings.session_max_age_s
     )

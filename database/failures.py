@@ -4,7 +4,7 @@ import sqlite3
 
 import asyncpg
 
-from database.pool import PoolBusy
+from database.slots import PoolBusy
 from errors import NotMigrated, Overloaded, Unavailable
 from observability import metrics
 from observability.logs import BoundedLog

@@ -13,22 +13,22 @@ from typing import Any
 
 import aiosqlite
 
-from database.pool import PoolBusy
+from database.slots import PoolBusy
 
-GROUP_MAX = 64  # writes of one transaction; the last one waits for all of them
+GROUP_MAX = 64  # writes of one transaction; each is answered after the commit of all
 
 Outcome = list[Any] | Exception
 Lend = Callable[[], AbstractAsyncContextManager[aiosqlite.Connection]]
 
 
 class InterruptibleConnection(sqlite3.Connection):
-    """A connection whose progress handler asks `is_cancelled` while a statement runs."""
+    """A connection that stops a running statement once `is_cancelled` returns True (see `sqlite._Timed`)."""
 
     is_cancelled: Callable[[], bool] = staticmethod(lambda: False)
 
 
 class Write:
-    """One statement of one request. *rows* resolves when they are on disk."""
+    """One statement of one request. `rows` resolves after the commit."""
 
     def __init__(self, sql: str, arguments: list[Any]) -> None:
         self.sql, self.arguments = sql, arguments

@@ -10,7 +10,7 @@ from typing import Any
 
 import asyncpg
 
-from database.slots import Slots
+from database.slots import PoolBusy, Slots
 
 # Further requests would wait too long, so they are refused at once.
 WAITING_MAX_PER_CONNECTION = 20
@@ -24,10 +24,6 @@ CHECK_TIMEOUT_S = 1.0
 # Neon takes 0.5 to 5 s to wake up; requests wait instead of failing.
 PATIENCE_S = 5.5
 RECONNECT_S = 0.25
-
-
-class PoolBusy(Exception):
-    """More requests are waiting than will be served in time."""
 
 
 Took = Callable[[float], None]

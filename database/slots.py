@@ -1,7 +1,11 @@
-"""A semaphore whose usual case needs no coroutine, and whose waiting needs no task and no timeout object."""
+"""A semaphore that takes a free slot without a coroutine, and waits without a task or a timeout object."""
 
 import asyncio
 from collections import deque
+
+
+class PoolBusy(Exception):
+    """Too many requests are waiting."""
 
 
 class Slots:
@@ -11,7 +15,10 @@ class Slots:
         self.free = count
         self._wait_s = wait_s
         self._queue: deque[asyncio.Future[None]] = deque()
-        self.waiting = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
 
     def take(self) -> bool:
         """Take a slot and return True, or return False if none is free."""
@@ -21,7 +28,7 @@ class Slots:
         return True
 
     async def wait(self) -> None:
-        """Wait for the next slot that no earlier request waits for.
+        """Wait for a slot; earlier requests are served first.
 
         Raises:
             TimeoutError: none was free in time.
@@ -30,7 +37,6 @@ class Slots:
         slot = loop.create_future()
         timer = loop.call_later(self._wait_s, _expire, slot)
         self._queue.append(slot)
-        self.waiting += 1
         try:
             await slot
         except (asyncio.CancelledError, TimeoutError):
@@ -41,10 +47,9 @@ class Slots:
             raise
         finally:
             timer.cancel()
-            self.waiting -= 1
 
     def give(self) -> None:
-        """Give a slot back, to the request that has waited longest."""
+        """Release a slot; the request that has waited longest gets it."""
         while self._queue:
             slot = self._queue.popleft()
             if not slot.done():

@@ -23,8 +23,7 @@ from database.base import DEFAULT_TIMEOUTS, Database, Executor, Timeouts, share_
 from database.failures import translated
 from database.fair_share import FairShare
 from database.group_commit import GroupCommit, InterruptibleConnection, Write
-from database.pool import PoolBusy
-from database.slots import Slots
+from database.slots import PoolBusy, Slots
 from database.statements import Compiled, Row, Statement, compile_statement
 from errors import Unavailable
 
@@ -71,9 +70,8 @@ class SQLite(Database):
 
     @property
     def usage(self) -> dict[str, int]:
-        in_use = len(self._writer.all) - self._writer.idle
-        waiting = self._writer.waiting + self._group_commit.waiting
-        return {"in use": in_use, "idle": 1 - in_use, "waiting": waiting}
+        idle, waiting = self._writer.idle, self._writer.waiting + self._group_commit.waiting
+        return {"in use": len(self._writer.all) - idle, "idle": idle, "waiting": waiting}
 
     @property
     def connections(self) -> list[aiosqlite.Connection]:
@@ -95,7 +93,8 @@ class SQLite(Database):
             try:
                 found = await self._group_commit.write(write)
             finally:
-                self.took(compiled, write.seconds)
+                if write.seconds:  # else it has not run
+                    self.took(compiled, write.seconds)
         return self._rows(compiled, found)
 
     async def fetch(self, connection: aiosqlite.Connection, compiled: Compiled, values: Row) -> list[Row]:
@@ -189,8 +188,8 @@ class _Connections:
         while self.all:
             await self.all.pop().close()  # each is a thread that would keep the process alive
 
-    def lend(self) -> "_Slot":
-        return _Slot(self)
+    def lend(self) -> "_Loan":
+        return _Loan(self)
 
     async def take(self) -> aiosqlite.Connection:
         """Return a free connection.
@@ -234,7 +233,7 @@ class _Connections:
         self.give_back(connection)
 
 
-class _Slot:
+class _Loan:
     """The right to use one connection until the block ends; if it is cancelled, until its statement has."""
 
     def __init__(self, connections: _Connections) -> None:
@@ -259,13 +258,13 @@ class _Timed(InterruptibleConnection):
         super().__init__(path, isolation_level=None)
         self._statement_s = statement_s
         self._deadline = inf
-        self.set_progress_handler(self._is_late, STEPS)
+        self.set_progress_handler(self._must_stop, STEPS)
 
     def execute(self, *statement: Any) -> sqlite3.Cursor:
         self._deadline = time.monotonic() + self._statement_s
         return super().execute(*statement)
 
-    def _is_late(self) -> bool:
+    def _must_stop(self) -> bool:
         return time.monotonic() > self._deadline or self.is_cancelled()
 
 

@@ -38,7 +38,7 @@ class AccessLog:
     def answered(
         self, scope: Scope, path: str, route: str | None, status: int, size_bytes: int, started: float
     ) -> None:
-        """Measure the request, which *path* was sent with, and write its line."""
+        """Measure the request and write its line; *path* is as the client sent it."""
         duration_s = time.perf_counter() - started
         if self._measures:
             metrics.requests_in_flight.dec()

@@ -29,7 +29,7 @@ class AllowedHosts:
         self._ours: set[bytes] = set()  # accepted spellings; refused ones are not kept
 
     def admit(self, scope: Scope) -> bool:
-        """Return whether *scope* was sent to one of them. The caller admits probes, which go by address."""
+        """Return whether the Host header names one of them. The caller exempts probes, sent to an address."""
         sent = [value for name, value in scope["headers"] if name == b"host"]
         if len(sent) != 1:
             return False

@@ -40,6 +40,7 @@ EXPOSED_HEADERS = (
 
 # Better Auth's client always includes credentials, for which browsers require this. We read no cookies.
 _CREDENTIALS = {"Access-Control-Allow-Credentials": "true"}
+_VARY = (b"vary", b"Origin")  # tells caches that another origin may get other headers
 
 
 class PreflightRefused(errors.Problem):
@@ -47,7 +48,7 @@ class PreflightRefused(errors.Problem):
 
 
 class CORS(CORSMiddleware):
-    """Starlette's rules, with refusals as problems. No layer: the front asks it."""
+    """Starlette's CORS rules, with refusals as problems. The front calls it; it wraps no application."""
 
     def __init__(self, origins: Sequence[str]) -> None:
         super().__init__(
@@ -58,20 +59,19 @@ class CORS(CORSMiddleware):
             expose_headers=EXPOSED_HEADERS,
         )
 
-    def add_headers(self, message: Message, request_headers: Headers) -> None:
-        """Add to the start of an answer what a browser looks for."""
+    def add_headers(self, message: Message, request_headers: Headers | None) -> None:
+        """Add the CORS headers to the start of an answer; *request_headers* are those of a browser."""
+        if request_headers is None:
+            message["headers"].append(_VARY)
+            return
         headers = MutableHeaders(scope=message)
         headers.update(self.simple_headers)
         origin = request_headers["origin"]
         if not self.allow_all_origins and self.is_allowed_origin(origin=origin):
             self.allow_explicit_origin(headers, origin)
+            headers.update(_CREDENTIALS)
         else:
             headers["Vary"] = ", ".join([*headers.getlist("Vary"), "Origin"])
-
-    @staticmethod
-    def allow_explicit_origin(headers: MutableHeaders, origin: str) -> None:
-        CORSMiddleware.allow_explicit_origin(headers, origin)
-        headers.update(_CREDENTIALS)
 
     def preflight(self, scope: Scope, headers: Headers) -> Response:
         answer = self.preflight_response(headers)

@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import errors
@@ -24,12 +24,11 @@ from web.rate_limits import RateLimits
 from web.request_state import request_id, state_of
 from web.route_table import RouteTable
 
-_VARY = (b"vary", b"Origin")  # tells caches that another origin may get other headers
 CLIENT_GONE = 499  # as nginx has it: the client did not wait for the answer
 
 
 class FrontMiddleware:
-    """*hosts* are those whose requests are served; with none, all are."""
+    """*hosts* are the accepted Host headers; none means that all are accepted."""
 
     def __init__(
         self,
@@ -40,7 +39,7 @@ class FrontMiddleware:
         origins: Sequence[str] = (),
         hosts: Sequence[str] = (),
         access_log: AccessLog | None = None,
-        routes: FastAPI | None = None,
+        routes: Sequence[BaseRoute] = (),
     ) -> None:
         self.app = app
         self.rate_limits = rate_limits
@@ -48,37 +47,42 @@ class FrontMiddleware:
         self.hosts = AllowedHosts(hosts) if hosts else None
         self.cors = CORS(origins)
         self.access_log = access_log or AccessLog()
-        self.table = RouteTable(routes.routes if routes else ())
+        self.table = RouteTable(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        asked_by = None
+        browser_headers = None
         for name, _ in scope["headers"]:
             if name == b"origin":  # a browser
-                asked_by = Headers(scope=scope)
-                if scope["method"] == "OPTIONS" and "access-control-request-method" in asked_by:
-                    answer = self.cors.preflight(scope, asked_by)
+                browser_headers = Headers(scope=scope)
+                if scope["method"] == "OPTIONS" and "access-control-request-method" in browser_headers:
+                    answer = self.cors.preflight(scope, browser_headers)
                     answer.headers["X-Request-ID"] = request_id(scope)
                     await answer(scope, receive, send)
                     return
                 break
-        await _Exchange(self, scope, receive, send, asked_by).run()
+        await _Exchange(self, scope, receive, send, browser_headers).run()
 
 
 class _Exchange:
     """One request and its answer."""
 
     def __init__(
-        self, front: FrontMiddleware, scope: Scope, receive: Receive, send: Send, asked_by: Headers | None
+        self,
+        front: FrontMiddleware,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        browser_headers: Headers | None,
     ) -> None:
         self._front, self._scope, self._receive, self._send = front, scope, receive, send
-        self._asked_by = asked_by
+        self._browser_headers = browser_headers
         self._path: str = scope["path"]  # as it was sent: it is normalized later
         self._status = 0  # until an answer begins
         self._size = 0
-        self._is_over = False  # what the application still says is not sent
+        self._is_replaced = False  # what the application still says is not sent
         self._late: asyncio.Task[None] | None = None  # answers when the deadline has passed
         task = state_of(scope).get("task") or asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in a task
@@ -86,8 +90,8 @@ class _Exchange:
 
     async def run(self) -> None:
         front, scope = self._front, self._scope
-        started, path = front.access_log.start(scope), self._path
-        # The server asks its own scope for the method.
+        started = front.access_log.start(scope)
+        # The application answers HEAD as GET. The server keeps its own scope, and sends no body.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         timer = self._task.get_loop().call_later(front.deadline_s, self._expire)
         try:
@@ -104,53 +108,53 @@ class _Exchange:
         except ClientDisconnect:
             self._status = CLIENT_GONE
         except Exception:
-            front.access_log.crashed(scope, path)
+            front.access_log.crashed(scope, self._path)
             if self._status:
                 raise  # half an answer has left: the server must cut it off
-            await problems.render(scope, errors.InternalError())(scope, self._receive, self._answer)
+            await self._refuse(errors.InternalError())
         finally:
             # Without a status it was cancelled: the client has gone.
             status = self._status or CLIENT_GONE
-            front.access_log.answered(scope, path, route_of(inner), status, self._size, started)
+            front.access_log.answered(scope, self._path, route_of(inner), status, self._size, started)
 
     async def _handle(self, scope: Scope) -> None:
         front = self._front
         if front.hosts and not paths.is_probe(scope["raw_path"]) and not front.hosts.admit(scope):
-            await problems.render(scope, WrongHost())(scope, self._receive, self._answer)
+            await self._refuse(WrongHost())
             return
         if not paths.normalize(scope):
             await problems.render(scope, errors.NotFound(errors.NOTHING_HERE))(
-                scope, self._receive, self._pass
+                scope, self._receive, self._charge_and_send
             )
             return
         route = front.table.find(scope)
         if route is None:
-            await front.app(scope, self._receive, self._pass)
+            await front.app(scope, self._receive, self._charge_and_send)
             return
         try:
             response = await route.answer(Request(scope, self._receive))
         except problems.KNOWN as error:
             response = problems.answer(scope, error)
-        await response(scope, self._receive, self._pass)
+        await response(scope, self._receive, self._charge_and_send)
 
-    async def _pass(self, message: Message) -> None:
+    async def _charge_and_send(self, message: Message) -> None:
         """Send what the application says, unless the deadline or the limit of the client's address is passed.
 
         A request with a valid token was charged to its user.
         """
-        if self._is_over:
+        if self._is_replaced:
             return
         scope = self._scope
         if message["type"] == "http.response.start" and _is_uncharged(scope):
             try:
                 await self._front.rate_limits.count_address(scope)
             except errors.QuotaExceeded as problem:
-                self._is_over = True
-                await problems.render(scope, problem)(scope, self._receive, self._answer)
+                self._is_replaced = True
+                await self._refuse(problem)
                 return
-        await self._answer(message)
+        await self._add_headers_and_send(message)
 
-    async def _answer(self, message: Message) -> None:
+    async def _add_headers_and_send(self, message: Message) -> None:
         scope = self._scope
         if message["type"] == "http.response.start":
             self._status = message["status"]
@@ -159,22 +163,22 @@ class _Exchange:
             limits = state_of(scope).get("rate_limit", ())
             security = security_headers(scope["scheme"], self._path, own)
             message["headers"] = [*own, *security, identifier, *limits]
-            if self._asked_by is None:
-                message["headers"].append(_VARY)
-            else:
-                self._front.cors.add_headers(message, self._asked_by)
+            self._front.cors.add_headers(message, self._browser_headers)
         elif scope["method"] == "HEAD":
             message = {**message, "body": b""}
         else:
             self._size += len(message.get("body", b""))
         await self._send(message)
 
+    async def _refuse(self, problem: errors.Problem) -> None:
+        response = problems.render(self._scope, problem)
+        await response(self._scope, self._receive, self._add_headers_and_send)
+
     def _expire(self) -> None:
         """Answer 503 and cancel the handler. An answer that has begun is bounded by the server."""
         if not self._status:
-            self._is_over = True
-            problem = problems.render(self._scope, errors.Unavailable())
-            self._late = asyncio.ensure_future(problem(self._scope, self._receive, self._answer))
+            self._is_replaced = True
+            self._late = asyncio.ensure_future(self._refuse(errors.Unavailable()))
             self._task.cancel()
 
 

@@ -28,7 +28,6 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
         processors=processors,
         logger_factory=structlog.WriteLoggerFactory(output),
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(output)
     handler.setFormatter(
@@ -105,7 +104,6 @@ def _processors(log_format: str, *, colors: bool) -> list[Any]:
     if log_format == "json":
         return [_render_json]
     return [
-        structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback),

@@ -30,7 +30,7 @@ from database.statements import Deferred, Row, named
 from models import BIG_ID, PRIORITY
 from queries.filters import Shape, conditions, shape_of, values_of
 from queries.owner import COLUMNS, OWNED, TASKS, Owner
-from queries.rows import NEXT_IS_OPEN, STORED, new_task, successor, touched, touched_row
+from queries.rows import LACKS_SUCCESSOR, STORED, new_task, successor, touched, touched_row
 from refusals import OperationRefused, Refusal, TaskNotFound, TooManyTasks, VersionConflict
 from schemas import Complete, Create, Delete, Filter, Operation, Update
 
@@ -53,7 +53,7 @@ async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) ->
         ids = sorted({operation.id for operation in operations if not isinstance(operation, Create)})
         rows = await tx.all(_SELECT_FOR_UPDATE, ids=ids) if ids else []
         may_add = _may_add(operations, rows)
-        workbench = _Workbench(rows, await _room(tx) if may_add else 0, owner.limit.tasks_max)
+        workbench = _Workbench(rows, await _room(tx) if may_add else 0, owner.quota.tasks_max)
         outcomes: list[Done | Refusal] = []
         for index, operation in enumerate(operations):
             try:
@@ -63,8 +63,8 @@ async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) ->
                     raise OperationRefused(index, refusal) from refusal
                 outcomes.append(refusal)
         created = await _write(tx, workbench)
-    if may_add and owner.limit.tasks_max:
-        owner.limit.counted(owner.user_id, owner.limit.tasks_max - workbench.room)
+    if may_add and owner.quota.tasks_max:
+        owner.quota.counted(owner.user_id, owner.quota.tasks_max - workbench.room)
     return [
         Done("created", created[outcome.new])
         if isinstance(outcome, Done) and outcome.new is not None
@@ -94,7 +94,7 @@ async def complete_tasks(owner: Owner, filters: Filter, *, completed: bool) -> i
         others = await tx.all(Deferred(_complete_all, (shape, False)), now=now, **values)
         if next_tasks := list(filter(None, (successor(task, now) for task in series))):
             if len(next_tasks) > await _room(tx):
-                raise TooManyTasks(owner.limit.tasks_max)
+                raise TooManyTasks(owner.quota.tasks_max)
             await tx.all(_INSERT_ALL, records=_json(next_tasks))
     return len(series) + len(others)
 
@@ -173,12 +173,12 @@ def _may_add(operations: Sequence[Operation], rows: Sequence[Row]) -> bool:
 
 async def _room(owner: Owner) -> int:
     """Return how many more tasks *owner* may have."""
-    if not owner.limit.tasks_max:
+    if not owner.quota.tasks_max:
         return maxsize
     await owner.one(_LOCK_OWNER)  # so that the count includes other bulk inserts
     count = await owner.one(_COUNT)
     assert count is not None  # noqa: S101 - an aggregate has one row
-    return owner.limit.tasks_max - int(count["count"])
+    return owner.quota.tasks_max - int(count["count"])
 
 
 async def _write(owner: Owner, workbench: _Workbench) -> list[Row]:
@@ -232,7 +232,7 @@ def _reopen_all(shape: Shape) -> Executable:
 
 
 def _complete_all(shape: Shape, in_series: bool) -> Executable:
-    condition = NEXT_IS_OPEN if in_series else not_(NEXT_IS_OPEN)
+    condition = LACKS_SUCCESSOR if in_series else not_(LACKS_SUCCESSOR)
     statement = update(TASKS).where(*_locked(shape), not_(TASKS.c.completed), condition)
     if not in_series:
         return named("complete_tasks", statement.values(touched(true())).returning(TASKS.c.id))

@@ -114,14 +114,16 @@ def _part(shape: Shape, order: Order, continued: bool, known: bool | None = None
         statement = statement.where(here < after if order.descending else here > after)
     elif known:
         statement = statement.where(TASKS.c[order.field].is_not(None))
-    directed = (part.desc() if order.descending else part.asc() for part in (key, task_id))
-    return statement.order_by(*directed).limit(_LIMIT)
+    return statement.order_by(*_directed(order, TASKS.c)).limit(_LIMIT)
 
 
 def _ordering(order: Order, columns: Any) -> list[ColumnElement[Any]]:
+    return [columns[order.field].is_(None), *_directed(order, columns)]
+
+
+def _directed(order: Order, columns: Any) -> list[ColumnElement[Any]]:
     parts = (_sort_key(order.field, columns[order.field]), columns["id"])
-    directed = [part.desc() if order.descending else part.asc() for part in parts]
-    return [columns[order.field].is_(None), *directed]
+    return [part.desc() if order.descending else part.asc() for part in parts]
 
 
 def _sort_key(field: str, value: Any) -> ColumnElement[Any]:

@@ -20,11 +20,11 @@ OWNED = TASKS.c.user_id == bindparam("owner", type_=TASKS.c.user_id.type)
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A verified user, the database of their tasks, and their quota. Every statement starts from one."""
+    """A verified user, the database of their tasks, and their quota."""
 
     user_id: str
     db: Executor
-    limit: TaskQuota = NO_LIMIT
+    quota: TaskQuota = NO_LIMIT
 
     async def one(self, statement: Statement, **values: Any) -> Row | None:
         rows = await self.all(statement, **values)

@@ -16,7 +16,7 @@ STORED = tuple(column.name for column in TASKS.c if column.name not in TaskKey.m
 
 NOW = bindparam("now", type_=TIMESTAMP)
 # True of a recurring task that has no successor yet.
-NEXT_IS_OPEN = and_(
+LACKS_SUCCESSOR = and_(
     TASKS.c.has_successor == false(), TASKS.c.recurring.is_not(None), TASKS.c.due_date.is_not(None)
 )
 

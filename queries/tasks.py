@@ -27,7 +27,7 @@ from database.statements import Row, named
 from errors import Unavailable
 from models import BIG_ID
 from queries.owner import COLUMNS, OWNED, TASKS, Owner
-from queries.rows import NEXT_IS_OPEN, STORED, WRITABLE, new_task, successor, touched
+from queries.rows import LACKS_SUCCESSOR, STORED, WRITABLE, new_task, successor, touched
 from refusals import TaskNotFound, TooManyTasks, VersionConflict
 
 SERIES_ATTEMPTS = 3  # concurrent requests may change the task between two statements
@@ -195,16 +195,16 @@ async def _complete_in_series(owner: Owner, values: dict[str, Any]) -> Row | Non
 
 
 async def _insert(owner: Owner, values: Mapping[str, Any]) -> Row:
-    limit = owner.limit
+    quota = owner.quota
     values = {f"new_{name}": value for name, value in values.items()}
-    if limit.take(owner.user_id):
+    if quota.take(owner.user_id):
         row = await owner.one(_INSERT, **values)
         assert row is not None  # noqa: S101 - for the type checker
         return row
-    row = await owner.one(_INSERT_WITHIN_LIMIT, tasks_max=limit.tasks_max, **values)
+    row = await owner.one(_INSERT_WITHIN_LIMIT, tasks_max=quota.tasks_max, **values)
     if row is None:
-        raise TooManyTasks(limit.tasks_max)
-    limit.counted(owner.user_id, row.pop("count"))
+        raise TooManyTasks(quota.tasks_max)
+    quota.counted(owner.user_id, row.pop("count"))
     return row
 
 
@@ -277,7 +277,7 @@ def _update_statement(*, in_series: bool) -> Executable:
 
 
 def _toggle_statement() -> Executable:
-    next_is_due = and_(not_(TASKS.c.completed), NEXT_IS_OPEN)
+    next_is_due = and_(not_(TASKS.c.completed), LACKS_SUCCESSOR)
     return (
         update(TASKS)
         .where(OWNED, _THIS, _EXPECTED, not_(next_is_due))

@@ -242,7 +242,7 @@ class Protocol(HttpToolsProtocol):
             if not self.transport.is_closing():
                 raise
         finally:
-            await sender.begin()  # without its body: uvicorn cuts it off
+            await sender.begin()  # a start without a body: uvicorn then closes the connection
             if self._answering is task:  # else the next request has begun
                 self._answering = None
 

@@ -1,4 +1,4 @@
-"""Sends a response: with one write if its body comes in one piece, as nearly every one's does."""
+"""Sends a response, head and body in one write if the body comes in one piece, as almost all do."""
 
 import re
 from typing import Any

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
 
-# As in CLAUDE.md: each layer (floor) imports only from layers below.
+# As in CLAUDE.md: each floor imports only from floors below.
 FLOORS = [
     {"errors", "observability", "refusals", "tls"},
     {"database"},
@@ -57,13 +57,13 @@ def _room(file: str) -> str:
     return file.split("/")[0].removesuffix(".py")
 
 
-def test_every_module_and_package_has_a_layer() -> None:
+def test_every_module_and_package_has_a_floor() -> None:
     modules = {path.stem for path in PROJECT.glob("*.py")}
 
     assert modules | PACKAGES | {"migrations"} == FLOOR.keys()
 
 
-def test_imports_go_to_lower_layers_only() -> None:
+def test_imports_go_to_lower_floors_only() -> None:
     imports = _imports()
     assert sum(map(len, imports.values())) > 200
 

@@ -93,7 +93,7 @@ def test_readmes_example_has_every_member_of_a_task() -> None:
     assert set(json.loads(line)) == set(TaskOut.model_fields)
 
 
-def test_claude_md_lists_the_layers_that_are_checked() -> None:
+def test_claude_md_lists_the_floors_that_are_checked() -> None:
     text = (PROJECT / "CLAUDE.md").read_text()
     rows = re.findall(r"^\| \d+ \| (.*) \|$", text, re.MULTILINE)
 

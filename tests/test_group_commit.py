@@ -11,7 +11,7 @@ import pytest
 
 from database import sqlite
 from database.group_commit import GROUP_MAX, GroupCommit, Write
-from database.pool import PoolBusy
+from database.slots import PoolBusy
 
 INSERT = "INSERT INTO word VALUES (?) RETURNING text"
 # Counts to ten million: long enough to be interrupted.
@@ -45,11 +45,16 @@ class Writer:
     async def write(self, text: Any, sql: str = INSERT) -> Any:
         return await self.commits.write(Write(sql, [text]))
 
-    async def write_together(self, *texts: Any) -> list[Any]:
-        """Write *texts* while the connection is held, so that they wait together, and return the outcomes."""
+    async def begin_together(self, *writes: tuple[Any, str]) -> list["asyncio.Task[Any]"]:
+        """Begin *writes* while the connection is held, so that they form a group."""
         async with self.lock:
-            writing = [asyncio.create_task(self.write(text)) for text in texts]
+            writing = [asyncio.create_task(self.write(text, sql)) for text, sql in writes]
             await asyncio.sleep(0.01)
+        return writing
+
+    async def write_together(self, *texts: Any) -> list[Any]:
+        """Write *texts* as a group and return the outcomes."""
+        writing = await self.begin_together(*((text, INSERT) for text in texts))
         return await asyncio.gather(*writing, return_exceptions=True)
 
     def stored(self) -> list[str]:
@@ -100,11 +105,7 @@ async def test_a_statement_that_fails_fails_alone(writer: Writer, wrong: object)
 
 @pytest.mark.parametrize("statement_s", [0.1])
 async def test_a_statement_that_takes_too_long_fails_alone(writer: Writer) -> None:
-    async with writer.lock:
-        writing = [asyncio.create_task(writer.write("a"))]
-        writing.append(asyncio.create_task(writer.write("slow", SLOW)))
-        writing.append(asyncio.create_task(writer.write("c")))
-        await asyncio.sleep(0.01)
+    writing = await writer.begin_together(("a", INSERT), ("slow", SLOW), ("c", INSERT))
     first, slow, last = await asyncio.gather(*writing, return_exceptions=True)
 
     assert (first, last) == ([("a",)], [("c",)])
@@ -114,11 +115,7 @@ async def test_a_statement_that_takes_too_long_fails_alone(writer: Writer) -> No
 
 
 async def test_a_cancelled_write_is_interrupted_and_the_others_are_done(writer: Writer) -> None:
-    async with writer.lock:
-        writing = [asyncio.create_task(writer.write("a"))]
-        writing.append(asyncio.create_task(writer.write("slow", SLOW)))
-        writing.append(asyncio.create_task(writer.write("c")))
-        await asyncio.sleep(0.01)
+    writing = await writer.begin_together(("a", INSERT), ("slow", SLOW), ("c", INSERT))
     await asyncio.sleep(0.05)  # it is running
 
     writing[1].cancel()
@@ -147,11 +144,8 @@ async def test_no_write_is_acknowledged_when_the_commit_fails(writer: Writer) ->
         "CREATE TABLE child (id INTEGER REFERENCES parent DEFERRABLE INITIALLY DEFERRED)"
     )
     orphan = "INSERT INTO child VALUES (?)"
-    async with writer.lock:
-        good = asyncio.create_task(writer.write("a"))
-        bad = asyncio.create_task(writer.write(7, orphan))
-        await asyncio.sleep(0.01)
-    outcomes = await asyncio.gather(good, bad, return_exceptions=True)
+    writing = await writer.begin_together(("a", INSERT), (7, orphan))
+    outcomes = await asyncio.gather(*writing, return_exceptions=True)
 
     assert all(isinstance(outcome, sqlite3.IntegrityError) for outcome in outcomes)
     assert writer.stored() == []

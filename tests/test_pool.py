@@ -7,7 +7,8 @@ import asyncpg
 import pytest
 
 from database import pool as pool_module
-from database.pool import STATEMENTS_MAX, Pool, PoolBusy
+from database.pool import STATEMENTS_MAX, Pool
+from database.slots import PoolBusy
 from tests.postgres import Server
 from tests.postgres_proxy import running_proxy
 

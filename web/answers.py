@@ -1,10 +1,11 @@
-"""Answers whose bytes are there already."""
+"""A JSON response whose body is encoded already."""
 
 from collections.abc import Mapping
 
 from starlette.responses import Response
 
 JSON = "application/json"
+_CONTENT_TYPE = (b"content-type", JSON.encode())
 
 
 class JSONAnswer(Response):
@@ -12,6 +13,6 @@ class JSONAnswer(Response):
 
     def __init__(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.body, self.status_code, self.background = body, status, None
-        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), _CONTENT_TYPE]
         for name, value in (headers or {}).items():
             self.raw_headers.append((name.lower().encode(), value.encode("latin-1")))

@@ -1,7 +1,7 @@
 """Which of our routes answers a request, found by its method and the parts of its path.
 
 The framework tries one pattern after another, through several layers of included routers. Requests that the
-table does not know (documentation, 404, 405) are left to the framework.
+table does not know (health, metrics, documentation, 404, 405) are left to the framework.
 """
 
 import re
@@ -74,8 +74,7 @@ def _entry(context: RouteContext, route: DirectRoute, parts: list[str]) -> _Entr
         if part.startswith("{"):
             name = part[1:-1]
             convertor = context.param_convertors[name]
-            is_any = convertor.regex == _ANY_PART
-            pattern = None if is_any else re.compile(convertor.regex)
+            pattern = None if convertor.regex == _ANY_PART else re.compile(convertor.regex)
             parameters.append(_Parameter(position, name, convertor, pattern))
         else:
             literals.append((position, part))
