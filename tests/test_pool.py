@@ -83,7 +83,8 @@ async def test_a_connection_is_replaced_after_its_lifetime(
 
 
 async def test_waiting_too_long_for_a_connection_raises_timeout_error(postgres: Server) -> None:
-    pool = Pool(lambda: asyncpg.connect(postgres.url), 2, wait_s=0.05)
+    pool = Pool(lambda: asyncpg.connect(postgres.url), 2, wait_s=0.2)
+    await pool.warm()  # connecting may take longer than that
     holders = await occupied(pool)
 
     with pytest.raises(TimeoutError):
