@@ -50,7 +50,7 @@ from services import ServicesDep
 from web import etags
 from web.answers import JSONAnswer
 from web.cursors import CursorInvalid, CursorSealer, TaskList
-from web.direct_route import BODY_PROBLEMS, DirectRoute
+from web.direct_route import BODY_PROBLEMS, ONCE, DirectRoute
 from web.openapi import MERGE_PATCH, header
 from web.paths import PartConvertor, quoted_path
 from web.problems import problem_of
@@ -91,6 +91,7 @@ IdempotencyKey = Annotated[
         examples=["4c0b5e0d-6d3f-4f0e-9a4a-3ce2b6c1a7d8"],
         json_schema_extra={"pattern": IDEMPOTENCY_KEY_PATTERN},
     ),
+    ONCE,
 ]
 MergePatch = Annotated[TaskUpdate, Body(media_type=MERGE_PATCH)]
 
@@ -161,7 +162,7 @@ async def create_task(
     async def create(owner: Owner) -> Row:
         return await tasks.create_task(owner, dict(body))
 
-    row, headers = await _once(owner, request, idempotency_key, body, create)
+    row, headers = await _once(owner, idempotency_key, body, create)
     return _task(row, 201, headers | {"Location": f"{quoted_path(request.scope)}/{row['id']}"})
 
 
@@ -302,13 +303,12 @@ async def change_tasks(
         outcomes = await bulk.run(owner, body.operations, atomic=query.atomic)
         return {"results": [_result(outcome) for outcome in outcomes]}
 
-    content, headers = await _once(owner, request, idempotency_key, body, change, atomic=query.atomic)
+    content, headers = await _once(owner, idempotency_key, body, change, atomic=query.atomic)
     return _json(content, 200 if query.atomic else 207, headers)
 
 
 async def _once(
     owner: Owner,
-    request: Request,
     idempotency_key: str | None,
     body: BaseModel,
     work: Callable[[Owner], Awaitable[Any]],
@@ -318,7 +318,7 @@ async def _once(
     if idempotency_key is None:
         return await work(owner), {}
     sent = body.model_dump(mode="json", exclude_unset=True) | parameters
-    content, repeated = await idempotency.once(owner, _idempotency_key(request), sent, work)
+    content, repeated = await idempotency.once(owner, _idempotency_key(idempotency_key), sent, work)
     return content, {"Idempotent-Replayed": "true"} if repeated else {}
 
 
@@ -400,11 +400,8 @@ def _some(query: TaskSelection) -> Filter:
     return query.filter
 
 
-def _idempotency_key(request: Request) -> str:
-    sent = request.headers.getlist("idempotency-key")
-    if len(sent) > 1:
-        raise invalid_parameter("Idempotency-Key", "must be sent once")
-    key = sent[0].strip()
+def _idempotency_key(sent: str) -> str:
+    key = sent.strip()
     if len(key) > 1 and key[0] == key[-1] == '"':
         key = key[1:-1]
     if not 1 <= len(key) <= IDEMPOTENCY_KEY_MAX or not key.isprintable():

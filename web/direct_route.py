@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMediaType
+from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMediaType, invalid_parameter
 from web import strict_json
 from web.answers import JSON
 from web.request_state import state_of
@@ -32,6 +32,8 @@ BODY_TIMEOUT_S = 5.0
 ANNOUNCED_MAX = 20  # digits of a Content-Length, which has 64 bits
 QUERIES_REMEMBERED = 1024
 QUERY_REMEMBERED_MAX_BYTES = 128  # longer ones rarely repeat
+
+ONCE = "once"  # marks a header whose value may contain commas, so that two could look like one
 
 Reader = Callable[[Request], Any]
 
@@ -53,7 +55,8 @@ class DirectRoute(APIRoute):
     - `Annotated[T, Path(...)]`: a part of the path,
     - `Annotated[Model, Query()]`: the query as a frozen model; a repeated parameter becomes a tuple where the
       field is one, otherwise the last value counts, or is refused if the model forbids extra parameters,
-    - `Annotated[str | None, Header()]`: a header, joined by commas if it was sent more than once,
+    - `Annotated[str | None, Header()]`: a header, joined by commas if it was sent more than once, unless it is
+      marked `ONCE`: then it is refused,
     - `Request`,
     - anything else: the body, as strict JSON of at most `BODY_MAX_BYTES`; with a default it may be left out.
       `Body(media_type=…)` names one of the `+json` types; then no other is taken besides `application/json`.
@@ -108,7 +111,7 @@ def _parameters(endpoint: Callable[..., Any]) -> list[Parameter]:
         elif hint is Request:
             others.append(Parameter(name, (), _request_reader))
         elif _first(params.Header, extras):
-            others.append(Parameter(name, (), _header_reader(name)))
+            others.append(Parameter(name, (), _header_reader(name, once=ONCE in extras)))
         else:
             body = _first(params.Body, extras)
             patch_type = body.media_type if body and body.media_type != JSON else None
@@ -177,11 +180,13 @@ def _refuse_repeated(names: list[str]) -> None:
         )
 
 
-def _header_reader(name: str) -> Reader:
+def _header_reader(name: str, *, once: bool) -> Reader:
     field = name.replace("_", "-").encode()
 
     def read(request: Request) -> str | None:
         found = [value for header, value in request.scope["headers"] if header == field]
+        if once and len(found) > 1:
+            raise invalid_parameter(field.decode().title(), "must be sent once")
         return b", ".join(found).decode("latin-1") if found else None
 
     return read
