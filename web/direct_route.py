@@ -55,8 +55,8 @@ class DirectRoute(APIRoute):
     - `Annotated[T, Path(...)]`: a part of the path,
     - `Annotated[Model, Query()]`: the query as a frozen model; a repeated parameter becomes a tuple where the
       field is one, otherwise the last value counts, or is refused if the model forbids extra parameters,
-    - `Annotated[str | None, Header()]`: a header, joined by commas if it was sent more than once, unless it is
-      marked `ONCE`: then it is refused,
+    - `Annotated[str | None, Header()]`: a header, joined by commas if it was sent more than once; with `ONCE`
+      that is refused,
     - `Request`,
     - anything else: the body, as strict JSON of at most `BODY_MAX_BYTES`; with a default it may be left out.
       `Body(media_type=…)` names one of the `+json` types; then no other is taken besides `application/json`.
