@@ -287,7 +287,9 @@ async def test_cancelled_waiters_leak_no_connection(pool: Pool) -> None:
     for task in (*waiters, *holders):
         task.cancel()
     await asyncio.gather(*waiters, *holders, return_exceptions=True)
+    await asyncio.gather(*pool._tasks)  # which end the connections of the holders
 
+    assert pool.usage == {"in use": 0, "idle": 0, "waiting": 0}
     assert len(set(await asyncio.gather(*(pid(pool) for _ in range(20))))) == 2
 
 
