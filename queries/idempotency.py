@@ -95,7 +95,7 @@ async def _do_or_repeat(
 
 
 async def sweep(database: Database) -> None:
-    """Remove expired keys until cancelled, also those of users who never return."""
+    """Remove expired keys until cancelled, also those of inactive users."""
     await asyncio.sleep(random.uniform(0, SWEEP_S))  # noqa: S311 - so that processes take turns
     while True:
         try:

@@ -50,7 +50,7 @@ class Sender:
             await self._cycle.send(start)
 
     def _whole(self, start: Message, body: bytes) -> list[bytes] | None:
-        """Return the response, long ones in pieces; None if uvicorn has to decide on their framing."""
+        """Return the response, a long one in pieces; None if uvicorn has to frame or refuse it."""
         cycle, status = self._cycle, start["status"]
         fields = [*cycle.default_headers, *start.get("headers", ())]
         names = b"".join([name for name, _ in fields])

@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -86,6 +87,26 @@ async def test_writes_that_wait_are_committed_together(writer: Writer) -> None:
         "BEGIN IMMEDIATE",
         "COMMIT",
     ]
+
+
+async def test_the_time_of_a_write_includes_its_commit(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = sqlite._Timed.execute
+
+    def execute_on_a_slow_disk(connection: sqlite._Timed, *statement: Any) -> sqlite3.Cursor:
+        if statement[0] == "COMMIT":
+            time.sleep(0.05)
+        return execute(connection, *statement)
+
+    monkeypatch.setattr(sqlite._Timed, "execute", execute_on_a_slow_disk)
+    writes = [Write(INSERT, [text]) for text in "ab"]
+    async with writer.lock:
+        writing = [asyncio.create_task(writer.commits.write(write)) for write in writes]
+        await asyncio.sleep(0.01)
+    await asyncio.gather(*writing)
+
+    assert all(write.seconds >= 0.05 for write in writes)
 
 
 async def test_a_single_write_needs_no_transaction(writer: Writer) -> None:

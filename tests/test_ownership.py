@@ -60,7 +60,7 @@ for _name in ("visit_select", "visit_insert", "visit_update", "visit_delete"):
 
 def parts(statement: Any) -> list[Any]:
     """Return the statement and all nested ones: sub-selects, parts of a UNION, CTEs."""
-    compiled: list[Any] = _Noting(PGDialect_asyncpg(), statement).parts  # type: ignore[no-untyped-call]
+    compiled: list[Any] = _Noting(PGDialect_asyncpg(), statement).parts  # type: ignore[no-untyped-call] # not in its stubs
     return compiled
 
 
