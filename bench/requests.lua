@@ -1,12 +1,20 @@
 -- What wrk sends: one operation, by users in turn, each with their own token.
--- Arguments: operation, file of tokens (one a line), tasks per user; for "path" the path, asked for by user 1.
+-- Arguments: operation, file of tokens (one a line), tasks per user; for "path" the path, asked for by user 1;
+-- for "known" a file of entity tags in the users' order, where an empty line means that the server sends none.
 
-local operation, tokens, per_user, fixed = nil, {}, 0, nil
-local methods = { one = "GET", list = "GET", create = "POST", complete = "PATCH", path = "GET" }
+local operation, tokens, tags, per_user, fixed = nil, {}, {}, 0, nil
+local methods = { create = "POST", complete = "PATCH" }
+local queries = { list = "?limit=20", list200 = "?limit=200", known = "?limit=20" }
 
 function init(args)
-  operation, per_user, fixed = args[1], tonumber(args[3]), args[4]
+  operation, per_user = args[1], tonumber(args[3])
   for line in io.lines(args[2]) do tokens[#tokens + 1] = line end
+  if operation == "path" then fixed = args[4] end
+  if operation == "known" then
+    for line in io.lines(args[4]) do tags[#tags + 1] = line end
+    local expected = tags[1] == "" and 200 or 304
+    function response(status) assert(status == expected, status) end -- an error here ends wrk
+  end
   math.randomseed(os.time())
 end
 
@@ -16,8 +24,9 @@ function request()
   local path, body = string.format("/api/user%04d/tasks", user), nil
   if fixed then
     path = fixed
-  elseif operation == "list" then
-    path = path .. "?limit=20"
+  elseif queries[operation] then
+    path = path .. queries[operation]
+    if operation == "known" and tags[user] ~= "" then headers["If-None-Match"] = tags[user] end
   elseif operation == "create" then
     headers["Content-Type"] = "application/json"
     body = '{"title": "Buy milk", "description": "Two bottles of it"}'
@@ -25,7 +34,7 @@ function request()
     path = path .. "/" .. ((user - 1) * per_user + math.random(per_user))
     if operation == "complete" then path = path .. "/complete" end
   end
-  return wrk.format(methods[operation], path, headers, body)
+  return wrk.format(methods[operation] or "GET", path, headers, body)
 end
 
 function done(summary, latency)

@@ -1,7 +1,8 @@
 """Compare this service with a lower bound and with a typical back end: `uv run --group bench bench/run.py`.
 
-Needs wrk (Debian: apt-get install wrk). Starts and seeds its own PostgreSQL, runs each server on one core and
-the load on the other in interleaved rounds, and writes `results.json` and `results.svg` beside this file.
+Needs wrk (Debian: apt-get install wrk); without npm it leaves Fastify out. Starts and seeds its own
+PostgreSQL, runs each server on one core and the load on the other in interleaved rounds, and writes
+`results.json` and `results.svg` beside this file. Fails if the servers do not give the same answers.
 """
 
 import argparse
@@ -35,17 +36,29 @@ from tests.postgres import Server, free_port, running_server
 
 SECRET = "a-secret-for-the-benchmark-only-00001"
 USERS, TASKS_PER_USER = 1_000, 1_000
-OPERATIONS = ("one", "list", "create", "complete")
-LABELS = {"one": "GET one", "list": "GET list of 20", "create": "POST", "complete": "PATCH complete"}
-BARE = {"ACCESS_LOG": "false", "RATE_LIMIT": "off", "METRICS": "false"}
-SERVERS: dict[str, tuple[str, dict[str, str]]] = {
-    "floor": ("bench.floor:app", {}),
-    "this service": ("main.py", BARE),
-    "this service, default": ("main.py", {"ENVIRONMENT": "production"}),
-    "this service, SQLite": ("main.py", BARE),
-    "the usual back end": ("bench.usual:app", {}),
+LABELS = {
+    "one": "GET one",
+    "list": "GET list of 20",
+    "list200": "GET list of 200",
+    "known": "GET list of 20, 304",  # if a server has an ETag for it; the others answer in full
+    "create": "POST",
+    "complete": "PATCH complete",
 }
-MADE = ("id", "completed", "completed_at", "version", "created_at", "updated_at")  # values differ by server
+BARE = {"ACCESS_LOG": "false", "RATE_LIMIT": "off", "METRICS": "false"}
+MAIN = [sys.executable, "main.py"]
+UVICORN = [sys.executable, "-m", "uvicorn", "--no-access-log"]
+FASTIFY = HERE / "fastify"
+SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "floor": ([*UVICORN, "bench.floor:app"], {}),
+    "floor with remembered tokens": ([*UVICORN, "bench.floor:app"], {"REMEMBER_TOKENS": "true"}),
+    "this service": (MAIN, BARE),
+    "this service, default": (MAIN, {"ENVIRONMENT": "production"}),
+    "this service, SQLite": (MAIN, BARE),
+    "Fastify": (["node", str(FASTIFY / "server.mjs")], {"NODE_ENV": "production"}),
+    "the usual back end": ([*UVICORN, "bench.usual:app"], {}),
+}
+MADE = ("id", "completed_at", "created_at", "updated_at")  # a server chooses their values
+SEEDED_AT = "2026-01-01 00:00:00.123456+00"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -54,7 +67,7 @@ class Process:
 
     def __init__(self, name: str, database_url: str, folder: Path) -> None:
         self.name, self.port = name, free_port()
-        target, settings = SERVERS[name]
+        command, settings = SERVERS[name]
         environment = (
             os.environ
             | settings
@@ -64,9 +77,7 @@ class Process:
                 "DATA_DIR": str(folder),
             }
         )
-        environment["PORT"] = str(self.port)
-        uvicorn = ["-m", "uvicorn", target, "--port", str(self.port), "--no-access-log"]
-        command = [sys.executable, *([target] if target == "main.py" else uvicorn)]
+        environment["PORT"] = environment["UVICORN_PORT"] = str(self.port)
         self.log_path = folder / f"{self.port}.log"
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
@@ -84,6 +95,10 @@ class Process:
 
     def log(self) -> str:
         return self.log_path.read_text()[-3000:]
+
+    def get(self, query: str, token: str, tag: str = "") -> httpx.Response:
+        headers = {"Authorization": f"Bearer {token}"} | ({"If-None-Match": tag} if tag else {})
+        return httpx.get(f"{self.address}/api/user0001/tasks{query}", headers=headers)
 
     def cpu_s(self) -> float:
         return cpu_s(self.process.pid)
@@ -124,7 +139,7 @@ async def seed(url: str, users: int) -> None:
         "INSERT INTO task (id, user_id, title, description, completed, created_at, updated_at) "
         "SELECT n, 'user' || lpad(((n - 1) / $1 + 1)::text, 4, '0'), 'Task number ' || n, "
         "'Some more about it', n % 3 = 0, t, t FROM "
-        "(SELECT n, now() - interval '1 second' * (n * 7919 % 10000000) AS t "
+        f"(SELECT n, timestamptz '{SEEDED_AT}' - interval '1 second' * (n * 7919 % 10000000) AS t "
         "FROM generate_series(1, $1::bigint * $2::bigint) n) rows",
         TASKS_PER_USER,
         users,
@@ -144,9 +159,9 @@ def seed_sqlite(path: Path, users: int) -> str:
             "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < :users * :each) "
             "INSERT INTO task (id, user_id, title, description, completed, created_at, updated_at) "
             "SELECT n, printf('user%04d', (n - 1) / :each + 1), 'Task number ' || n, 'Some more about it', "
-            "n % 3 = 0, t, t FROM (SELECT n, strftime('%Y-%m-%d %H:%M:%f000', 'now', "
-            "printf('-%d seconds', n * 7919 % 10000000)) AS t FROM n)",
-            {"users": users, "each": TASKS_PER_USER},
+            "n % 3 = 0, t, t FROM (SELECT n, strftime('%Y-%m-%d %H:%M:%S', :at, "
+            "printf('-%d seconds', n * 7919 % 10000000)) || substr(:at, 20, 7) AS t FROM n)",
+            {"users": users, "each": TASKS_PER_USER, "at": SEEDED_AT.removesuffix("+00")},
         )
     return url
 
@@ -164,24 +179,67 @@ def running(names: list[str], url: str, folder: Path, sqlite_url: str = "") -> I
             process.process.wait()
 
 
-def check_bodies(processes: list[Process], token: str) -> None:
-    """Fail unless all servers return the same bodies, except for timestamps and ids."""
-    for method, path, body in (
-        ("GET", "/7", None),
-        ("GET", "?limit=20", None),
-        ("POST", "", {"title": "Buy milk", "description": "Two bottles of it"}),
-        ("PATCH", "/8/complete", None),
-    ):
-        answers = []
-        for process in processes:
-            url = f"{process.address}/api/user0001/tasks{path}"
-            answer = httpx.request(method, url, json=body, headers={"Authorization": f"Bearer {token}"})
-            if answer.is_error:
-                raise RuntimeError(f"{process.name}: {answer.text} {process.log()}")
-            content = answer.json()
-            rows = content if isinstance(content, list) else [content]
-            answers.append([{name: row[name] for name in row if name not in MADE} for row in rows])
-        assert all(answer == answers[0] for answer in answers), (method, path, answers)
+def check_answers(processes: list[Process], token: str) -> None:
+    """Fail unless all servers give the same answers, but for the ids and times that they make."""
+    queries = ("/7", "?limit=20", "?limit=200")
+    _assert_equal(
+        processes, [[_answer(process.get(query, token)) for query in queries] for process in processes]
+    )
+    _assert_equal(processes, [_written(process, token) for process in processes])
+    for process in processes:
+        tag = tag_of(process.get("?limit=20", token))
+        answer = process.get("?limit=20", token, tag)
+        if (answer.status_code, len(answer.content) == 0) != ((304, True) if tag else (200, False)):
+            raise RuntimeError(f"{process.name}: {answer.status_code} for the tag {tag!r}")
+
+
+def tag_of(answer: httpx.Response) -> str:
+    return answer.headers.get("etag", "")
+
+
+def _written(process: Process, token: str) -> list[Any]:
+    url, headers = f"{process.address}/api/user0001/tasks", {"Authorization": f"Bearer {token}"}
+    body = {"title": "Buy milk", "description": "Two bottles of it"}
+    created = httpx.post(url, json=body, headers=headers)
+    completed = httpx.patch(f"{url}/{created.json()['id']}/complete", headers=headers)
+    return [_answer(answer, MADE) for answer in (created, completed)]
+
+
+def _answer(answer: httpx.Response, made: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """Return the status, the media type and the rows, with the types of what the server has *made*."""
+    content = answer.json()
+    rows = [
+        {name: type(value) if name in made else _instant(name, value) for name, value in row.items()}
+        for row in (content if isinstance(content, list) else [content])
+    ]
+    return answer.status_code, answer.headers["content-type"].partition(";")[0], rows
+
+
+def _instant(name: str, value: Any) -> Any:
+    return datetime.fromisoformat(value) if name.endswith("_at") and value else value
+
+
+def _assert_equal(processes: list[Process], answers: list[Any]) -> None:
+    for process, answer in zip(processes, answers, strict=True):
+        if answer != answers[0]:
+            differing = next(pair for pair in zip(answers[0], answer, strict=True) if pair[0] != pair[1])
+            raise RuntimeError(f"{processes[0].name}, {process.name}: {differing} {process.log()}")
+
+
+def write_tags(process: Process, token_file: Path) -> Path:
+    """Write the present entity tag of each user's list into a file, an empty line if there is none."""
+    with httpx.Client(base_url=process.address) as client:
+        tags = [
+            tag_of(
+                client.get(
+                    f"/api/user{number:04}/tasks?limit=20", headers={"Authorization": f"Bearer {token}"}
+                )
+            )
+            for number, token in enumerate(token_file.read_text().splitlines(), 1)
+        ]
+    path = token_file.with_name("tags")
+    path.write_text("".join(f"{tag}\n" for tag in tags))
+    return path
 
 
 def load(
@@ -198,6 +256,8 @@ def load(
         "-s",
         HERE / "requests.lua",
     ]
+    if operation == "known":
+        path = (str(write_tags(process, token_file)),)
     command += [process.address, "--", operation, token_file, str(TASKS_PER_USER), *path]
     before, before_postgres = process.cpu_s(), postgres_cpu_s()
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -220,16 +280,25 @@ def summarise(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 
 def report(results: dict[str, Any]) -> None:
-    for operation in OPERATIONS:
+    """Print all figures, and README's table."""
+    for operation in results["operations"]:
         print(f"\n{LABELS[operation]}")
-        print(f"{'':26}{'CPU s/1000':>11}{'of floor':>10}{'req/s':>9}{'p50 ms':>8}{'p99 ms':>8}{'PG CPU':>8}")
+        print(f"{'':29}{'CPU s/1000':>11}{'of floor':>10}{'req/s':>9}{'p50 ms':>8}{'p99 ms':>8}{'PG CPU':>8}")
         for name, by_operation in results["servers"].items():
             row = by_operation[operation]
             print(
-                f"{name:26}{row['cpu_s_per_1000']:11.3f}{row['of_floor']:10.0%}{row['requests_per_s']:9.0f}"
+                f"{name:29}{row['cpu_s_per_1000']:11.3f}{row['of_floor']:10.0%}{row['requests_per_s']:9.0f}"
                 f"{row['p50_ms']:8.1f}{row['p99_ms']:8.1f}{row['postgres_cpu_s_per_1000']:8.3f}"
             )
     print("\npeak memory, MB:", results["peak_mb"])
+    print("\n| |", *(f"{LABELS[operation]} |" for operation in results["operations"]))
+    print("|---" * (len(results["operations"]) + 1) + "|")
+    for name, by_operation in results["servers"].items():
+        cells = (
+            f"{row['of_floor']:.0%} · {row['cpu_s_per_1000']:.2f} s · {row['p99_ms']:.0f} ms |"
+            for row in by_operation.values()
+        )
+        print(f"| {name} |", *cells)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -239,19 +308,32 @@ def draw(results: dict[str, Any], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "bench"
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 3.6))
+    figure, axes = plt.subplots(figsize=(9, 4))
     names = [name for name in results["servers"] if name != "floor"]
+    operations = results["operations"]
     width = 0.8 / len(names)
     for place, name in enumerate(names):
-        shares = [results["servers"][name][operation]["of_floor"] * 100 for operation in OPERATIONS]
-        bars = axes.bar([x + place * width for x in range(len(OPERATIONS))], shares, width, label=name)
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+        shares = [results["servers"][name][operation]["of_floor"] * 100 for operation in operations]
+        bars = axes.bar([x + place * width for x in range(len(operations))], shares, width, label=name)
+        axes.bar_label(bars, fmt="%.0f", fontsize=7)
     axes.axhline(100, color="black", linewidth=0.8)
-    axes.set_xticks([x + width for x in range(len(OPERATIONS))], [LABELS[o] for o in OPERATIONS])
+    middle = 0.4 - width / 2
+    axes.set_xticks([x + middle for x in range(len(operations))], [LABELS[o] for o in operations], fontsize=8)
     axes.set_ylabel("% of the floor's speed per CPU second")
-    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names), frameon=False)
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+
+
+def install_fastify() -> bool:
+    """Install Fastify if necessary, and return whether it can run."""
+    if not shutil.which("npm"):
+        print("Fastify is left out: Node.js with npm is not installed", file=sys.stderr)
+        return False
+    if not (FASTIFY / "node_modules").exists():
+        command = ["npm", "install", "--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund"]
+        subprocess.run(command, cwd=FASTIFY, check=True, stdout=sys.stderr)
+    return True
 
 
 async def prepare(server: Server, users: int) -> str:
@@ -271,20 +353,23 @@ def main_() -> None:
     options = parser.parse_args()
     if not shutil.which("wrk"):
         raise SystemExit("wrk is not installed (Debian: apt-get install wrk)")
+    names = [name for name in options.servers if name != "Fastify" or install_fastify()]
     with running_server() as server, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         url = asyncio.run(prepare(server, options.users))
         made = [tokens.issue(f"user{n:04}", SECRET, 86_400) for n in range(1, options.users + 1)]
         token_file = folder / "tokens"
         token_file.write_text("\n".join(made) + "\n")
-        measured: dict[str, dict[str, list[dict[str, float]]]] = {
-            name: {operation: [] for operation in OPERATIONS} for name in options.servers
-        }
         sqlite_url = seed_sqlite(folder / "tasks.db", options.users)
-        with running(options.servers, url, folder, sqlite_url) as processes:
-            check_bodies(processes, made[0])
+        with running(names, url, folder, sqlite_url) as processes:
+            check_answers(processes, made[0])
+            has_tags = any(tag_of(process.get("?limit=20", made[0])) for process in processes)
+            operations = [operation for operation in LABELS if operation != "known" or has_tags]
+            measured: dict[str, dict[str, list[dict[str, float]]]] = {
+                name: {operation: [] for operation in operations} for name in names
+            }
             for number in range(options.rounds + 1):
-                for operation in OPERATIONS:
+                for operation in operations:
                     for process in processes:
                         seconds = options.seconds if number else 1  # the first round is the warm-up
                         result = load(process, operation, token_file, seconds, options.connections)
@@ -297,6 +382,7 @@ def main_() -> None:
                 "python": platform.python_version(),
                 "tasks": options.users * TASKS_PER_USER,
                 "connections": options.connections,
+                "operations": operations,
                 "peak_mb": {process.name: round(process.peak_mb()) for process in processes},
                 "servers": {
                     name: {operation: summarise(rounds) for operation, rounds in by_operation.items()}
