@@ -8,9 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import structlog
 from jwt.algorithms import Algorithm, ECAlgorithm, OKPAlgorithm, RSAAlgorithm, RSAPSSAlgorithm
 from jwt.exceptions import PyJWTError
@@ -18,6 +17,9 @@ from jwt.exceptions import PyJWTError
 import tls
 from observability import metrics
 from web import strict_json
+
+if TYPE_CHECKING:
+    import httpx
 
 FETCH_TIMEOUT_S = 3.0
 DOCUMENT_MAX_BYTES = 256 * 1024
@@ -205,6 +207,8 @@ class FetchedKeys:
 
     async def open(self) -> None:
         """Begin to fetch the keys, without waiting for them."""
+        import httpx  # 2 MB, which only a service that fetches keys pays for
+
         # No redirects: only the setting decides where keys come from.
         context = tls.with_minimum_version(httpx.create_ssl_context())
         self._client = httpx.AsyncClient(verify=context, timeout=FETCH_TIMEOUT_S, follow_redirects=False)
@@ -261,6 +265,8 @@ class FetchedKeys:
         return self._fetching
 
     async def _fetch(self) -> None:
+        import httpx
+
         try:
             async with asyncio.timeout(FETCH_TIMEOUT_S):
                 found = read_keys(await self._download())
