@@ -63,7 +63,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Process:
-    """A server pinned to the first core; its CPU time and memory are read from /proc."""
+    """A server pinned to the first core; /proc tells the CPU time and memory of it and its children."""
 
     def __init__(self, name: str, database_url: str, folder: Path) -> None:
         self.name, self.port = name, free_port()
@@ -77,7 +77,7 @@ class Process:
                 "DATA_DIR": str(folder),
             }
         )
-        environment["PORT"] = environment["UVICORN_PORT"] = str(self.port)
+        environment |= dict.fromkeys(("PORT", "UVICORN_PORT", "GRANIAN_PORT"), str(self.port))
         self.log_path = folder / f"{self.port}.log"
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
@@ -101,7 +101,7 @@ class Process:
         return httpx.get(f"{self.address}/api/user0001/tasks{query}", headers=headers)
 
     def cpu_s(self) -> float:
-        return cpu_s(self.process.pid)
+        return sum(map(cpu_s, self._pids()))
 
     def peak_mb(self) -> float:
         return self._memory_mb("VmHWM")
@@ -110,9 +110,12 @@ class Process:
         return self._memory_mb("VmRSS")
 
     def _memory_mb(self, name: str) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith(name))
-        return int(line.split()[1]) / 1024
+        statuses = [Path(f"/proc/{pid}/status").read_text() for pid in self._pids()]
+        return sum(int(status.partition(f"{name}:")[2].split()[0]) for status in statuses) / 1024
+
+    def _pids(self) -> list[int]:
+        pid = self.process.pid
+        return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
 def cpu_s(pid: int) -> float:
@@ -283,7 +286,7 @@ def report(results: dict[str, Any]) -> None:
     """Print all figures, and README's table."""
     for operation in results["operations"]:
         print(f"\n{LABELS[operation]}")
-        print(f"{'':29}{'CPU s/1000':>11}{'of floor':>10}{'req/s':>9}{'p50 ms':>8}{'p99 ms':>8}{'PG CPU':>8}")
+        print(f"{'':29}{'CPU s/1000':>11}{'of first':>10}{'req/s':>9}{'p50 ms':>8}{'p99 ms':>8}{'PG CPU':>8}")
         for name, by_operation in results["servers"].items():
             row = by_operation[operation]
             print(
@@ -342,18 +345,19 @@ async def prepare(server: Server, users: int) -> str:
     return url
 
 
-def main_() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--users", type=int, default=USERS, help="each with 1,000 tasks")
-    parser.add_argument("--servers", nargs="*", default=list(SERVERS), choices=list(SERVERS))
-    parser.add_argument("--no-write", action="store_true", help="print only")
-    options = parser.parse_args()
+    return parser
+
+
+def measure(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of the servers *names*, also as shares of the first one's."""
     if not shutil.which("wrk"):
         raise SystemExit("wrk is not installed (Debian: apt-get install wrk)")
-    names = [name for name in options.servers if name != "Fastify" or install_fastify()]
     with running_server() as server, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         url = asyncio.run(prepare(server, options.users))
@@ -391,8 +395,18 @@ def main_() -> None:
             }
     for by_operation in results["servers"].values():
         for operation, row in by_operation.items():
-            floor = results["servers"]["floor"][operation]["cpu_s_per_1000"]
-            row["of_floor"] = floor / row["cpu_s_per_1000"]
+            first = results["servers"][names[0]][operation]["cpu_s_per_1000"]
+            row["of_floor"] = first / row["cpu_s_per_1000"]
+    return results
+
+
+def main_() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--servers", nargs="*", default=list(SERVERS), choices=list(SERVERS))
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    names = [name for name in options.servers if name != "Fastify" or install_fastify()]
+    results = measure(names, options)
     report(results)
     if not options.no_write:
         (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -1,7 +1,8 @@
 """How the service scales with rows, connections and requests: `uv run --group bench bench/scale.py`.
 
-Measures page 1 and page 1,000 in growing tables, the throughput with more and more connections, and the
-memory after many requests. Prints the results and writes `scale.json` beside this file. Needs wrk.
+Measures page 1 and page 1,000 in growing tables, the cost of a request with more and more connections, and
+the memory after many different requests, without development packages. Prints the results and adds them to
+`scale.json` beside this file. Needs wrk.
 """
 
 import argparse
@@ -22,7 +23,9 @@ import httpx
 
 import db
 from auth import tokens
-from bench.run import SECRET, Process, load, running
+from bench.hostile import varied
+from bench.run import SECRET, SERVERS, Process, load, prepare, running
+from bench.runtimes import installed
 from server import startup
 from tests.postgres import Server, running_server
 
@@ -30,6 +33,7 @@ USER = "user0001"
 USERS = 500  # one per client, since one user's statements take at most a third of the connections
 PAGE, PAGE_SIZE = 1_000, 10
 NAME = "this service"
+QUERIES = 10_000
 
 
 def user(number: int) -> str:
@@ -94,7 +98,7 @@ def connections(process: Process, token_file: Path, rounds: int) -> list[dict[st
     for _ in range(rounds):
         for count in (32, 128, 512):
             results.setdefault(count, []).append(load(process, "list", token_file, 3, count))
-    names = ("requests_per_s", "p50_ms", "p99_ms")
+    names = ("cpu_s_per_1000", "requests_per_s", "p50_ms", "p99_ms")
     return [
         {"connections": count, **{name: statistics.median(each[name] for each in rounds_) for name in names}}
         for count, rounds_ in results.items()
@@ -102,42 +106,55 @@ def connections(process: Process, token_file: Path, rounds: int) -> list[dict[st
 
 
 def memory(process: Process, token_file: Path, requests: int) -> list[dict[str, float]]:
-    """Return the resident memory in MB at the start and after each tenth of *requests*."""
-    path = f"/api/{USER}/tasks?limit={PAGE_SIZE}"
+    """Return the resident memory in MB at the start and after each tenth of *requests* of all kinds."""
+    queries = token_file.with_name("queries")
+    queries.write_text("".join(f"{varied()}\n" for _ in range(QUERIES)))
     done, found = 0.0, []
     while done < requests:
         found.append({"requests": done, "resident_mb": round(process.resident_mb(), 1)})
         step = 0.0
         while step < requests / 10:
-            step += load(process, "path", token_file, 5, 32, path)["requests"]
+            step += load(process, "varied", token_file, 5, 32, str(queries))["requests"]
         done += step
     return [*found, {"requests": done, "resident_mb": round(process.resident_mb(), 1)}]
+
+
+def tokens_of(users: int, path: Path) -> Path:
+    path.write_text("".join(f"{tokens.issue(user(n), SECRET, 86_400)}\n" for n in range(1, users + 1)))
+    return path
+
+
+PARTS = ("lists", "connections", "memory")
 
 
 def main_() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=1_000_000, help="for the memory")
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     options = parser.parse_args()
+    path = HERE / "scale.json"
+    results: dict[str, Any] = json.loads(path.read_text()) | {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": "uv run --group bench bench/scale.py",
+    }
     with running_server() as server, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        token = tokens.issue(USER, SECRET, 86_400)
-        token_file = folder / "tokens"
-        token_file.write_text(f"{token}\n")
-        results: dict[str, Any] = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "command": "uv run --group bench bench/scale.py",
-            "lists": lists(server, folder, token_file, token, options.rounds),
-        }
-        with running([NAME], asyncio.run(filled(server, 20 * USERS, USERS)), folder) as (process,):
-            many = folder / "many_tokens"
-            many.write_text(
-                "".join(f"{tokens.issue(user(n), SECRET, 86_400)}\n" for n in range(1, USERS + 1))
-            )
-            results["connections"] = connections(process, many, options.rounds)
-            results["memory"] = memory(process, token_file, options.requests)
+        if "lists" in options.parts:
+            token_file = tokens_of(1, folder / "token")
+            token = token_file.read_text().strip()
+            results["lists"] = lists(server, folder, token_file, token, options.rounds)
+        token_file = tokens_of(USERS, folder / "tokens")
+        if "connections" in options.parts:
+            with running([NAME], asyncio.run(filled(server, 20 * USERS, USERS)), folder) as (process,):
+                results["connections"] = connections(process, token_file, options.rounds)
+        if "memory" in options.parts:
+            python = installed(sys.executable, folder / "environment") / "python"
+            SERVERS[NAME] = ([str(python), "main.py"], SERVERS[NAME][1])
+            with running([NAME], asyncio.run(prepare(server, USERS)), folder) as (process,):
+                results["memory"] = memory(process, token_file, options.requests)
     print(json.dumps(results, indent=2))
-    (HERE / "scale.json").write_text(json.dumps(results, indent=2) + "\n")
+    path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
