@@ -256,6 +256,7 @@ def load(
         "-t1",
         f"-c{connections}",
         f"-d{seconds}s",
+        "--timeout=10s",
         "-s",
         HERE / "requests.lua",
     ]

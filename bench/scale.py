@@ -34,6 +34,8 @@ USERS = 500  # one per client, since one user's statements take at most a third 
 PAGE, PAGE_SIZE = 1_000, 10
 NAME = "this service"
 QUERIES = 10_000
+# By default one address has 256 connections, and 200 requests wait for the database.
+MANY_CONNECTIONS = {"MAX_CONNECTIONS_PER_ADDRESS": "900", "DATABASE_POOL_SIZE": "30"}
 
 
 def user(number: int) -> str:
@@ -97,7 +99,7 @@ def connections(process: Process, token_file: Path, rounds: int) -> list[dict[st
     results: dict[int, list[dict[str, float]]] = {}
     for _ in range(rounds):
         for count in (32, 128, 512):
-            results.setdefault(count, []).append(load(process, "list", token_file, 3, count))
+            results.setdefault(count, []).append(load(process, "list", token_file, 5, count))
     names = ("cpu_s_per_1000", "requests_per_s", "p50_ms", "p99_ms")
     return [
         {"connections": count, **{name: statistics.median(each[name] for each in rounds_) for name in names}}
@@ -145,12 +147,14 @@ def main_() -> None:
             token = token_file.read_text().strip()
             results["lists"] = lists(server, folder, token_file, token, options.rounds)
         token_file = tokens_of(USERS, folder / "tokens")
+        command, settings = SERVERS[NAME]
         if "connections" in options.parts:
+            SERVERS[NAME] = (command, settings | MANY_CONNECTIONS)
             with running([NAME], asyncio.run(filled(server, 20 * USERS, USERS)), folder) as (process,):
                 results["connections"] = connections(process, token_file, options.rounds)
         if "memory" in options.parts:
             python = installed(sys.executable, folder / "environment") / "python"
-            SERVERS[NAME] = ([str(python), "main.py"], SERVERS[NAME][1])
+            SERVERS[NAME] = ([str(python), "main.py"], settings)
             with running([NAME], asyncio.run(prepare(server, USERS)), folder) as (process,):
                 results["memory"] = memory(process, token_file, options.requests)
     print(json.dumps(results, indent=2))
