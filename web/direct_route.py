@@ -30,7 +30,7 @@ BODY_MAX_BYTES = 64 * 1024
 # 64 KiB in this time is 105 kbit/s. The default deadline of a request is longer, so a slow body gets 408.
 BODY_TIMEOUT_S = 5.0
 ANNOUNCED_MAX = 20  # digits of a Content-Length, which has 64 bits
-QUERIES_REMEMBERED = 1024
+QUERIES_REMEMBERED = 256  # each takes 2 KB, and users send the same few
 QUERY_REMEMBERED_MAX_BYTES = 128  # longer ones rarely repeat
 
 ONCE = "once"  # marks a header whose value may contain commas, so that two could look like one
