@@ -264,7 +264,10 @@ def load(
         path = (str(write_tags(process, token_file)),)
     command += [process.address, "--", operation, token_file, str(TASKS_PER_USER), *path]
     before, before_postgres = process.cpu_s(), postgres_cpu_s()
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{process.name}, {operation}: {done.stderr} {process.log()}")
+    output = done.stdout
     result = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT"))[7:])
     if result["errors"]:
         raise RuntimeError(f"{process.name}, {operation}: {output}")
@@ -287,12 +290,14 @@ def report(results: dict[str, Any]) -> None:
     """Print all figures, and README's table."""
     for operation in results["operations"]:
         print(f"\n{LABELS[operation]}")
-        print(f"{'':29}{'CPU s/1000':>11}{'of first':>10}{'req/s':>9}{'p50 ms':>8}{'p99 ms':>8}{'PG CPU':>8}")
+        print(f"{'':29}{'CPU s/1000':>11}{'of first':>10}{'range':>12}", end="")
+        print(f"{'req/s':>9}{'p50 ms':>8}{'p99 ms':>8}{'PG CPU':>8}")
         for name, by_operation in results["servers"].items():
             row = by_operation[operation]
+            shares = "{:.0%}-{:.0%}".format(*row["of_floor_range"])
             print(
-                f"{name:29}{row['cpu_s_per_1000']:11.3f}{row['of_floor']:10.0%}{row['requests_per_s']:9.0f}"
-                f"{row['p50_ms']:8.1f}{row['p99_ms']:8.1f}{row['postgres_cpu_s_per_1000']:8.3f}"
+                f"{name:29}{row['cpu_s_per_1000']:11.3f}{row['of_floor']:10.0%}{shares:>12}"
+                f"{row['requests_per_s']:9.0f}{row['p50_ms']:8.1f}{row['p99_ms']:8.1f}{row['postgres_cpu_s_per_1000']:8.3f}"
             )
     print("\npeak memory, MB:", results["peak_mb"])
     print("\n| |", *(f"{LABELS[operation]} |" for operation in results["operations"]))
@@ -394,10 +399,13 @@ def measure(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
                     for name, by_operation in measured.items()
                 },
             }
-    for by_operation in results["servers"].values():
+    for name, by_operation in results["servers"].items():
         for operation, row in by_operation.items():
             first = results["servers"][names[0]][operation]["cpu_s_per_1000"]
             row["of_floor"] = first / row["cpu_s_per_1000"]
+            pairs = zip(measured[names[0]][operation], measured[name][operation], strict=True)
+            shares = [first["cpu_s_per_1000"] / each["cpu_s_per_1000"] for first, each in pairs]
+            row["of_floor_range"] = [min(shares), max(shares)]
     return results
 
 
