@@ -24,10 +24,11 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     """
     output = _Unfailing(stream or sys.stderr)
     processors = _processors(log_format, colors=output.isatty())
+    logger = structlog.make_filtering_bound_logger(level)
     structlog.configure(
         processors=processors,
         logger_factory=structlog.WriteLoggerFactory(output),
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        wrapper_class=_in_one_step(logger, output) if log_format == "json" else logger,
     )
     handler = logging.StreamHandler(output)
     handler.setFormatter(
@@ -54,9 +55,10 @@ class _Unfailing(io.StringIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             return self._stream.write(text)
-        return 0
+        except (OSError, ValueError):
+            return 0
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -100,6 +102,17 @@ class BoundedLog:
         self._log.warning(event, reason=reason, **values)
 
 
+def _in_one_step(logger: type[Any], output: TextIO) -> type[Any]:
+    """Return *logger*, but rendering and writing JSON at once: structlog's own steps cost 20 µs more."""
+
+    class JsonLogger(logger):  # type: ignore[misc] # mypy does not know its base
+        def _proxy_to_logger(self, method_name: str, event: str | None = None, /, **values: Any) -> None:
+            line = {**self._context, **values, "event": event}
+            output.write(_render_json(None, method_name, line) + "\n")
+
+    return JsonLogger
+
+
 def _processors(log_format: str, *, colors: bool) -> list[Any]:
     if log_format == "json":
         return [_render_json]
@@ -120,7 +133,7 @@ def _render_json(logger: Any, method: str, line: MutableMapping[str, Any]) -> st
     """Render a line in one step: a processor for each of its parts costs four times as much."""
     if "exc_info" in line:
         line = _render_exception(logger, method, line)
-    line = structlog.stdlib.add_log_level(logger, method, line)
+    line["level"] = method
     line["timestamp"] = datetime.now(UTC)
     try:
         return orjson.dumps(line, default=repr, option=orjson.OPT_UTC_Z).decode()
