@@ -115,8 +115,6 @@ class Protocol(HttpToolsProtocol):
         if self._refusal:
             return
         self._unset_keepalive_if_required()
-        if self._is_idle():
-            self._start_timer()
         if not self._in_body:
             self._received_bytes += len(data)
         try:
@@ -127,6 +125,8 @@ class Protocol(HttpToolsProtocol):
             return
         if self._received_bytes > HEAD_MAX_BYTES:
             self._refuse(HeadTooLarge())
+        elif self._is_idle():  # the head has not ended yet
+            self._start_timer()
 
     def on_message_begin(self) -> None:
         self._head_bytes = self._fields = 0
