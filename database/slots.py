@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from functools import cached_property
 
 
 class PoolBusy(Exception):
@@ -20,6 +21,10 @@ class Slots:
     def waiting(self) -> int:
         return len(self._queue)
 
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()  # a system call before Python 3.12
+
     def take(self) -> bool:
         """Take a slot and return True, or return False if none is free."""
         if not self.free:
@@ -33,9 +38,8 @@ class Slots:
         Raises:
             TimeoutError: none was free in time.
         """
-        loop = asyncio.get_running_loop()
-        slot = loop.create_future()
-        timer = loop.call_later(self._wait_s, _expire, slot)
+        slot = self._loop.create_future()
+        timer = self._loop.call_later(self._wait_s, _expire, slot)
         self._queue.append(slot)
         try:
             await slot
