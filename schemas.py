@@ -70,7 +70,13 @@ def digits(value: object) -> object:
 Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 
 
-class TaskCreate(TaskFields):
+class _Sent(TaskFields):
+    """Fields from a request. SQLModel's constructor, which tables need, takes as long as the validation."""
+
+    __init__ = BaseModel.__init__
+
+
+class TaskCreate(_Sent):
     """A new task."""
 
     model_config = {
@@ -93,7 +99,7 @@ def _without_defaults(schema: dict[str, Any]) -> None:
         field.pop("default", None)
 
 
-class TaskUpdate(TaskFields):
+class TaskUpdate(_Sent):
     """Any subset of the writable fields: what is absent keeps its value, null clears."""
 
     model_config = {"json_schema_extra": _without_defaults}

@@ -118,7 +118,7 @@ class _Workbench:
             Refusal: it cannot be carried out; no row has been changed.
         """
         if isinstance(operation, Create):
-            self._add(new_task(dict(operation.task), self._now))
+            self._add(new_task(vars(operation.task), self._now))
             return Done("created", new=len(self.new) - 1)
         task = self.rows.get(operation.id)
         if task is None:

@@ -196,7 +196,7 @@ async def _complete_in_series(owner: Owner, values: dict[str, Any]) -> Row | Non
 
 async def _insert(owner: Owner, values: Mapping[str, Any]) -> Row:
     quota = owner.quota
-    values = {f"new_{name}": value for name, value in values.items()}
+    values = {_NEW_NAMES[name]: value for name, value in values.items()}
     if quota.take(owner.user_id):
         row = await owner.one(_INSERT, **values)
         assert row is not None  # noqa: S101 - for the type checker
@@ -220,6 +220,9 @@ def _changing(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _list(versions: Collection[int] | None) -> list[int] | None:
     return None if versions is None else list(versions)
+
+
+_NEW_NAMES = {name: f"new_{name}" for name in STORED}
 
 
 def _new(name: str) -> ColumnElement[Any]:

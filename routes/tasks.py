@@ -160,7 +160,7 @@ async def create_task(
     _refuse_conditions(request)
 
     async def create(owner: Owner) -> Row:
-        return await tasks.create_task(owner, dict(body))
+        return await tasks.create_task(owner, vars(body))  # `dict` takes 4 µs
 
     row, headers = await _once(owner, idempotency_key, body, create)
     return _task(row, 201, headers | {"Location": f"{quoted_path(request.scope)}/{row['id']}"})
@@ -346,8 +346,9 @@ async def _versions(
 
 def _refuse_conditions(request: Request) -> None:
     """Refuse conditions on what has no `ETag`: ignoring them would silently drop the protection."""
+    sent = [field for field, _ in request.scope["headers"]]
     for name in ("If-Match", "If-None-Match"):
-        if name in request.headers:
+        if name.lower().encode() in sent:
             raise invalid_parameter(name, "is for single tasks only")
 
 
