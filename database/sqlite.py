@@ -49,7 +49,9 @@ class SQLite(Database):
     def __init__(self, url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:
         self._timeouts = timeouts
         # As compact as SQLite writes JSON itself, so that equal lists are equal texts.
-        self.dialect = SQLiteDialect_aiosqlite(json_serializer=lambda value: orjson.dumps(value).decode())
+        self.dialect = SQLiteDialect_aiosqlite(
+            json_serializer=lambda value: orjson.dumps(value).decode(), json_deserializer=orjson.loads
+        )
         path = make_url(url).database
         if not path or path == ":memory:":
             raise ValueError("must name a file: a database in memory ends with its connection")
