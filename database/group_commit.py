@@ -13,49 +13,12 @@ from typing import Any
 
 import aiosqlite
 
+from database.calls import Call, InterruptibleConnection, Outcome
 from database.slots import PoolBusy
 
 GROUP_MAX = 64  # writes of one transaction; each is answered after the commit of all
 
-Outcome = list[Any] | Exception
 Lend = Callable[[], AbstractAsyncContextManager[aiosqlite.Connection]]
-
-
-class InterruptibleConnection(sqlite3.Connection):
-    """A connection that stops a running statement once `is_cancelled` returns True (see `sqlite._Timed`)."""
-
-    is_cancelled: Callable[[], bool] = staticmethod(lambda: False)
-
-
-class Write:
-    """One statement of one request. `rows` resolves after the commit."""
-
-    def __init__(self, sql: str, arguments: list[Any]) -> None:
-        self.sql, self.arguments = sql, arguments
-        self.rows: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self.seconds = 0.0  # of its execution and its commit
-
-    def run(self, connection: InterruptibleConnection) -> Outcome:
-        """Return the rows or the error, on the connection's thread. A cancelled write is not begun."""
-        if self.rows.cancelled():
-            return []
-        began = time.perf_counter()
-        connection.is_cancelled = self.rows.cancelled
-        try:
-            return connection.execute(self.sql, self.arguments).fetchall()
-        except Exception as error:  # whatever it is, it is this write's alone
-            return error
-        finally:
-            del connection.is_cancelled
-            self.seconds = time.perf_counter() - began
-
-    def resolve(self, outcome: Outcome) -> None:
-        if self.rows.done():
-            return  # the request was cancelled
-        if isinstance(outcome, Exception):
-            self.rows.set_exception(outcome)
-        else:
-            self.rows.set_result(outcome)
 
 
 class GroupCommit:
@@ -64,14 +27,14 @@ class GroupCommit:
     def __init__(self, lend: Lend, waiting_max: int) -> None:
         self._lend = lend
         self._waiting_max = waiting_max
-        self._queue: deque[Write] = deque()
+        self._queue: deque[Call] = deque()
         self._draining: asyncio.Task[None] | None = None
 
     @property
     def waiting(self) -> int:
         return len(self._queue)
 
-    async def write(self, write: Write) -> list[Any]:
+    async def write(self, write: Call) -> list[Any]:
         """Return the rows of *write* after its commit.
 
         Raises:
@@ -92,7 +55,7 @@ class GroupCommit:
             await asyncio.wait({self._draining})
 
     async def _drain(self) -> None:
-        group: list[Write] = []
+        group: list[Call] = []
         try:
             while self._queue:
                 async with self._lend() as connection:
@@ -111,13 +74,13 @@ class GroupCommit:
             self._draining = None
 
 
-def _run(connection: InterruptibleConnection, group: list[Write]) -> list[Outcome]:
+def _run(connection: InterruptibleConnection, group: list[Call]) -> list[Outcome]:
     if len(group) > 1 and (outcomes := _run_together(connection, group)):
         return outcomes
     return [write.run(connection) for write in group]
 
 
-def _run_together(connection: InterruptibleConnection, group: list[Write]) -> list[Outcome] | None:
+def _run_together(connection: InterruptibleConnection, group: list[Call]) -> list[Outcome] | None:
     """Return the outcomes of *group* after one commit; None if all was undone and can be repeated.
 
     SQLite undoes a statement that fails, and the transaction goes on. An interrupt, a full disk and the like

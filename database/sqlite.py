@@ -20,9 +20,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from database.base import DEFAULT_TIMEOUTS, Database, Executor, Timeouts, share_of
+from database.calls import Call, InterruptibleConnection
 from database.failures import translated
 from database.fair_share import FairShare
-from database.group_commit import GroupCommit, InterruptibleConnection, Write
+from database.group_commit import GroupCommit
+from database.readers import Readers
 from database.slots import PoolBusy, Slots
 from database.statements import Compiled, Row, Statement, compile_statement
 from errors import Unavailable
@@ -62,41 +64,35 @@ class SQLite(Database):
             raise ValueError("names a folder that cannot be made") from error
         _check_file(self.path)
         self.share = FairShare(share_of(READERS))
-        self._readers, self._writer = _Connections(timeouts.wait_s), _Connections(timeouts.wait_s)
+        self._readers, self._writer = Readers(WAITING_MAX, timeouts.wait_s), _Connections(timeouts.wait_s)
         self._group_commit = GroupCommit(self._writer.lend, WAITING_MAX)
 
     async def open(self) -> None:
-        for connections, count in ((self._writer, 1), (self._readers, READERS)):
-            while len(connections.all) < count:
-                connections.add(await self._connect())
+        if not self._writer.all:
+            self._writer.add(await self._connect())
+        while len(self._readers.connections) < READERS:
+            self._readers.add(await self._connect())
 
     @property
     def usage(self) -> dict[str, int]:
         idle, waiting = self._writer.idle, self._writer.waiting + self._group_commit.waiting
         return {"in use": len(self._writer.all) - idle, "idle": idle, "waiting": waiting}
 
-    @property
-    def connections(self) -> list[aiosqlite.Connection]:
-        """The open connections, the writing one first."""
-        return [*self._writer.all, *self._readers.all]
-
     async def close(self) -> None:
         await self._group_commit.close()
-        for connections in (self._readers, self._writer):
-            await connections.close()
+        await self._readers.close()
+        await self._writer.close()
 
     async def all(self, statement: Statement, **values: Any) -> list[Row]:
         compiled = compile_statement(statement, self.dialect)
-        if compiled.reads:
-            async with self._readers.lend() as connection:
-                return await self.fetch(connection, compiled, values)
-        write = Write(compiled.sql, compiled.arguments(values))
+        call = Call(compiled.sql, compiled.arguments(values))
+        run = self._readers.read if compiled.reads else self._group_commit.write
         with translated:
             try:
-                found = await self._group_commit.write(write)
+                found = await run(call)
             finally:
-                if write.seconds:  # else it has not run
-                    self.took(compiled, write.seconds)
+                if call.seconds:  # else it has not run
+                    self.took(compiled, call.seconds)
         return self._rows(compiled, found)
 
     async def fetch(self, connection: aiosqlite.Connection, compiled: Compiled, values: Row) -> list[Row]:

@@ -70,15 +70,16 @@ async def test_concurrent_updates_of_one_task_all_count(alice: Person) -> None:
 
 
 async def test_sqlite_uses_wal_full_sync_and_foreign_keys(tmp_path: Path) -> None:
-    database = db.SQLite(f"sqlite:///{tmp_path / 'tasks.db'}")
-    await database.open()
-
-    for connection in database.connections:
-        for pragma, value in {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}.items():
-            ((found,),) = await connection.execute_fetchall(f"PRAGMA {pragma}")
-            assert found == value
-
-    await database.close()
+    expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+    columns: list[Any] = [literal_column(name) for name in expected]
+    pragmas: Select[Any] = select(*columns).select_from(
+        text(", ".join(f"pragma_{name}" for name in expected))
+    )
+    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}") as database:
+        async with database.transaction() as writer:
+            assert await writer.one(pragmas) == expected
+        for found in await asyncio.gather(*(database.one(pragmas) for _ in range(2 * sqlite.READERS))):
+            assert found == expected
 
 
 async def test_sqlite_waits_for_another_process_that_writes(tmp_path: Path) -> None:
@@ -299,6 +300,21 @@ async def test_reads_on_sqlite_are_served_by_the_readers_that_are_free(tmp_path:
         for task in busy:
             task.cancel()
         await asyncio.gather(*busy, return_exceptions=True)
+
+
+async def test_a_read_that_waits_too_long_for_a_reader_of_sqlite_is_unavailable(tmp_path: Path) -> None:
+    timeouts = db.Timeouts(statement_s=0.3, wait_s=0.1)
+    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", timeouts) as database:
+        endless: Select[Any] = select(literal_column("n")).select_from(
+            text(f"({COUNTING.format(10**12)}) AS counted")
+        )
+        busy = [asyncio.create_task(database.all(endless)) for _ in range(sqlite.READERS)]
+        await asyncio.sleep(0.01)
+
+        with pytest.raises(Unavailable):
+            await database.one(select(literal(1).label("one")))
+        assert {type(error) for error in await asyncio.gather(*busy, return_exceptions=True)} == {Unavailable}
+        assert await database.one(select(literal(1).label("one"))) == {"one": 1}
 
 
 async def test_a_cancelled_statement_is_interrupted_on_sqlite(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import aiosqlite
 import pytest
 
 from database import sqlite
-from database.group_commit import GROUP_MAX, GroupCommit, Write
+from database.calls import Call
+from database.group_commit import GROUP_MAX, GroupCommit
 from database.slots import PoolBusy
 
 INSERT = "INSERT INTO word VALUES (?) RETURNING text"
@@ -44,7 +45,7 @@ class Writer:
             yield self.connection
 
     async def write(self, text: Any, sql: str = INSERT) -> Any:
-        return await self.commits.write(Write(sql, [text]))
+        return await self.commits.write(Call(sql, [text]))
 
     async def begin_together(self, *writes: tuple[Any, str]) -> list["asyncio.Task[Any]"]:
         """Begin *writes* while the connection is held, so that they form a group."""
@@ -100,7 +101,7 @@ async def test_the_time_of_a_write_includes_its_commit(
         return execute(connection, *statement)
 
     monkeypatch.setattr(sqlite._Timed, "execute", execute_on_a_slow_disk)
-    writes = [Write(INSERT, [text]) for text in "ab"]
+    writes = [Call(INSERT, [text]) for text in "ab"]
     async with writer.lock:
         writing = [asyncio.create_task(writer.commits.write(write)) for write in writes]
         await asyncio.sleep(0.01)

@@ -1,7 +1,9 @@
 import itertools
-from collections.abc import AsyncIterator
+import sqlite3
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, get_args
+from unittest import mock
 
 import pytest
 
@@ -24,12 +26,25 @@ async def observing(database_url: str, **settings: Any) -> AsyncIterator[tuple[P
             proxy = await stack.enter_async_context(running_proxy(database_url))
             database_url, sent = proxy.url, proxy.statements
         app = create_app(settings_for(database_url, database_pool_size=1, **settings))
+        database = app.state.services.database
+        if isinstance(database, db.SQLite):
+            stack.enter_context(
+                mock.patch.object(database, "_connect_on_its_thread", _traced(database, sent))
+            )
         anna = person("anna", await stack.enter_async_context(running(app)))
-        if isinstance(app.state.services.database, db.SQLite):
-            for connection in app.state.services.database.connections:
-                await connection.set_trace_callback(sent.append)
         sent.clear()
         yield anna, sent
+
+
+def _traced(database: db.SQLite, sent: list[str]) -> Callable[[float], sqlite3.Connection]:
+    connect = database._connect_on_its_thread
+
+    def connect_traced(statement_s: float) -> sqlite3.Connection:
+        connection = connect(statement_s)
+        connection.set_trace_callback(sent.append)
+        return connection
+
+    return connect_traced
 
 
 @pytest.fixture(scope="module")
