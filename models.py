@@ -35,6 +35,7 @@ from sqlalchemy import (
     String,
     Text,
     TypeDecorator,
+    and_,
     cast,
     false,
     not_,
@@ -310,10 +311,46 @@ class TaskSeries(SQLModel):
     has_successor: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
 
 
-class Task(TaskSeries, TaskState, TaskFields, TaskKey, table=True):
+class TaskHistory(SQLModel):
+    """The fields by which devices learn what has changed."""
+
+    revision: int = Field(
+        sa_type=BigInteger,
+        sa_column_kwargs={"server_default": text("0")},
+        description="The owner's revision in which it last changed.",
+    )
+    deleted_at: datetime | None = Field(sa_type=TIMESTAMP)
+    erased: bool = Field(
+        sa_column_kwargs={"server_default": false()},
+        description="Deleted for good: only key, revision and `deleted_at` still say something.",
+    )
+
+
+class Task(TaskHistory, TaskSeries, TaskState, TaskFields, TaskKey, table=True):
     """One task of one user. There is no foreign key: the user table belongs to the issuer of the tokens."""
 
     __table_args__ = {"sqlite_autoincrement": True}
+
+
+class TaskOwner(SQLModel, table=True):
+    """What is known of all tasks of a user together. Whoever changes a user's tasks locks this row first."""
+
+    __tablename__ = "task_owner"
+    # Room for the next versions of a row on its page, because every change of a task changes it.
+    __table_args__ = {"postgresql_with": {"fillfactor": 50}}
+
+    user_id: str = Field(primary_key=True, sa_type=String(USER_ID_MAX))
+    revision: int = Field(
+        sa_type=BigInteger,
+        sa_column_kwargs={"server_default": text("0")},
+        description="Of the last change. Each change takes the next one, in its own transaction.",
+    )
+    task_count: int = Field(sa_type=BigInteger, sa_column_kwargs={"server_default": text("0")})
+    forgotten_revision: int = Field(
+        sa_type=BigInteger,
+        sa_column_kwargs={"server_default": text("0")},
+        description="The newest one of a deleted task that is no longer remembered.",
+    )
 
 
 class IdempotencyKey(SQLModel, table=True):
@@ -357,16 +394,20 @@ class LocalAccount(Account, table=True):
 
 
 _task = Task.__table__.c  # type: ignore[attr-defined] # SQLModel adds it
-Index("ix_task_user_id_created_at_id", _task.user_id, _task.created_at.desc(), _task.id.desc())
-Index(
-    "ix_task_pending",
-    _task.user_id,
-    _task.created_at.desc(),
-    _task.id.desc(),
-    postgresql_where=not_(_task.completed),
-    sqlite_where=not_(_task.completed),
-)
+
+
+def _index(name: str, *columns: Any, where: ColumnElement[bool] | None = None) -> None:
+    Index(name, *columns, postgresql_where=where, sqlite_where=where)
+
+
+_live, _deleted = _task.deleted_at.is_(None), _task.deleted_at.is_not(None)
+_newest_first = (_task.user_id, _task.created_at.desc(), _task.id.desc())
+_index("ix_task_live", *_newest_first, where=_live)
+_index("ix_task_live_pending", *_newest_first, where=and_(_live, not_(_task.completed)))
+_index("ix_task_live_due_date", _task.user_id, _task.due_date, _task.id, where=_live)
+_index("ix_task_revision", _task.user_id, _task.revision, _task.id)
+_index("ix_task_trash", _task.user_id, _task.deleted_at, _task.id, where=and_(_deleted, not_(_task.erased)))
+_index("ix_task_deleted_at", _task.deleted_at, where=_deleted)
 _key = IdempotencyKey.__table__.c  # type: ignore[attr-defined] # SQLModel adds it
-Index("ix_idempotency_key_created_at", _key.created_at)
-Index("ix_idempotency_key_user_id_weight", _key.user_id, _key.weight)
-Index("ix_task_user_id_due_date_id", _task.user_id, _task.due_date, _task.id)
+_index("ix_idempotency_key_created_at", _key.created_at)
+_index("ix_idempotency_key_user_id_weight", _key.user_id, _key.weight)

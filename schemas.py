@@ -248,9 +248,15 @@ class AllCompleted(BaseModel):
 
 
 class Counted(BaseModel):
-    """How many tasks were changed or deleted."""
+    """How many tasks were changed."""
 
     count: int
+
+
+class CountedIds(Counted):
+    """Which tasks were changed, and how many they are."""
+
+    ids: list[int]
 
 
 class Deleted(BaseModel):

@@ -3,6 +3,7 @@
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import maxsize
 from typing import Annotated
 
 import structlog
@@ -17,7 +18,6 @@ from auth.passwords import Passwords
 from auth.sign_in_throttle import SignInThrottle
 from config import Settings
 from observability import metrics
-from queries.quota import TaskQuota
 from server.readiness import Readiness
 from web import counters
 from web.cursors import CursorSealer
@@ -36,7 +36,7 @@ class Services:
     readiness: Readiness
     keys: Keys | None
     verifier: tokens.Verifier
-    task_quota: TaskQuota
+    tasks_max: int  # of one user
     cursors: CursorSealer
     counters: counters.Counters
     rate_limits: RateLimits
@@ -70,7 +70,7 @@ class Services:
             readiness=Readiness(database),
             keys=keys,
             verifier=_verifier(settings, keys),
-            task_quota=TaskQuota(settings.max_tasks_per_user),
+            tasks_max=settings.max_tasks_per_user or maxsize,
             cursors=CursorSealer(settings.cursor_secrets),
             counters=storage,
             rate_limits=RateLimits(

@@ -28,11 +28,18 @@ class Deferred(NamedTuple):
     An expression takes some 200 KB, its SQL 5 KB, which matters for statements with many variants.
     """
 
-    build: Callable[..., Executable]
+    build: Callable[..., "Executable | PerDatabase"]
     arguments: tuple[Any, ...]
 
 
-Statement = Executable | Deferred
+class PerDatabase(NamedTuple):
+    """A statement that writes, as each database wants it: PostgreSQL may write in the CTEs of a SELECT."""
+
+    postgresql: Executable
+    sqlite: Executable
+
+
+Statement = Executable | Deferred | PerDatabase
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,9 @@ def compile_statement(statement: Statement, dialect: Dialect) -> Compiled:
     """Compile once. The cache finds a statement by identity, as each is built once, a `Deferred` by value."""
     if isinstance(statement, Deferred):
         statement = statement.build(*statement.arguments)
+    writes = isinstance(statement, PerDatabase)
+    if isinstance(statement, PerDatabase):
+        statement = statement.postgresql if dialect.name == "postgresql" else statement.sqlite
     compiled = statement.compile(dialect=dialect)  # type: ignore[attr-defined] # not in its stubs
     assert isinstance(compiled, SQLCompiler)  # noqa: S101 - for the type checker
     parameters = []
@@ -80,7 +90,7 @@ def compile_statement(statement: Statement, dialect: Dialect) -> Compiled:
         for column in statement.exported_columns  # type: ignore[attr-defined] # not in its stubs
     ]
     name = statement.get_execution_options().get("name", UNNAMED)
-    return Compiled(compiled.string, statement.is_select, parameters, columns, name)
+    return Compiled(compiled.string, statement.is_select and not writes, parameters, columns, name)
 
 
 def _result_processor(kind: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:

@@ -46,7 +46,7 @@ class UserAccess(HTTPBearer):
             )
             raise Forbidden
         services = services_of(request)
-        return Owner(user_id, services.database, services.task_quota)
+        return Owner(user_id, services.database, services.tasks_max)
 
 
 async def verify(request: Request, token: str) -> Claims:

@@ -25,7 +25,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from database.arrays import AnyOf, HasAll, list_of
 from models import DAY, PRIORITY, DayText
-from queries.owner import OWNED, TASKS
+from queries.owner import LIVE, TASKS
 from schemas import Filter
 
 Shape = Literal["all", "pending", "filtered"]
@@ -138,10 +138,10 @@ def conditions(shape: Shape) -> list[ColumnElement[bool]]:
     """Return the conditions of a list of *shape*, the owner's first."""
     match shape:
         case "all":
-            return [OWNED]
+            return [LIVE]
         case "pending":  # a literal, so that the partial index matches
-            return [OWNED, not_(TASKS.c.completed)]
-    return [OWNED, *_filters()]
+            return [LIVE, not_(TASKS.c.completed)]
+    return [LIVE, *_filters()]
 
 
 def _filters() -> Iterator[ColumnElement[bool]]:

@@ -1,7 +1,6 @@
 """Lists of tasks: their orders and pages. With every filter and order there are 144 statements."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -10,17 +9,18 @@ from sqlalchemy import (
     bindparam,
     collate,
     func,
+    literal_column,
     select,
     true,
     tuple_,
     union_all,
 )
-from sqlalchemy.sql.base import Executable
 
 from database.statements import Deferred, Row, named
 from models import BIG_ID
 from queries.filters import FoldCase, Shape, conditions, shape_of, values_of
 from queries.owner import COLUMNS, TASKS, Owner
+from queries.revisions import REVISION_OF_OWNER
 from schemas import Filter, Order, Position
 
 # A page starts at the beginning, or after a task whose sort key has a value, or is null.
@@ -30,35 +30,36 @@ _NULLABLE = {column.name for column in COLUMNS if column.nullable}
 _LIMIT = bindparam("limit", type_=Integer)
 
 
+class Page(NamedTuple):
+    """Tasks, the owner's revision in which they are so, and how many all pages hold together, if counted."""
+
+    tasks: list[Row]
+    revision: int
+    total: int | None = None
+
+
 async def list_tasks(
-    owner: Owner, filters: Filter, order: Order, limit: int, after: Position | None = None
-) -> list[Row]:
-    """Return up to *limit* tasks of *owner* that come after the position *after*."""
-    return await _read_page(owner, page, filters, order, limit, after)
-
-
-async def list_and_count_tasks(
-    owner: Owner, filters: Filter, order: Order, limit: int, after: Position | None = None
-) -> tuple[list[Row], int]:
-    """Return the page as `list_tasks` does, and how many tasks all pages hold together."""
-    rows = await _read_page(owner, counted_page, filters, order, limit, after)
-    total = rows[0]["total"]
-    # Every row has the count; an empty page is one row without a task.
-    tasks = [{name: row[name] for name in row if name != "total"} for row in rows if row["id"] is not None]
-    return tasks, total
-
-
-async def _read_page(
     owner: Owner,
-    build: Callable[..., Executable],
     filters: Filter,
     order: Order,
     limit: int,
-    after: Position | None,
-) -> list[Row]:
-    statement = Deferred(build, (shape_of(filters), order, start_of(after)))
+    after: Position | None = None,
+    *,
+    counts: bool = False,
+) -> Page:
+    """Return up to *limit* tasks of *owner* that come after the position *after*."""
+    statement = Deferred(page_of_tasks, (shape_of(filters), order, start_of(after), counts))
     key, task_id = after or (None, None)
-    return await owner.all(statement, limit=limit, after_key=key, after_id=task_id, **values_of(filters))
+    rows = await owner.all(statement, limit=limit, after_key=key, after_id=task_id, **values_of(filters))
+    first = rows[0]
+    revision, total = first["list_revision"], first.get("total")
+    if first["id"] is None:
+        return Page([], revision, total)
+    for row in rows:
+        del row["list_revision"]
+        if counts:
+            del row["total"]
+    return Page(rows, revision, total)
 
 
 def start_of(after: Position | None) -> Start:
@@ -67,9 +68,20 @@ def start_of(after: Position | None) -> Start:
     return "after null" if after.key is None else "after value"
 
 
-def page(shape: Shape, order: Order, start: Start) -> Select[Any]:
-    """Return the statement for a page. It takes `owner`, `limit`, `after_key`, `after_id` and the values."""
-    return named("list_tasks", _page(shape, order, start))
+def page_of_tasks(shape: Shape, order: Order, start: Start, counts: bool) -> Select[Any]:
+    """Return the statement for a page. It takes `owner`, `limit`, `after_key`, `after_id` and the values.
+
+    Every row has `list_revision` and, if it *counts*, `total`. An empty page is one row without a task.
+    """
+    tasks = _page(shape, order, start).subquery("page")
+    revision = func.coalesce(REVISION_OF_OWNER, literal_column("0")).label("list_revision")
+    head: Any = select(revision)
+    if counts:
+        head = select(revision, func.count().label("total")).select_from(TASKS).where(*conditions(shape))
+    first = head.subquery("head")
+    statement = select(*tasks.c, *first.c).select_from(first.outerjoin(tasks, true()))
+    name = "list_and_count_tasks" if counts else "list_tasks"
+    return named(name, statement.order_by(*_ordering(order, tasks.c)))
 
 
 def _page(shape: Shape, order: Order, start: Start) -> Select[Any]:
@@ -83,20 +95,6 @@ def _page(shape: Shape, order: Order, start: Start) -> Select[Any]:
     unknown = _part(shape, order, continued=False, known=False).where(is_short).subquery("unknown")
     both = union_all(select(known), select(unknown)).subquery("both")
     return select(*both.c).order_by(*_ordering(order, both.c)).limit(_LIMIT)
-
-
-def counted_page(shape: Shape, order: Order, start: Start) -> Select[Any]:
-    """Return the statement for a page with `total` in every row; an empty page is one row without a task."""
-    tasks = page(shape, order, start).subquery("page")
-    total = (
-        select(func.count().label("total")).select_from(TASKS).where(*conditions(shape)).subquery("counted")
-    )
-    return named(
-        "list_and_count_tasks",
-        select(total.c.total, *tasks.c)
-        .select_from(total.outerjoin(tasks, true()))
-        .order_by(*_ordering(order, tasks.c)),
-    )
 
 
 def _part(shape: Shape, order: Order, continued: bool, known: bool | None = None) -> Select[Any]:
@@ -118,7 +116,8 @@ def _part(shape: Shape, order: Order, continued: bool, known: bool | None = None
 
 
 def _ordering(order: Order, columns: Any) -> list[ColumnElement[Any]]:
-    return [columns[order.field].is_(None), *_directed(order, columns)]
+    nulls_last = [columns[order.field].is_(None)] if order.field in _NULLABLE else []
+    return [*nulls_last, *_directed(order, columns)]
 
 
 def _directed(order: Order, columns: Any) -> list[ColumnElement[Any]]:

@@ -1,30 +1,32 @@
-"""The owner of tasks. Every statement filters by `OWNED` first and is run by an `Owner`."""
+"""The owner of tasks. Every statement filters by `OWNED` or `LIVE` first and is run by an `Owner`."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from sys import maxsize
 from typing import Any
 
-from sqlalchemy import Table, bindparam
+from sqlalchemy import Table, and_, bindparam
 
 from database.base import Database, Executor
 from database.statements import Row, Statement
 from models import Task
-from queries.quota import NO_LIMIT, TaskQuota
 from schemas import TaskOut
 
 TASKS: Table = Task.__table__  # type: ignore[attr-defined] # SQLModel adds it
 COLUMNS = tuple(TASKS.c[name] for name in TaskOut.model_fields)
-OWNED = TASKS.c.user_id == bindparam("owner", type_=TASKS.c.user_id.type)
+OWNER = bindparam("owner", type_=TASKS.c.user_id.type)
+OWNED = TASKS.c.user_id == OWNER  # deleted tasks too
+LIVE = and_(OWNED, TASKS.c.deleted_at.is_(None))
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A verified user, the database of their tasks, and their quota."""
+    """A verified user, the database of their tasks, and how many they may have."""
 
     user_id: str
     db: Executor
-    quota: TaskQuota = NO_LIMIT
+    tasks_max: int = maxsize
 
     async def one(self, statement: Statement, **values: Any) -> Row | None:
         rows = await self.all(statement, **values)

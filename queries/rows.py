@@ -7,18 +7,24 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, bindparam, case, false, literal
 
 from database.statements import Row
-from models import TIMESTAMP, TaskFields, TaskKey
+from models import TIMESTAMP, TaskFields, TaskHistory, TaskKey
 from queries.owner import TASKS
 from queries.recurrence import next_due_date
 
 WRITABLE = tuple(TaskFields.model_fields)
-STORED = tuple(column.name for column in TASKS.c if column.name not in TaskKey.model_fields)
+# What a new row has values for.
+STORED = tuple(
+    column.name for column in TASKS.c if column.name not in {*TaskKey.model_fields, *TaskHistory.model_fields}
+)
 
 NOW = bindparam("now", type_=TIMESTAMP)
 # True of a recurring task that has no successor yet.
 LACKS_SUCCESSOR = and_(
     TASKS.c.has_successor == false(), TASKS.c.recurring.is_not(None), TASKS.c.due_date.is_not(None)
 )
+
+# What moves a task to the trash.
+DELETED = {"deleted_at": NOW, "version": TASKS.c.version + 1, "updated_at": NOW}
 
 
 def new_task(fields: Mapping[str, Any], now: datetime, anchor_day: int | None = None) -> Row:

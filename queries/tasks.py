@@ -11,23 +11,20 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
-    delete,
-    func,
-    insert,
     not_,
     or_,
     select,
     true,
     update,
 )
-from sqlalchemy.sql.base import Executable
 
 from database.arrays import AnyOf, list_of
-from database.statements import Row, named
+from database.statements import PerDatabase, Row, Statement, named
 from errors import Unavailable
 from models import BIG_ID
-from queries.owner import COLUMNS, OWNED, TASKS, Owner
-from queries.rows import LACKS_SUCCESSOR, STORED, WRITABLE, new_task, successor, touched
+from queries.owner import COLUMNS, LIVE, OWNER, TASKS, Owner
+from queries.revisions import ONE, adding, changing
+from queries.rows import DELETED, LACKS_SUCCESSOR, STORED, WRITABLE, new_task, successor, touched
 from refusals import TaskNotFound, TooManyTasks, VersionConflict
 
 SERIES_ATTEMPTS = 3  # concurrent requests may change the task between two statements
@@ -87,13 +84,13 @@ async def toggle_task(owner: Owner, task_id: int, versions: Collection[int] | No
 
 
 async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | None = None) -> None:
-    """Delete the task.
+    """Move the task to the trash.
 
     Raises:
         TaskNotFound: the owner has none with this id.
         VersionConflict: the task's version is not one of *versions*.
     """
-    values = {"task_id": task_id, "versions": _list(versions)}
+    values = {"task_id": task_id, "versions": _list(versions), "now": datetime.now(UTC)}
     try:
         deleted = await owner.one(_DELETE, **values)
     except Unavailable as error:
@@ -112,7 +109,7 @@ async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | No
 
 async def _change(
     owner: Owner,
-    statement: Executable,
+    statement: Statement,
     task_id: int,
     changes: Mapping[str, Any],
     versions: Collection[int] | None,
@@ -195,16 +192,10 @@ async def _complete_in_series(owner: Owner, values: dict[str, Any]) -> Row | Non
 
 
 async def _insert(owner: Owner, values: Mapping[str, Any]) -> Row:
-    quota = owner.quota
-    values = {_NEW_NAMES[name]: value for name, value in values.items()}
-    if quota.take(owner.user_id):
-        row = await owner.one(_INSERT, **values)
-        assert row is not None  # noqa: S101 - for the type checker
-        return row
-    row = await owner.one(_INSERT_WITHIN_LIMIT, tasks_max=quota.tasks_max, **values)
+    new = {_NEW_NAMES[name]: value for name, value in values.items()}
+    row = await owner.one(_INSERT, tasks_max=owner.tasks_max, **new)
     if row is None:
-        raise TooManyTasks(quota.tasks_max)
-    quota.counted(owner.user_id, row.pop("count"))
+        raise TooManyTasks(owner.tasks_max)
     return row
 
 
@@ -229,15 +220,6 @@ def _new(name: str) -> ColumnElement[Any]:
     return bindparam(f"new_{name}", type_=TASKS.c[name].type)
 
 
-_NEW_ROW = {"user_id": OWNED.right, **{name: _new(name) for name in STORED}}
-
-
-def _insert_within_limit() -> Executable:
-    count = select(func.count()).select_from(TASKS).where(OWNED).scalar_subquery()
-    row = select(*_NEW_ROW.values()).where(count < bindparam("tasks_max", type_=Integer()))
-    return insert(TASKS).from_select(list(_NEW_ROW), row).returning(*COLUMNS, count.label("count"))
-
-
 def _sets(name: str) -> ColumnElement[bool]:
     return bindparam(f"sets_{name}", type_=Boolean())
 
@@ -251,7 +233,12 @@ def _changes(name: str) -> ColumnElement[bool]:
     return and_(_sets(name), TASKS.c[name].is_distinct_from(_new(name)))
 
 
-def _update_statement(*, in_series: bool) -> Executable:
+def _insert_statement() -> PerDatabase:
+    row = select(OWNER.label("user_id"), *(_new(name).label(name) for name in STORED))
+    return adding("create_task", row, *COLUMNS, count=ONE)
+
+
+def _update_statement(name: str, *, in_series: bool) -> PerDatabase:
     """Return one of two complementary updates.
 
     *in_series* matches only if it completes a recurring task whose successor is due; the other matches in
@@ -267,32 +254,37 @@ def _update_statement(*, in_series: bool) -> Executable:
         _after("due_date").is_not(None),
     )
     changed = or_(*(_changes(name) for name in WRITABLE))
-    statement = update(TASKS).where(OWNED, _THIS, _EXPECTED, next_is_due if in_series else not_(next_is_due))
     fields = {name: _after(name) for name in WRITABLE}
-    return statement.values(
-        fields
-        | touched(fields["completed"], changed)
-        | {
-            "anchor_day": case((_changes("due_date"), _new("anchor_day")), else_=TASKS.c.anchor_day),
-            "has_successor": true() if in_series else has_successor,
-        }
-    ).returning(*COLUMNS, *([TASKS.c.anchor_day] if in_series else []))
-
-
-def _toggle_statement() -> Executable:
-    next_is_due = and_(not_(TASKS.c.completed), LACKS_SUCCESSOR)
-    return (
+    statement = (
         update(TASKS)
-        .where(OWNED, _THIS, _EXPECTED, not_(next_is_due))
-        .values(touched(not_(TASKS.c.completed)))
-        .returning(*COLUMNS)
+        .where(LIVE, _THIS, _EXPECTED, next_is_due if in_series else not_(next_is_due))
+        .values(
+            fields
+            | touched(fields["completed"], changed)
+            | {
+                "anchor_day": case((_changes("due_date"), _new("anchor_day")), else_=TASKS.c.anchor_day),
+                "has_successor": true() if in_series else has_successor,
+            }
+        )
     )
+    more = [TASKS.c.anchor_day] if in_series else []
+    return changing(name, statement, *COLUMNS, *more, changes=changed)
 
 
-_INSERT = named("create_task", insert(TASKS).values(**_NEW_ROW).returning(*COLUMNS))
-_INSERT_WITHIN_LIMIT = named("create_task_within_limit", _insert_within_limit())
-_SELECT_ONE = named("get_task", select(*COLUMNS).where(OWNED, _THIS))
-_UPDATE = named("update_task", _update_statement(in_series=False))
-_COMPLETE_IN_SERIES = named("complete_in_series", _update_statement(in_series=True))
-_TOGGLE = named("toggle_task", _toggle_statement())
-_DELETE = named("delete_task", delete(TASKS).where(OWNED, _THIS, _EXPECTED).returning(TASKS.c.id))
+def _toggle_statement() -> PerDatabase:
+    next_is_due = and_(not_(TASKS.c.completed), LACKS_SUCCESSOR)
+    statement = update(TASKS).where(LIVE, _THIS, _EXPECTED, not_(next_is_due))
+    return changing("toggle_task", statement.values(touched(not_(TASKS.c.completed))), *COLUMNS)
+
+
+_INSERT = _insert_statement()
+_SELECT_ONE = named("get_task", select(*COLUMNS).where(LIVE, _THIS))
+_UPDATE = _update_statement("update_task", in_series=False)
+_COMPLETE_IN_SERIES = _update_statement("complete_in_series", in_series=True)
+_TOGGLE = _toggle_statement()
+_DELETE = changing(
+    "delete_task",
+    update(TASKS).where(LIVE, _THIS, _EXPECTED).values(DELETED),
+    TASKS.c.id,
+    adds=-1,
+)

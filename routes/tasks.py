@@ -25,6 +25,7 @@ from middleware.auth import OwnerDep
 from models import IDEMPOTENCY_KEY_MAX
 from queries import bulk, idempotency, lists, stats, tasks
 from queries.owner import Owner
+from queries.revisions import revision_of
 from refusals import Refusal, VersionConflict
 from schemas import (
     ID_MAX,
@@ -34,6 +35,7 @@ from schemas import (
     BulkQuery,
     Completion,
     Counted,
+    CountedIds,
     Deleted,
     Filter,
     Position,
@@ -49,7 +51,7 @@ from schemas import (
 from services import ServicesDep
 from web import etags
 from web.answers import JSONAnswer
-from web.cursors import CursorInvalid, CursorSealer, TaskList
+from web.cursors import CursorInvalid, CursorSealer, TaskList, description
 from web.direct_route import BODY_PROBLEMS, ONCE, DirectRoute
 from web.openapi import MERGE_PATCH, header
 from web.paths import PartConvertor, quoted_path
@@ -64,6 +66,7 @@ IDEMPOTENCY_KEY_PATTERN = (
     f'|"({_ANY}{{0,{IDEMPOTENCY_KEY_MAX - 2}}}{_NO_QUOTE})?'
     f'|"{_ANY}{{1,{IDEMPOTENCY_KEY_MAX}}}")$'
 )
+Responses = dict[int | str, dict[str, Any]]
 TaskId = Annotated[int, Path(ge=1, le=ID_MAX), BeforeValidator(digits)]
 IfMatch = Annotated[
     str | None,
@@ -95,6 +98,11 @@ IdempotencyKey = Annotated[
 ]
 MergePatch = Annotated[TaskUpdate, Body(media_type=MERGE_PATCH)]
 
+# The browser keeps the answer and asks whether it is still so; no one else keeps it.
+CACHED = {"Cache-Control": "private, no-cache", "Vary": "Authorization"}
+NOT_MODIFIED: Responses = {304: {"description": "The client has it already"}}
+TAGGED: Responses = {200: {"headers": header("ETag")}}
+LISTED: Responses = {200: {"headers": header("Link") | header("X-Total-Count") | header("ETag")}}
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
 PAGE_MAX_BYTES = 1024 * 1024  # an answer stays in memory until its client has read it
 
@@ -125,22 +133,29 @@ router = APIRouter(
 @router.get(
     "",
     response_model=list[TaskOut],
-    responses={200: {"headers": header("Link") | header("X-Total-Count")}},
+    responses=LISTED | NOT_MODIFIED,
 )
 async def list_tasks(
-    owner: OwnerDep, services: ServicesDep, request: Request, query: Annotated[TaskListQuery, Query()]
+    owner: OwnerDep,
+    services: ServicesDep,
+    request: Request,
+    query: Annotated[TaskListQuery, Query()],
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """List your tasks, newest first. The `Link` header leads to the next page, if there is one."""
     filters, order = query.filter, query.ordering
     task_list = TaskList(owner.user_id, filters, order)
     after = _position(services.cursors, query.cursor, task_list)
-    headers = {}
+    seen = (description(filters, order), query.limit, query.cursor, query.count, services.cursors.fingerprint)
+    if known := await _known(owner, if_none_match, *seen):
+        return known
     # One task more than requested shows whether there is a next page.
-    if query.count:
-        rows, total = await lists.list_and_count_tasks(owner, filters, order, query.limit + 1, after)
+    rows, revision, total = await lists.list_tasks(
+        owner, filters, order, query.limit + 1, after, counts=query.count
+    )
+    headers = CACHED | {"ETag": etags.of_list(revision, *seen)}
+    if total is not None:
         headers["X-Total-Count"] = str(total)
-    else:
-        rows = await lists.list_tasks(owner, filters, order, query.limit + 1, after)
     body, length = _page(rows[: query.limit])
     if len(rows) > length:
         headers["Link"] = services.cursors.link_to_next(request.scope, rows[length - 1], task_list)
@@ -169,7 +184,7 @@ async def create_task(
 @router.get(
     "/{task_id:task}",
     response_model=TaskOut,
-    responses=responses(NotFound, PreconditionFailed) | {304: {"description": "The client has it already"}},
+    responses=responses(NotFound, PreconditionFailed) | NOT_MODIFIED,
 )
 async def get_task(
     owner: OwnerDep, task_id: TaskId, if_match: IfMatch = None, if_none_match: IfNoneMatch = None
@@ -179,9 +194,10 @@ async def get_task(
     row = await tasks.get_task(owner, task_id)
     if versions is not None and row["version"] not in versions:
         raise VersionConflict(row)
-    if etags.is_known(row["version"], if_none_match):
-        return Response(status_code=304, headers={"ETag": etags.write(row["version"])})
-    return _task(row)
+    tag = etags.write(row["version"])
+    if etags.is_known(tag, if_none_match):
+        return _not_modified(tag)
+    return _task(row, headers=CACHED)
 
 
 @router.patch("/{task_id:task}/complete", response_model=TaskOut, responses=CHANGE_PROBLEMS)
@@ -252,10 +268,15 @@ async def delete_task(
     return _json({"ok": True}) if services.delete_status == 200 else Response(status_code=204)
 
 
-@router.get("/stats", response_model=Stats)
-async def get_stats(owner: OwnerDep, query: Annotated[StatsQuery, Query()]) -> Response:
+@router.get("/stats", response_model=Stats, responses=TAGGED | NOT_MODIFIED)
+async def get_stats(
+    owner: OwnerDep, query: Annotated[StatsQuery, Query()], if_none_match: IfNoneMatch = None
+) -> Response:
     """Count your tasks."""
-    return _json(await stats.count_tasks(owner, query.today))
+    if known := await _known(owner, if_none_match, "stats", query.today):
+        return known
+    counts, revision = await stats.count_tasks(owner, query.today)
+    return _json(counts, headers=CACHED | {"ETag": etags.of_list(revision, "stats", query.today)})
 
 
 @router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS, Conflict))
@@ -267,13 +288,14 @@ async def complete_tasks(
     return _json({"count": await bulk.complete_tasks(owner, _some(query), completed=body.completed)})
 
 
-@router.delete("", response_model=Counted)
+@router.delete("", response_model=CountedIds)
 async def delete_tasks(
     owner: OwnerDep, request: Request, query: Annotated[TaskSelection, Query()]
 ) -> Response:
     """Delete all tasks that a filter names, for good."""
     _refuse_conditions(request)
-    return _json({"count": await bulk.delete_tasks(owner, _some(query))})
+    ids = await bulk.delete_tasks(owner, _some(query))
+    return _json({"count": len(ids), "ids": ids})
 
 
 @router.post(
@@ -339,9 +361,23 @@ async def _versions(
         return versions
     row = await tasks.get_task(owner, task_id)
     version: int = row["version"]
-    if (versions is not None and version not in versions) or etags.is_known(version, if_none_match):
+    if (versions is not None and version not in versions) or etags.is_known(
+        etags.write(version), if_none_match
+    ):
         raise VersionConflict(row)
     return [version]
+
+
+async def _known(owner: Owner, if_none_match: str | None, *query: Any) -> Response | None:
+    """Return the 304 for a *query* whose answer the client has already; the owner's revision tells."""
+    if if_none_match is None:
+        return None
+    tag = etags.of_list(await revision_of(owner), *query)
+    return _not_modified(tag) if etags.is_known(tag, if_none_match) else None
+
+
+def _not_modified(tag: str) -> Response:
+    return Response(status_code=304, headers=CACHED | {"ETag": tag})
 
 
 def _refuse_conditions(request: Request) -> None:

@@ -49,7 +49,7 @@ class List:
 
     def compiled(self, owner: str = OWNER, limit: int = LIMIT) -> tuple[str, list[Any]]:
         """Return the SQL and the arguments that the service sends."""
-        page = lists.page(self.shape, self.order, lists.start_of(self.after))
+        page = lists.page_of_tasks(self.shape, self.order, lists.start_of(self.after), False)
         key, task_id = self.after or (None, None)
         values = {"owner": owner, "limit": limit, "after_key": key, "after_id": task_id}
         compiled = compile_statement(page, db.Postgres("postgresql://nobody@nowhere/none", 1).dialect)

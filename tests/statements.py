@@ -6,13 +6,14 @@ from typing import get_args
 
 from sqlalchemy.sql.base import Executable
 
-from queries import bulk, filters, idempotency, lists, stats, tasks
+from database.statements import PerDatabase
+from queries import bulk, filters, idempotency, lists, revisions, stats, tasks
 from schemas import Order
 
 
 def every_statement() -> list[Executable]:
     return [
-        *(each for module in (tasks, stats, bulk, idempotency) for each in constants(module)),
+        *(each for module in (tasks, stats, bulk, idempotency, revisions) for each in constants(module)),
         *(
             statement
             for shape in get_args(filters.Shape)
@@ -22,7 +23,14 @@ def every_statement() -> list[Executable]:
 
 
 def constants(module: ModuleType) -> list[Executable]:
-    return [value for value in vars(module).values() if isinstance(value, Executable) and _runs(value)]
+    """Return the module's statements; those that write tasks twice, as each database wants them."""
+    return [each for value in vars(module).values() for each in variants(value)]
+
+
+def variants(value: object) -> list[Executable]:
+    if isinstance(value, PerDatabase):
+        return [value.postgresql, value.sqlite]
+    return [value] if isinstance(value, Executable) and _runs(value) else []
 
 
 def _runs(value: Executable) -> bool:
@@ -38,13 +46,14 @@ def list_statements(shape: filters.Shape) -> list[Executable]:
     ]
     cases = itertools.product(orders, get_args(lists.Start))
     return [
-        build(shape, order, start) for order, start in cases for build in (lists.page, lists.counted_page)
+        lists.page_of_tasks(shape, order, start, counts) for order, start in cases for counts in (False, True)
     ]
 
 
 def bulks(shape: filters.Shape) -> list[Executable]:
-    return [
+    statements = (
         bulk._delete_all(shape),
         bulk._reopen_all(shape),
         *(bulk._complete_all(shape, in_series) for in_series in (False, True)),
-    ]
+    )
+    return [each for statement in statements for each in variants(statement)]

@@ -202,7 +202,8 @@ def test_statements_are_compiled_once() -> None:
     database = db.connect("postgresql://user@host/name", pool_size=1)
 
     first, again = (
-        compile_statement(Deferred(lists.page, ("all", Order(), "first")), database.dialect) for _ in range(2)
+        compile_statement(Deferred(lists.page_of_tasks, ("all", Order(), "first", False)), database.dialect)
+        for _ in range(2)
     )
 
     assert again is first
@@ -427,7 +428,7 @@ async def _add(owner: Owner, title: str = "Buy milk", **fields: object) -> None:
 
 
 async def _titles(owner: Owner) -> list[str]:
-    return [row["title"] for row in await lists.list_tasks(owner, Filter(), Order(), 10_000)]
+    return [row["title"] for row in (await lists.list_tasks(owner, Filter(), Order(), 10_000)).tasks]
 
 
 async def _write_at_once(owner: Owner) -> None:
@@ -546,7 +547,7 @@ async def test_transactions_cancelled_at_any_moment_are_atomic(owner: Owner) -> 
 
 async def test_concurrent_transactions_lose_no_update(owner: Owner) -> None:
     await _add(owner, description="0")
-    ((task_id,),) = [(row["id"],) for row in await lists.list_tasks(owner, Filter(), Order(), 1)]
+    ((task_id,),) = [(row["id"],) for row in (await lists.list_tasks(owner, Filter(), Order(), 1)).tasks]
 
     async def change(number: int) -> None:
         async with owner.transaction() as within:

@@ -431,7 +431,8 @@ class Shelf:
             return []
         if operation["op"] == "delete all":
             self.tasks = {task_id: task for task_id, task in self.tasks.items() if task not in named}
-            assert answer.json() == {"count": len(named)}
+            ids = sorted(task["id"] for task in self.seen.values() if wanted.takes(task))
+            assert answer.json() == {"count": len(ids), "ids": ids}
             return []
         changed = [task for task in named if task.fields["completed"] != operation["completed"]]
         assert answer.json() == {"count": len(changed)}

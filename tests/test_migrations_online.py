@@ -22,13 +22,17 @@ from tests.service import PROJECT, environment
 from tests.test_migrations import _alembic
 
 INDEXES = (
-    "ix_task_pending",
-    "ix_task_user_id_due_date_id",
+    "ix_task_live",
+    "ix_task_live_pending",
+    "ix_task_live_due_date",
+    "ix_task_revision",
+    "ix_task_trash",
+    "ix_task_deleted_at",
     "ix_idempotency_key_created_at",
     "ix_idempotency_key_user_id_weight",
     "ix_task_words",
 )
-BEFORE_INDEXES = "0007"
+BEFORE_INDEXES = "0011"
 WITHIN_S = 60
 REVISION = "SELECT version_num FROM task_schema_version"
 BUILDING = (

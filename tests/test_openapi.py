@@ -23,11 +23,11 @@ TASKS = "/api/{user_id}/tasks"
 OPERATIONS = {
     "health": ("get", "/health", {"200", "429", "503"}),
     "ready": ("get", "/health/ready", {"200", "429", "503"}),
-    "list_tasks": ("get", TASKS, {"200"} | EVERY_TASK),
+    "list_tasks": ("get", TASKS, {"200", "304"} | EVERY_TASK),
     "create_task": ("post", TASKS, {"201", "409"} | BODY | EVERY_TASK),
     "complete_tasks": ("patch", TASKS, {"200", "409"} | BODY | EVERY_TASK),
     "delete_tasks": ("delete", TASKS, {"200"} | EVERY_TASK),
-    "get_stats": ("get", f"{TASKS}/stats", {"200"} | EVERY_TASK),
+    "get_stats": ("get", f"{TASKS}/stats", {"200", "304"} | EVERY_TASK),
     "change_tasks": ("post", f"{TASKS}/bulk", {"200", "207", "404", "409", "412"} | BODY | EVERY_TASK),
     "get_task": ("get", f"{TASKS}/{{task_id}}", {"200", "304", "404", "412"} | EVERY_TASK),
     "update_task": ("put", f"{TASKS}/{{task_id}}", {"200", "404", "409", "412"} | BODY | EVERY_TASK),
@@ -46,11 +46,12 @@ PARAMETERS_OF_A_FILTER = {
 PARAMETERS = {
     "health": set(),
     "ready": set(),
-    "list_tasks": PARAMETERS_OF_A_FILTER | {"sort", "sort_by", "order", "limit", "cursor", "count"},
+    "list_tasks": PARAMETERS_OF_A_FILTER
+    | {"sort", "sort_by", "order", "limit", "cursor", "count", "If-None-Match"},
     "create_task": {"user_id", "Idempotency-Key"},
     "complete_tasks": PARAMETERS_OF_A_FILTER,
     "delete_tasks": PARAMETERS_OF_A_FILTER,
-    "get_stats": {"user_id", "today"},
+    "get_stats": {"user_id", "today", "If-None-Match"},
     "change_tasks": {"user_id", "atomic", "Idempotency-Key"},
     "get_task": {"user_id", "task_id", "If-Match", "If-None-Match"},
     "update_task": {"user_id", "task_id", "If-Match", "If-None-Match"},
@@ -61,7 +62,10 @@ PARAMETERS = {
 # In addition to X-Request-ID, which every response has.
 HEADERS_OF_PROBLEMS = {"401": {"WWW-Authenticate"}, "429": {"Retry-After"}, "503": {"Retry-After"}}
 HEADERS = {
-    ("list_tasks", "200"): {"Link", "X-Total-Count"},
+    ("list_tasks", "200"): {"Link", "X-Total-Count", "ETag"},
+    ("list_tasks", "304"): {"ETag"},
+    ("get_stats", "200"): {"ETag"},
+    ("get_stats", "304"): {"ETag"},
     ("create_task", "201"): {"ETag", "Location", "Idempotent-Replayed"},
     ("create_task", "409"): {"Retry-After"},
     ("change_tasks", "200"): {"Idempotent-Replayed"},

@@ -83,15 +83,15 @@ OPERATIONS: list[tuple[str, str, Any, str]] = [
     ("PATCH", "/{}", {}, "SELECT"),
     ("PATCH", "/{}/complete", None, "UPDATE"),
     ("PATCH", "/{}/complete", {"completed": True}, "UPDATE"),
-    ("DELETE", "/{}", None, "DELETE"),
+    ("DELETE", "/{}", None, "UPDATE"),
     ("PATCH", "?search=milk", {"completed": False}, "UPDATE"),
-    ("DELETE", "?search=milk", None, "DELETE"),
+    ("DELETE", "?search=milk", None, "UPDATE"),
 ]
 CONDITIONAL: list[tuple[str, str, Any, str]] = [
     ("PUT", "/{}", {"title": "Buy oat milk"}, "UPDATE"),
     ("PATCH", "/{}", {"completed": True}, "UPDATE"),
     ("PATCH", "/{}/complete", None, "UPDATE"),
-    ("DELETE", "/{}", None, "DELETE"),
+    ("DELETE", "/{}", None, "UPDATE"),
 ]
 
 
@@ -100,7 +100,14 @@ def _with_body(body: Any) -> dict[str, Any]:
 
 
 def _verbs(sent: list[str]) -> list[str]:
-    return [statement.split()[0] for statement in sent]
+    """Return the verbs; of a statement that first locks the owner's row, that of its change.
+
+    SQLite notes a statement, with its values, again for each statement of its triggers.
+    """
+    changing = {"WITH locked": "UPDATE", "WITH following": "INSERT"}
+    pairs = zip(["", *sent], sent, strict=False)
+    words = [after.split()[:2] for before, after in pairs if after != before or "$1" in after]
+    return [changing.get(" ".join(two), two[0]) for two in words]
 
 
 @pytest.mark.parametrize(("method", "path", "body", "verb"), OPERATIONS)
@@ -240,7 +247,7 @@ async def test_completing_many_is_as_many_statements_as_completing_two(database_
         answer = await anna.patch("?status=pending", json={"completed": True})
 
     assert answer.json() == {"count": 2 * count}
-    assert _verbs(sent) == ["BEGIN", "UPDATE", "UPDATE", "SELECT", "SELECT", "INSERT", "COMMIT"]
+    assert _verbs(sent) == ["BEGIN", "SELECT", "UPDATE", "UPDATE", "INSERT", "COMMIT"]
 
 
 @pytest.mark.parametrize("count", [1, 50])
@@ -261,15 +268,15 @@ async def test_a_hundred_operations_are_as_many_statements_as_two(
     answer = await anna.post("/bulk", json={"operations": operations})
 
     assert [result["status"] for result in answer.json()["results"]] == [200, 201] * count
-    assert _verbs(sent) == ["BEGIN", "SELECT", "SELECT", "SELECT", "UPDATE", "INSERT", "COMMIT"]
+    assert _verbs(sent) == ["BEGIN", "SELECT", "SELECT", "UPDATE", "INSERT", "COMMIT"]
 
 
-async def test_operations_of_every_kind_within_a_limit_are_six_statements(database_url: str) -> None:
+async def test_operations_of_every_kind_within_a_limit_are_five_statements(database_url: str) -> None:
     async with observing(database_url, max_tasks_per_user=1000) as (anna, sent):
         answer = await _every_kind(anna, sent)
 
     assert [result["status"] for result in answer] == [200, 201, 200, 204] * 25
-    assert _verbs(sent) == ["BEGIN", "SELECT", "SELECT", "SELECT", "DELETE", "UPDATE", "INSERT", "COMMIT"]
+    assert _verbs(sent) == ["BEGIN", "SELECT", "SELECT", "UPDATE", "UPDATE", "INSERT", "COMMIT"]
 
 
 async def _every_kind(someone: Person, sent: list[str]) -> list[dict[str, Any]]:
@@ -315,7 +322,7 @@ async def test_a_transaction_is_a_round_trip_for_each_statement(postgres: Server
             await anna.patch("?status=pending", json={"completed": True})
             await anna.post("/bulk", json={"operations": [{"op": "create", "task": {"title": "Rest"}}]})
 
-    assert proxy.round_trips == len(proxy.statements) == 5 + 6 + 7 + 5
+    assert proxy.round_trips == len(proxy.statements) == 5 + 6 + 6 + 4
 
 
 def test_all_lists_together_have_144_statements() -> None:
@@ -323,9 +330,7 @@ def test_all_lists_together_have_144_statements() -> None:
     orders = [Order(field, descending) for field in fields for descending in (False, True)]
     dialect = db.connect("postgresql://user@host/name", pool_size=1).dialect
 
-    cases = itertools.product(
-        (lists.page, lists.counted_page), get_args(filters.Shape), orders, get_args(lists.Start)
-    )
-    texts = {compile_statement(Deferred(build, tuple(case)), dialect).sql for build, *case in cases}
+    cases = itertools.product(get_args(filters.Shape), orders, get_args(lists.Start), (False, True))
+    texts = {compile_statement(Deferred(lists.page_of_tasks, tuple(case)), dialect).sql for case in cases}
 
     assert len(texts) == 144

@@ -52,7 +52,7 @@ async def test_tasks_and_accounts_are_cache_control_no_store(database_url: str) 
         alice = person("alice", client)
         private = [
             await alice.post(json={"title": "Buy milk"}),
-            await alice.get(),
+            await alice.get("/7000000"),
             await client.get(alice.tasks),
             await client.get("/api/auth/get-session"),
             await client.post("/api/auth/sign-in/email", json={}),
@@ -61,6 +61,18 @@ async def test_tasks_and_accounts_are_cache_control_no_store(database_url: str) 
 
     assert [answer.headers.get_list("cache-control") for answer in private] == [["no-store"]] * 5
     assert [answer for answer in public if "cache-control" in answer.headers] == []
+
+
+async def test_tasks_are_kept_by_the_browser_of_their_user_only(alice: Person) -> None:
+    task = await alice.create()
+    for path in ("", "/stats", f"/{task['id']}"):
+        answer = await alice.get(path)
+        again = await alice.get(path, headers={"If-None-Match": answer.headers["etag"]})
+
+        assert (answer.status_code, again.status_code) == (200, 304)
+        for each in (answer, again):
+            assert each.headers.get_list("cache-control") == ["private, no-cache"]
+            assert set(", ".join(each.headers.get_list("vary")).split(", ")) == {"Authorization", "Origin"}
 
 
 async def test_crashes_have_the_security_headers_too(

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, get_args
 from urllib.parse import quote
 
@@ -35,11 +35,12 @@ class TaskList:
 
     @property
     def binding(self) -> str:
-        return f"{self.user_id}\n{_description(self.filters, self.order)}"
+        return f"{self.user_id}\n{description(self.filters, self.order)}"
 
 
 @lru_cache(256)
-def _description(filters: Filter, order: Order) -> str:
+def description(filters: Filter, order: Order) -> str:
+    """Return *filters* and *order* as a text that is the same in every process."""
     # Sorted, because the order of a set may differ between processes.
     states, others = sorted(filters.states), filters._replace(states=frozenset())
     return f"{states}\n{others}\n{order}"
@@ -54,6 +55,11 @@ class CursorSealer:
     def __init__(self, secrets: Sequence[str]) -> None:
         # A derived key, because a secret that signs tokens must not serve another purpose.
         self._keys = [AESSIV(hashlib.sha512(b"cursor:" + secret.encode()).digest()) for secret in secrets]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the secret, so that nobody keeps a link whose cursor cannot be opened any more."""
+        return self.write((0,), "")[:8]
 
     def write(self, position: Sequence[Any], binding: str) -> str:
         """Return *position*, the sort key and id of a page's last task, as a cursor for *binding*."""

@@ -1,8 +1,12 @@
-"""Entity tags (RFC 9110, section 8.8.3): a task's is its version."""
+"""Entity tags (RFC 9110, section 8.8.3): a task's is its version, a list's contains its owner's revision."""
 
+import hashlib
 import re
+from functools import lru_cache
+from typing import Any
 
 from errors import invalid_parameter
+from schemas import TaskOut
 
 LIST_MAX = 4096  # characters of a header; a tag of ours has at most 11
 TAGS_MAX = 100  # each that names a version becomes a value of the statement
@@ -20,6 +24,18 @@ def write(version: int) -> str:
     return f'"{version}"'
 
 
+@lru_cache(256)
+def _fingerprint(*query: Any) -> str:
+    # A release with another field answers the same query differently.
+    seen = repr((*query, *TaskOut.model_fields)).encode(errors="surrogatepass")
+    return hashlib.blake2b(seen, digest_size=8).hexdigest()
+
+
+def of_list(revision: int, *query: Any) -> str:
+    """Return the tag of what *query* finds among the tasks of an owner in *revision*."""
+    return f'"{revision}-{_fingerprint(*query)}"'
+
+
 def expected_versions(if_match: str | None) -> list[int] | None:
     """Return the versions that an If-Match allows; None for any.
 
@@ -32,8 +48,8 @@ def expected_versions(if_match: str | None) -> list[int] | None:
     return [int(tag) for weak, tag in _tags("If-Match", if_match) if not weak and _VERSION.fullmatch(tag)]
 
 
-def is_known(version: int, if_none_match: str | None) -> bool:
-    """Return whether an If-None-Match names *version*, so that the client has it already.
+def is_known(tag: str, if_none_match: str | None) -> bool:
+    """Return whether an If-None-Match names *tag*, so that the client has it already.
 
     Raises:
         Unprocessable: the header is no list of entity tags.
@@ -42,7 +58,7 @@ def is_known(version: int, if_none_match: str | None) -> bool:
         return False
     if if_none_match.strip() == "*":
         return True
-    return str(version) in {tag for _, tag in _tags("If-None-Match", if_none_match)}
+    return tag[1:-1] in {opaque for _, opaque in _tags("If-None-Match", if_none_match)}
 
 
 def _tags(header: str, value: str) -> list[tuple[str, str]]:

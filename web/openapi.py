@@ -28,9 +28,9 @@ HEADERS: dict[str, dict[str, Any]] = {
     },
     "ETag": {
         "required": True,
-        "description": "The task's version, for `If-Match` and `If-None-Match`.",
+        "description": "For `If-Match` and `If-None-Match`. A task's is its version.",
         "example": '"3"',
-        "schema": {"type": "string", "pattern": '^"[0-9]+"$'},
+        "schema": {"type": "string", "pattern": '^"[0-9]+(-[0-9a-f]+)?"$'},
     },
     "Idempotent-Replayed": {
         "description": "`true` when this is the answer that a request with this key got before.",
