@@ -22,11 +22,12 @@ LIVE = and_(OWNED, TASKS.c.deleted_at.is_(None))
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A verified user, the database of their tasks, and how many they may have."""
+    """A verified user, the database of their tasks, how many they may have, and whether there is a trash."""
 
     user_id: str
     db: Executor
     tasks_max: int = maxsize
+    has_trash: bool = True
 
     async def one(self, statement: Statement, **values: Any) -> Row | None:
         rows = await self.all(statement, **values)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import date, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, bindparam, case, false, literal
+from sqlalchemy import ColumnElement, and_, bindparam, case, false, literal, null, true
 
 from database.statements import Row
 from models import TIMESTAMP, TaskFields, TaskHistory, TaskKey
@@ -23,8 +23,19 @@ LACKS_SUCCESSOR = and_(
     TASKS.c.has_successor == false(), TASKS.c.recurring.is_not(None), TASKS.c.due_date.is_not(None)
 )
 
-# What moves a task to the trash.
-DELETED = {"deleted_at": NOW, "version": TASKS.c.version + 1, "updated_at": NOW}
+IN_TRASH = and_(TASKS.c.deleted_at.is_not(None), TASKS.c.erased == false())
+_TOUCHED = {"version": TASKS.c.version + 1, "updated_at": NOW}
+# What moves a task to the trash, what brings it back, and what leaves nothing of it but a tombstone.
+DELETED: dict[str, Any] = {"deleted_at": NOW, **_TOUCHED}
+RESTORED: dict[str, Any] = {"deleted_at": null(), **_TOUCHED}
+ERASED: dict[str, Any] = {
+    "erased": true(),
+    "title": "",
+    "tags": [],
+    "reminder": false(),
+    **dict.fromkeys(("description", "priority", "category", "due_date", "due_time", "recurring")),
+    **dict.fromkeys(("completed_at", "anchor_day")),
+}
 
 
 def new_task(fields: Mapping[str, Any], now: datetime, anchor_day: int | None = None) -> Row:

@@ -3,7 +3,6 @@
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from pydantic import BaseModel, BeforeValidator
 from starlette.convertors import Convertor, register_url_convertor
@@ -50,7 +49,7 @@ from schemas import (
 )
 from services import ServicesDep
 from web import etags
-from web.answers import JSONAnswer
+from web.answers import JSONAnswer, dump_page, json_answer
 from web.cursors import CursorInvalid, CursorSealer, TaskList, description
 from web.direct_route import BODY_PROBLEMS, ONCE, DirectRoute
 from web.openapi import MERGE_PATCH, header
@@ -104,13 +103,12 @@ NOT_MODIFIED: Responses = {304: {"description": "The client has it already"}}
 TAGGED: Responses = {200: {"headers": header("ETag")}}
 LISTED: Responses = {200: {"headers": header("Link") | header("X-Total-Count") | header("ETag")}}
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
-PAGE_MAX_BYTES = 1024 * 1024  # an answer stays in memory until its client has read it
 
 
 class _TaskConvertor(Convertor[str]):
     """Matches any id, valid or not, but not the names of other resources, which have their own methods."""
 
-    regex = "(?!(?:stats|bulk)(?:/|$))[^/]+"
+    regex = "(?!(?:stats|bulk|changes|events|restore|trash)(?:/|$))[^/]+"
 
     def convert(self, value: str) -> str:
         return value
@@ -156,9 +154,11 @@ async def list_tasks(
     headers = CACHED | {"ETag": etags.of_list(revision, *seen)}
     if total is not None:
         headers["X-Total-Count"] = str(total)
-    body, length = _page(rows[: query.limit])
+    body, length = dump_page(rows[: query.limit])
     if len(rows) > length:
-        headers["Link"] = services.cursors.link_to_next(request.scope, rows[length - 1], task_list)
+        headers["Link"] = services.cursors.link_to_next(
+            request.scope, task_list.position_of(rows[length - 1]), task_list.binding
+        )
     return JSONAnswer(body, 200, headers)
 
 
@@ -265,7 +265,7 @@ async def delete_task(
     """Delete a task for good."""
     versions = await _versions(owner, task_id, if_match, if_none_match)
     await tasks.delete_task(owner, task_id, versions)
-    return _json({"ok": True}) if services.delete_status == 200 else Response(status_code=204)
+    return json_answer({"ok": True}) if services.delete_status == 200 else Response(status_code=204)
 
 
 @router.get("/stats", response_model=Stats, responses=TAGGED | NOT_MODIFIED)
@@ -276,7 +276,7 @@ async def get_stats(
     if known := await _known(owner, if_none_match, "stats", query.today):
         return known
     counts, revision = await stats.count_tasks(owner, query.today)
-    return _json(counts, headers=CACHED | {"ETag": etags.of_list(revision, "stats", query.today)})
+    return json_answer(counts, headers=CACHED | {"ETag": etags.of_list(revision, "stats", query.today)})
 
 
 @router.patch("", response_model=Counted, responses=responses(*BODY_PROBLEMS, Conflict))
@@ -285,7 +285,7 @@ async def complete_tasks(
 ) -> Response:
     """Set `completed` for all tasks that a filter names."""
     _refuse_conditions(request)
-    return _json({"count": await bulk.complete_tasks(owner, _some(query), completed=body.completed)})
+    return json_answer({"count": await bulk.complete_tasks(owner, _some(query), completed=body.completed)})
 
 
 @router.delete("", response_model=CountedIds)
@@ -295,7 +295,7 @@ async def delete_tasks(
     """Delete all tasks that a filter names, for good."""
     _refuse_conditions(request)
     ids = await bulk.delete_tasks(owner, _some(query))
-    return _json({"count": len(ids), "ids": ids})
+    return json_answer({"count": len(ids), "ids": ids})
 
 
 @router.post(
@@ -326,7 +326,7 @@ async def change_tasks(
         return {"results": [_result(outcome) for outcome in outcomes]}
 
     content, headers = await _once(owner, idempotency_key, body, change, atomic=query.atomic)
-    return _json(content, 200 if query.atomic else 207, headers)
+    return json_answer(content, 200 if query.atomic else 207, headers)
 
 
 async def _once(
@@ -389,31 +389,7 @@ def _refuse_conditions(request: Request) -> None:
 
 
 def _task(row: Row, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return _json(row, status, {"ETag": etags.write(row["version"]), **(headers or {})})
-
-
-def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return JSONAnswer(_dump(content), status, headers)
-
-
-def _dump(content: Any) -> bytes:
-    """Return rows as JSON, without validation: the database's values are valid already."""
-    return orjson.dumps(content, option=orjson.OPT_UTC_Z)
-
-
-def _page(rows: list[Row]) -> tuple[bytes, int]:
-    """Return the JSON array of the first *rows* that fit into a page, and their number."""
-    body = _dump(rows)
-    if len(body) <= PAGE_MAX_BYTES:
-        return body, len(rows)
-    parts: list[bytes] = []
-    size = 1
-    for part in map(_dump, rows):
-        size += len(part) + 1
-        if size > PAGE_MAX_BYTES and parts:
-            break
-        parts.append(part)
-    return b"[" + b",".join(parts) + b"]", len(parts)
+    return json_answer(row, status, {"ETag": etags.write(row["version"]), **(headers or {})})
 
 
 def _result(outcome: bulk.Done | Refusal) -> dict[str, Any]:

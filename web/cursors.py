@@ -37,6 +37,9 @@ class TaskList:
     def binding(self) -> str:
         return f"{self.user_id}\n{description(self.filters, self.order)}"
 
+    def position_of(self, task: dict[str, Any]) -> Position:
+        return Position(task[self.order.field], task["id"])
+
 
 @lru_cache(256)
 def description(filters: Filter, order: Order) -> str:
@@ -91,9 +94,9 @@ class CursorSealer:
                 return Position(key, task_id)
         raise CursorInvalid
 
-    def link_to_next(self, scope: Scope, last: dict[str, Any], tasks: TaskList) -> str:
-        """Return a `Link` (RFC 8288) to the page after the task *last*; other parameters stay as sent."""
-        cursor = self.write((last[tasks.order.field], last["id"]), tasks.binding)
+    def link_to_next(self, scope: Scope, last: Position, binding: str) -> str:
+        """Return a `Link` (RFC 8288) to the page after the position *last*; other parameters stay as sent."""
+        cursor = self.write(last, binding)
         sent = scope["query_string"].decode("latin-1").split("&")
         kept = [parameter for parameter in sent if parameter and not parameter.startswith("cursor=")]
         query = quote("&".join([*kept, f"cursor={cursor}"]), safe="%&=+,:/?-._~!$'()*;@")
