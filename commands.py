@@ -54,8 +54,9 @@ def load_app(create_app: AppFactory, settings: Settings) -> FastAPI:
 
 
 def _serve(create_app: AppFactory, settings: Settings) -> None:
+    app = load_app(create_app, settings)
     run.serve(
-        load_app(create_app, settings),
+        app,
         settings.host,
         settings.port,
         Connections(
@@ -65,6 +66,7 @@ def _serve(create_app: AppFactory, settings: Settings) -> None:
         ),
         proxies=settings.proxies,
         shutdown_grace_s=settings.shutdown_grace_s,
+        on_stopping=app.state.services.streams.end,
         on_started=partial(_print_welcome, settings) if settings.unconfigured else None,
     )
 

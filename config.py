@@ -197,6 +197,9 @@ class Settings(BaseModel):
     max_connections: int = Field(900, ge=1, le=1_000_000)
     # A browser opens six, so this is enough for 40 browsers behind one address.
     max_connections_per_address: int = Field(256, ge=1, le=1_000_000)
+    # Each is an open connection too.
+    max_streams: int = Field(5_000, ge=0, le=1_000_000)
+    max_streams_per_user: int = Field(10, ge=0, le=1_000_000)
     # Enough for a front end that loads ten things every second.
     rate_limit: Annotated[str, BeforeValidator(_lower), AfterValidator(_rate)] = "600/minute"
     # Enough for all users behind an office's address to sign in within a minute. Invalid tokens count too.

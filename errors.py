@@ -88,6 +88,17 @@ class PreconditionFailed(Problem):
     sentence = "The task has changed since you read it"
 
 
+class Gone(Problem):
+    """What the client's sync token needs is not remembered any more."""
+
+    status = 410
+    sentence = "Too much has changed since then. Please load everything again."
+
+    @classmethod
+    def members(cls) -> dict[str, Any]:
+        return {"type": "urn:problem:sync-token-expired"}
+
+
 class RequestTimeout(Problem):
     status = 408
     sentence = "The request body did not arrive in time"

@@ -49,3 +49,7 @@ class KeyReused(KeyRefused):
 
 class TooManyKeys(KeyRefused):
     """The user has as many unexpired keys as are kept."""
+
+
+class ChangesForgotten(Refusal):
+    """A tombstone from after the client's position has been dropped, so the client has to start again."""

@@ -37,6 +37,7 @@ from models import (
 )
 
 LIMIT_MAX = 1000  # also the default: a front end without paging would miss what a shorter list leaves out
+CHANGES_DEFAULT = 500
 SEARCH_MAX = 200
 WORDS_MAX = 8  # each is looked for in every task of the user
 REPEATED_MAX = 100
@@ -276,6 +277,42 @@ class Stats(BaseModel):
     tags: dict[str, int] = Field(description=f"The {STATS_TAGS_MAX} most used, the most used first.")
 
 
+class ChangesQuery(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    since: str | None = Field(None, description="`next` of a page before. Without it, all tasks come first.")
+    limit: Annotated[int, BeforeValidator(digits)] = Field(CHANGES_DEFAULT, ge=1, le=LIMIT_MAX)
+
+
+class EventsQuery(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    since: str | None = Field(None, description="Begin after this token; `Last-Event-ID` wins.")
+
+
+class TaskChanged(BaseModel):
+    """A task that was created, changed or restored, as it is now."""
+
+    type: Literal["changed"]
+    task: "TaskOut"
+
+
+class TaskDeleted(BaseModel):
+    """A task that was deleted."""
+
+    type: Literal["deleted"]
+    id: int
+    deleted_at: datetime
+
+
+class ChangesOut(BaseModel):
+    """Each task that has changed, in the order of its last change. `next` goes on where this page ends."""
+
+    changes: list[Annotated[TaskChanged | TaskDeleted, Field(discriminator="type")]]
+    next: str
+    has_more: bool
+
+
 class StatsQuery(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -341,6 +378,17 @@ class Position(NamedTuple):
 
     key: Any
     task_id: int
+
+
+class SyncPosition(NamedTuple):
+    """A place among the changes of a user's tasks: after the task *task_id*, which changed in *revision*.
+
+    Who began without a position needs no tombstones of revisions up to *first*, which was the last one then.
+    """
+
+    revision: int
+    task_id: int
+    first: int
 
 
 def _distinct(values: Iterable[str]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from auth.local_accounts import LocalAccounts
 from auth.passwords import Passwords
 from auth.sign_in_throttle import SignInThrottle
 from config import Settings
+from live.streams import Streams
 from observability import metrics
 from server.readiness import Readiness
 from web import counters
@@ -38,6 +39,7 @@ class Services:
     verifier: tokens.Verifier
     tasks_max: int  # of one user
     cursors: CursorSealer
+    streams: Streams
     counters: counters.Counters
     rate_limits: RateLimits
     local_accounts: LocalAccounts | None
@@ -72,6 +74,9 @@ class Services:
             verifier=_verifier(settings, keys),
             tasks_max=settings.max_tasks_per_user or maxsize,
             cursors=CursorSealer(settings.cursor_secrets),
+            streams=Streams(
+                database, limit=settings.max_streams, limit_per_user=settings.max_streams_per_user
+            ),
             counters=storage,
             rate_limits=RateLimits(
                 storage, user=settings.rate_limit, anonymous=settings.rate_limit_anonymous

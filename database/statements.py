@@ -30,6 +30,7 @@ class Deferred(NamedTuple):
 
     build: Callable[..., "Executable | PerDatabase"]
     arguments: tuple[Any, ...]
+    writes: bool = False
 
 
 class PerDatabase(NamedTuple):
@@ -40,6 +41,10 @@ class PerDatabase(NamedTuple):
 
 
 Statement = Executable | Deferred | PerDatabase
+
+
+def changes_tasks(statement: Statement) -> bool:
+    return isinstance(statement, PerDatabase) or (isinstance(statement, Deferred) and statement.writes)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ class AccessLog:
         duration_s = time.perf_counter() - started
         if self._measures:
             metrics.requests_in_flight.dec()
-            metrics.request_answered(route or UNMATCHED, scope["method"], status, duration_s)
+            until_stream_s = state_of(scope).get("streams_since", started + duration_s) - started
+            metrics.request_answered(route or UNMATCHED, scope["method"], status, until_stream_s)
         if self._lines:
             self._log.info(
                 "request",

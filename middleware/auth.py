@@ -46,7 +46,7 @@ class UserAccess(HTTPBearer):
             )
             raise Forbidden
         services = services_of(request)
-        return Owner(user_id, services.database, services.tasks_max)
+        return Owner(user_id, services.database, services.tasks_max, on_change=services.streams.changed)
 
 
 async def verify(request: Request, token: str) -> Claims:
@@ -64,7 +64,8 @@ async def verify(request: Request, token: str) -> Claims:
         raise refusal(request, str(error)) from error
     except jwks.KeysUnavailable as error:
         raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
-    state_of(request.scope)["user_id"] = claims.sub  # for the access log
+    state = state_of(request.scope)
+    state["user_id"], state["expires_at"] = claims.sub, claims.exp  # for the access log and for streams
     await services.rate_limits.count_user(request.scope, claims.sub)
     return claims
 

@@ -92,7 +92,10 @@ class _Exchange:
         front, scope = self._front, self._scope
         started = front.access_log.start(scope)
         # The application answers HEAD as GET. The server keeps its own scope, and sends no body.
-        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        inner = scope
+        if scope["method"] == "HEAD":
+            inner = {**scope, "method": "GET"}
+            state_of(scope)["is_head"] = True
         timer = self._task.get_loop().call_later(front.deadline_s, self._expire)
         try:
             try:

@@ -57,6 +57,9 @@ _requests_children: dict[tuple[str, str, int], Counter] = {}
 _durations = Timed("http_request_duration_seconds", "Time to answer a request, by route.", "route")
 requests_in_flight = Gauge("http_requests_in_flight", "Requests that are being answered.")
 
+streams_open = Gauge("event_streams_open", "Event streams that are open.")
+events_sent = Counter("events_sent", "Changes of tasks sent to event streams.")
+sync_gone = Counter("sync_gone", "Sync tokens refused because what they need is forgotten.")
 _refused_tokens = Labelled("tokens_refused", "Tokens that were not accepted, by reason.", "reason")
 _failed_sign_ins = Labelled("sign_ins_failed", "Sign-ins to local accounts that failed, by reason.", "reason")
 _rate_limited = Labelled("requests_rate_limited", "Requests refused for their number, by limit.", "limit")

@@ -64,7 +64,7 @@ async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) ->
 
 async def delete_tasks(owner: Owner, filters: Filter) -> list[int]:
     """Move the tasks that match *filters* to the trash and return their ids, ascending."""
-    statement = Deferred(_delete_all, (shape_of(filters),))
+    statement = Deferred(_delete_all, (shape_of(filters),), writes=True)
     rows = await owner.all(statement, now=datetime.now(UTC), **values_of(filters))
     return sorted(row["id"] for row in rows)
 
@@ -78,7 +78,7 @@ async def complete_tasks(owner: Owner, filters: Filter, *, completed: bool) -> i
     shape, values = shape_of(filters), values_of(filters)
     now = datetime.now(UTC)
     if not completed:
-        return len(await owner.all(Deferred(_reopen_all, (shape,)), now=now, **values))
+        return len(await owner.all(Deferred(_reopen_all, (shape,), writes=True), now=now, **values))
     async with owner.transaction() as tx:
         room = owner.tasks_max - await lock(tx)
         series = await tx.all(Deferred(_complete_all, (shape, True)), now=now, **values)

@@ -1,6 +1,6 @@
 """The owner of tasks. Every statement filters by `OWNED` or `LIVE` first and is run by an `Owner`."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from sys import maxsize
@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Table, and_, bindparam
 
 from database.base import Database, Executor
-from database.statements import Row, Statement
+from database.statements import Row, Statement, changes_tasks
 from models import Task
 from schemas import TaskOut
 
@@ -28,6 +28,7 @@ class Owner:
     db: Executor
     tasks_max: int = maxsize
     has_trash: bool = True
+    on_change: Callable[[str], None] | None = None  # called with the user's id after a change
 
     async def one(self, statement: Statement, **values: Any) -> Row | None:
         rows = await self.all(statement, **values)
@@ -38,9 +39,12 @@ class Owner:
         if not share.take(user_id):  # without a coroutine where nothing has to wait
             await share.enter(user_id)
         try:
-            return await self.db.all(statement, owner=user_id, **values)
+            rows = await self.db.all(statement, owner=user_id, **values)
         finally:
             share.leave(user_id)
+        if self.on_change and changes_tasks(statement):
+            self.on_change(user_id)
+        return rows
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator["Owner"]:
@@ -52,6 +56,8 @@ class Owner:
         await share.enter(user_id)
         try:
             async with self.db.transaction() as executor:
-                yield replace(self, db=executor)
+                yield replace(self, db=executor, on_change=None)
         finally:
             share.leave(user_id)
+        if self.on_change:
+            self.on_change(user_id)

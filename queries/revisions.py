@@ -32,6 +32,7 @@ _OWN = OWNERS.c.user_id == OWNER
 _REVISION, _COUNT = OWNERS.c.revision, OWNERS.c.task_count
 _TASKS_MAX = bindparam("tasks_max", type_=BigInteger())
 REVISION_OF_OWNER = select(_REVISION).where(_OWN).scalar_subquery()
+FORGOTTEN_OF_OWNER = select(OWNERS.c.forgotten_revision).where(_OWN).scalar_subquery()
 ONE: ColumnElement[int] = literal_column("1", BigInteger())
 
 

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from pydantic import BaseModel, BeforeValidator
-from starlette.convertors import Convertor, register_url_convertor
 
 from database.statements import Row
 from errors import (
@@ -53,7 +52,7 @@ from web.answers import JSONAnswer, dump_page, json_answer
 from web.cursors import CursorInvalid, CursorSealer, TaskList, description
 from web.direct_route import BODY_PROBLEMS, ONCE, DirectRoute
 from web.openapi import MERGE_PATCH, header
-from web.paths import PartConvertor, quoted_path
+from web.paths import quoted_path
 from web.problems import problem_of
 
 # The keys that `_idempotency_key` accepts: bare or quoted, of printable Latin-1 characters.
@@ -104,21 +103,6 @@ TAGGED: Responses = {200: {"headers": header("ETag")}}
 LISTED: Responses = {200: {"headers": header("Link") | header("X-Total-Count") | header("ETag")}}
 CHANGE_PROBLEMS = responses(*BODY_PROBLEMS, NotFound, Conflict, PreconditionFailed)
 
-
-class _TaskConvertor(Convertor[str]):
-    """Matches any id, valid or not, but not the names of other resources, which have their own methods."""
-
-    regex = "(?!(?:stats|bulk|changes|events|restore|trash)(?:/|$))[^/]+"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
-
-
-register_url_convertor("task", _TaskConvertor())
-register_url_convertor("part", PartConvertor())
 
 router = APIRouter(
     prefix="/{user_id:part}/tasks",

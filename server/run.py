@@ -29,10 +29,12 @@ def serve(
     proxies: list[str],
     shutdown_grace_s: int,
     on_started: Callable[[str], None] | None = None,
+    on_stopping: Callable[[], None] | None = None,
 ) -> None:
     """Serve until a signal asks to stop; requests that have begun are finished first.
 
-    *on_started* is called with the address once the service listens.
+    *on_started* is called with the address once the service listens, *on_stopping* before it waits for
+    requests to finish.
     """
     config = uvicorn.Config(
         app,
@@ -48,7 +50,7 @@ def serve(
         proxy_headers=bool(proxies),
         forwarded_allow_ips=proxies,
     )
-    server = _Server(config, on_started)
+    server = _Server(config, on_started, on_stopping)
     # uvicorn shuts down in order and then raises the signal again, but a requested stop is a success. An
     # earlier signal kills the process (-15), which has accepted nothing by then.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -61,9 +63,14 @@ def serve(
 class _Server(uvicorn.Server):
     """Reports its address once it listens, and ends the process even if a thread hangs."""
 
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_started: Callable[[str], None] | None,
+        on_stopping: Callable[[], None] | None,
+    ) -> None:
         super().__init__(config)
-        self._on_started = on_started
+        self._on_started, self._on_stopping = on_started, on_stopping
 
     async def serve(self, sockets: Any = None) -> None:
         await super().serve(sockets)
@@ -79,6 +86,11 @@ class _Server(uvicorn.Server):
         if self.started and self._on_started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             self._on_started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        if self._on_stopping:
+            self._on_stopping()
+        await super().shutdown(sockets)
 
 
 def _inherited_sockets() -> list[socket.socket] | None:

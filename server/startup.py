@@ -27,7 +27,7 @@ _log = structlog.get_logger("main")
 
 @asynccontextmanager
 async def prepared(
-    database: Database, readiness: Readiness, background: Coroutine[Any, Any, None], *, migrates: bool
+    database: Database, readiness: Readiness, *background: Coroutine[Any, Any, None], migrates: bool
 ) -> AsyncIterator[None]:
     """Prepare *database* and run *background* until the block ends.
 
@@ -38,7 +38,7 @@ async def prepared(
     first_attempt: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     tasks = {
         asyncio.create_task(_prepare(database, readiness, first_attempt, migrates=migrates)),
-        asyncio.create_task(background),
+        *map(asyncio.create_task, background),
     }
     try:
         with contextlib.suppress(TimeoutError):

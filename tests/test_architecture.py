@@ -13,7 +13,7 @@ FLOORS = [
     {"schemas"},
     {"web"},
     {"auth", "queries"},
-    {"config", "server"},
+    {"config", "live", "server"},
     {"commands", "migrations", "services"},
     {"middleware"},
     {"routes"},

@@ -8,7 +8,7 @@ looks like any other slash (RFC 3986, section 2.2).
 
 from urllib.parse import quote, unquote
 
-from starlette.convertors import StringConvertor
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.types import Scope
 
 # Stands for an encoded slash until the path has been split. No client can send it: bytes that are not UTF-8
@@ -39,6 +39,16 @@ class PartConvertor(StringConvertor):
 
     def convert(self, value: str) -> str:
         return value.replace(_SLASH, "/")
+
+
+class TaskConvertor(StringConvertor):
+    """Any id, valid or not, but not the names of other resources, which have their own methods."""
+
+    regex = "(?!(?:stats|bulk|changes|events|restore|trash)(?:/|$))[^/]+"
+
+
+register_url_convertor("part", PartConvertor())
+register_url_convertor("task", TaskConvertor())
 
 
 def normalize(scope: Scope) -> bool:

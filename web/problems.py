@@ -20,6 +20,7 @@ from errors import (
     NOTHING_HERE,
     Conflict,
     FieldError,
+    Gone,
     NotFound,
     Overloaded,
     PreconditionFailed,
@@ -29,6 +30,7 @@ from errors import (
     invalid_parameter,
     title,
 )
+from observability import metrics
 from refusals import Refusal
 from web import etags
 from web.request_state import request_id, state_of
@@ -100,6 +102,9 @@ def problem_of(refusal: Refusal) -> Problem:
             return Conflict(sentence, headers={"Retry-After": "1"})
         case refusals.KeyReused():
             return invalid_parameter("Idempotency-Key", "was used for another request")
+        case refusals.ChangesForgotten():
+            metrics.sync_gone.inc()
+            return Gone()
         case refusals.TooManyKeys():
             return TooManyRequests(
                 "You have sent as many Idempotency-Keys as are kept for a day. "
