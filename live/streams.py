@@ -69,11 +69,11 @@ class Streams:
         subscription = Subscription(owner)
         self._subscriptions[owner.user_id].add(subscription)
         self._count += 1
-        metrics.streams_open.inc()
+        metrics.stream_opened()
         try:
             yield subscription
         finally:
-            metrics.streams_open.dec()
+            metrics.stream_closed()
             self._count -= 1
             self._subscriptions[owner.user_id].discard(subscription)
             if not self._subscriptions[owner.user_id]:

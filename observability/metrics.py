@@ -57,7 +57,7 @@ _requests_children: dict[tuple[str, str, int], Counter] = {}
 _durations = Timed("http_request_duration_seconds", "Time to answer a request, by route.", "route")
 requests_in_flight = Gauge("http_requests_in_flight", "Requests that are being answered.")
 
-streams_open = Gauge("event_streams_open", "Event streams that are open.")
+_streams_open = Gauge("event_streams_open", "Event streams that are open.")
 events_sent = Counter("events_sent", "Changes of tasks sent to event streams.")
 sync_gone = Counter("sync_gone", "Sync tokens refused because what they need is forgotten.")
 _refused_tokens = Labelled("tokens_refused", "Tokens that were not accepted, by reason.", "reason")
@@ -79,6 +79,17 @@ def request_answered(route: str, method: str, status: int, seconds: float) -> No
         child = _requests_children[route, known, status] = _requests.labels(route, known, status)
     child.inc()
     _durations.observe(route, seconds)
+
+
+def stream_opened() -> None:
+    """Count an event stream, which is no request in flight any more: nobody waits for its end."""
+    _streams_open.inc()
+    requests_in_flight.dec()
+
+
+def stream_closed() -> None:
+    _streams_open.dec()
+    requests_in_flight.inc()
 
 
 def token_refused(reason: str) -> None:
