@@ -34,7 +34,7 @@ LastEventId = Annotated[
 
 router = APIRouter(
     prefix="/{user_id:part}/tasks",
-    tags=["changes"],
+    tags=["tasks"],
     route_class=DirectRoute,
     responses=responses(Unauthorized, Forbidden, Gone, Unprocessable, QuotaExceeded, Unavailable),
 )

@@ -82,6 +82,9 @@ async def every_operation(client: httpx.AsyncClient, alice: Person) -> set[tuple
     await send("PATCH", f"/{task['id']}", one, json={"priority": "high"})
     await send("GET", "?search=bread&count=true&sort=due_date", tasks)
     await send("GET", "/stats", f"{tasks}/stats")
+    await send("GET", "/changes", f"{tasks}/changes")
+    assert (await alice.send("HEAD", "/events")).is_success  # a GET would not end
+    done.add(("GET", f"{tasks}/events"))
     operations = [
         {"op": "create", "task": {"title": "Bulk"}},
         {"op": "update", "id": task["id"], "changes": {"title": "Buy both"}},
