@@ -19,17 +19,32 @@ REMEMBERED = 10_000 if os.environ.get("REMEMBER_TOKENS") else 0
 FIELDS = "title, description, completed, priority, category, tags, due_date, due_time, recurring, reminder"
 COLUMNS = f"id, user_id, {FIELDS}, completed_at, version, created_at, updated_at"
 PRIORITIES = (None, "high", "medium", "low")
-GET = f"SELECT {COLUMNS} FROM task WHERE user_id = $1 AND id = $2"
-LIST = f"SELECT {COLUMNS} FROM task WHERE user_id = $1 ORDER BY created_at DESC, id DESC LIMIT $2"
+GET = f"SELECT {COLUMNS} FROM task WHERE user_id = $1 AND id = $2 AND deleted_at IS NULL"
+# As the service's own: with the owner's revision, which each change counts up.
+LIST = (
+    f"SELECT {COLUMNS}, list_revision FROM "
+    "(SELECT coalesce((SELECT revision FROM task_owner WHERE user_id = $1), 0) AS list_revision) AS head "
+    f"LEFT JOIN (SELECT {COLUMNS} FROM task WHERE user_id = $1 AND deleted_at IS NULL "
+    "ORDER BY created_at DESC, id DESC LIMIT $2) AS page ON true ORDER BY created_at DESC, id DESC"
+)
 POST = (
-    f"INSERT INTO task (user_id, {FIELDS}, version, created_at, updated_at) "
-    f"VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, 1, $12, $12) RETURNING {COLUMNS}"
+    "WITH following AS (INSERT INTO task_owner (user_id, revision, task_count) VALUES ($1, 1, 1) "
+    "ON CONFLICT (user_id) DO UPDATE SET revision = task_owner.revision + 1, "
+    "task_count = task_owner.task_count + 1 RETURNING revision) "
+    f"INSERT INTO task (user_id, {FIELDS}, version, created_at, updated_at, revision) "
+    "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, 1, $12, $12, (SELECT revision FROM following)) "
+    f"RETURNING {COLUMNS}"
 )
 TOGGLE = (
-    "UPDATE task SET completed = NOT completed, "
+    "WITH locked AS (SELECT revision FROM task_owner WHERE user_id = $1 FOR NO KEY UPDATE), "
+    "changed AS (UPDATE task SET completed = NOT completed, "
     "completed_at = CASE WHEN completed THEN NULL ELSE $3::timestamptz END, "
-    "version = version + 1, updated_at = $3 WHERE user_id = $1 AND id = $2 "
-    f"AND (completed OR recurring IS NULL OR due_date IS NULL) RETURNING {COLUMNS}"
+    "version = version + 1, updated_at = $3, revision = locked.revision + 1 FROM locked "
+    "WHERE user_id = $1 AND id = $2 AND deleted_at IS NULL "
+    "AND (completed OR recurring IS NULL OR due_date IS NULL) RETURNING task.*), "
+    "counted AS (UPDATE task_owner SET revision = changed.revision FROM changed "
+    "WHERE task_owner.user_id = changed.user_id) "
+    f"SELECT {COLUMNS} FROM changed"
 )
 
 pool: asyncpg.Pool
@@ -54,6 +69,7 @@ def claims_of(token: bytes) -> dict[str, Any]:
 
 def task(row: Any) -> dict[str, Any]:
     found = dict(row.items())
+    found.pop("list_revision", None)
     found["priority"] = PRIORITIES[found["priority"] or 0]
     return found
 

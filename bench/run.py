@@ -59,6 +59,9 @@ SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
 }
 MADE = ("id", "completed_at", "created_at", "updated_at")  # a server chooses their values
 SEEDED_AT = "2026-01-01 00:00:00.123456+00"
+COUNT_TASKS = (
+    "INSERT INTO task_owner (user_id, task_count) SELECT user_id, count(*) FROM task GROUP BY user_id"
+)
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -148,8 +151,9 @@ async def seed(url: str, users: int) -> None:
         users,
         timeout=600,
     )
+    await connection.execute(COUNT_TASKS)
     await connection.execute(f"ALTER TABLE task ALTER COLUMN id RESTART WITH {users * TASKS_PER_USER + 1}")
-    await connection.execute("VACUUM ANALYZE task", timeout=600)
+    await connection.execute("VACUUM ANALYZE", timeout=600)
     await connection.close()
 
 

@@ -24,7 +24,7 @@ import httpx
 import db
 from auth import tokens
 from bench.hostile import varied
-from bench.run import SECRET, SERVERS, Process, load, prepare, running
+from bench.run import COUNT_TASKS, SECRET, SERVERS, Process, load, prepare, running
 from bench.runtimes import installed
 from server import startup
 from tests.postgres import Server, running_server
@@ -56,7 +56,8 @@ async def filled(server: Server, rows: int, users: int = 1) -> str:
         rows,
         timeout=600,
     )
-    await connection.execute("VACUUM ANALYZE task", timeout=600)
+    await connection.execute(COUNT_TASKS)
+    await connection.execute("VACUUM ANALYZE", timeout=600)
     await connection.close()
     return url
 

@@ -8,16 +8,29 @@ import pg from "pg";
 const FIELDS = "title, description, completed, priority, category, tags, due_date, due_time, recurring, reminder";
 const COLUMNS = `id, user_id, ${FIELDS}, completed_at, version, created_at, updated_at`;
 const PRIORITIES = [null, "high", "medium", "low"];
-const GET = `SELECT ${COLUMNS} FROM task WHERE user_id = $1 AND id = $2`;
-const LIST = `SELECT ${COLUMNS} FROM task WHERE user_id = $1 ORDER BY created_at DESC, id DESC LIMIT $2`;
+const GET = `SELECT ${COLUMNS} FROM task WHERE user_id = $1 AND id = $2 AND deleted_at IS NULL`;
+const LIST =
+  `SELECT ${COLUMNS}, list_revision FROM ` +
+  "(SELECT coalesce((SELECT revision FROM task_owner WHERE user_id = $1), 0) AS list_revision) AS head " +
+  `LEFT JOIN (SELECT ${COLUMNS} FROM task WHERE user_id = $1 AND deleted_at IS NULL ` +
+  "ORDER BY created_at DESC, id DESC LIMIT $2) AS page ON true ORDER BY created_at DESC, id DESC";
 const POST =
-  `INSERT INTO task (user_id, ${FIELDS}, version, created_at, updated_at) ` +
-  `VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, 1, $12, $12) RETURNING ${COLUMNS}`;
+  "WITH following AS (INSERT INTO task_owner (user_id, revision, task_count) VALUES ($1, 1, 1) " +
+  "ON CONFLICT (user_id) DO UPDATE SET revision = task_owner.revision + 1, " +
+  "task_count = task_owner.task_count + 1 RETURNING revision) " +
+  `INSERT INTO task (user_id, ${FIELDS}, version, created_at, updated_at, revision) ` +
+  "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, 1, $12, $12, (SELECT revision FROM following)) " +
+  `RETURNING ${COLUMNS}`;
 const TOGGLE =
-  "UPDATE task SET completed = NOT completed, " +
+  "WITH locked AS (SELECT revision FROM task_owner WHERE user_id = $1 FOR NO KEY UPDATE), " +
+  "changed AS (UPDATE task SET completed = NOT completed, " +
   "completed_at = CASE WHEN completed THEN NULL ELSE $3::timestamptz END, " +
-  "version = version + 1, updated_at = $3 WHERE user_id = $1 AND id = $2 " +
-  `AND (completed OR recurring IS NULL OR due_date IS NULL) RETURNING ${COLUMNS}`;
+  "version = version + 1, updated_at = $3, revision = locked.revision + 1 FROM locked " +
+  "WHERE user_id = $1 AND id = $2 AND deleted_at IS NULL " +
+  "AND (completed OR recurring IS NULL OR due_date IS NULL) RETURNING task.*), " +
+  "counted AS (UPDATE task_owner SET revision = changed.revision FROM changed " +
+  "WHERE task_owner.user_id = changed.user_id) " +
+  `SELECT ${COLUMNS} FROM changed`;
 
 const text = { type: "string" };
 const optional = { type: ["string", "null"] };
