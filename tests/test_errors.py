@@ -115,6 +115,7 @@ ONE_OF_EACH = [
     refusals.KeyInUse(),
     refusals.KeyReused(),
     refusals.TooManyKeys(),
+    refusals.ChangesForgotten(),
 ]
 
 
