@@ -200,7 +200,7 @@ def _link(document: dict[str, Any]) -> None:
                     }
                     for follower in followers
                 }
-            elif status == "200" and "304" in operation["responses"]:
+            elif status == "200" and "304" in operation["responses"] and operation in followers:
                 answer["links"] = {
                     f"{follower['operationId']}_if_unchanged": {
                         "operationId": follower["operationId"],
