@@ -1,10 +1,11 @@
 """/api/{user_id}/tasks: the operations on a user's tasks."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
-from pydantic import BaseModel, BeforeValidator
+from fastapi import APIRouter, Body, Header, Query, Request, Response
+from pydantic import BaseModel
 
 from database.statements import Row
 from errors import (
@@ -26,7 +27,6 @@ from queries.owner import Owner
 from queries.revisions import revision_of
 from refusals import Refusal, VersionConflict
 from schemas import (
-    ID_MAX,
     AllCompleted,
     Bulk,
     BulkDone,
@@ -36,7 +36,6 @@ from schemas import (
     CountedIds,
     Deleted,
     Filter,
-    Position,
     Stats,
     StatsQuery,
     TaskCreate,
@@ -44,15 +43,15 @@ from schemas import (
     TaskOut,
     TaskSelection,
     TaskUpdate,
-    digits,
 )
 from services import ServicesDep
 from web import etags
-from web.answers import JSONAnswer, dump_page, json_answer
-from web.cursors import CursorInvalid, CursorSealer, TaskList, description
+from web.answers import JSONAnswer, dump_page, json_answer, task_answer
+from web.conditions import IfMatch, IfNoneMatch, expected_versions, refuse_conditions
+from web.cursors import TaskList, description
 from web.direct_route import BODY_PROBLEMS, ONCE, DirectRoute
 from web.openapi import MERGE_PATCH, header
-from web.paths import quoted_path
+from web.paths import TaskId, quoted_path
 from web.problems import problem_of
 
 # The keys that `_idempotency_key` accepts: bare or quoted, of printable Latin-1 characters.
@@ -65,25 +64,6 @@ IDEMPOTENCY_KEY_PATTERN = (
     f'|"{_ANY}{{1,{IDEMPOTENCY_KEY_MAX}}}")$'
 )
 Responses = dict[int | str, dict[str, Any]]
-TaskId = Annotated[int, Path(ge=1, le=ID_MAX), BeforeValidator(digits)]
-IfMatch = Annotated[
-    str | None,
-    Header(
-        alias="If-Match",
-        description="Only if the task still has one of these `ETag`s; else 412.",
-        examples=['"3"'],
-        json_schema_extra={"pattern": etags.LIST_PATTERN},
-    ),
-]
-IfNoneMatch = Annotated[
-    str | None,
-    Header(
-        alias="If-None-Match",
-        description="Only if the task has none of these `ETag`s; else 304 for a GET, 412 for a change.",
-        examples=['"3"'],
-        json_schema_extra={"pattern": etags.LIST_PATTERN},
-    ),
-]
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -127,7 +107,7 @@ async def list_tasks(
     """List your tasks, newest first. The `Link` header leads to the next page, if there is one."""
     filters, order = query.filter, query.ordering
     task_list = TaskList(owner.user_id, filters, order)
-    after = _position(services.cursors, query.cursor, task_list)
+    after = services.cursors.start(query.cursor, task_list)
     seen = (description(filters, order), query.limit, query.cursor, query.count, services.cursors.fingerprint)
     if known := await _known(owner, if_none_match, *seen):
         return known
@@ -156,13 +136,13 @@ async def create_task(
     owner: OwnerDep, request: Request, body: TaskCreate, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """Create a task."""
-    _refuse_conditions(request)
+    refuse_conditions(request)
 
     async def create(owner: Owner) -> Row:
         return await tasks.create_task(owner, vars(body))  # `dict` takes 4 µs
 
     row, headers = await _once(owner, idempotency_key, body, create)
-    return _task(row, 201, headers | {"Location": f"{quoted_path(request.scope)}/{row['id']}"})
+    return task_answer(row, 201, headers | {"Location": f"{quoted_path(request.scope)}/{row['id']}"})
 
 
 @router.get(
@@ -181,7 +161,7 @@ async def get_task(
     tag = etags.write(row["version"])
     if etags.is_known(tag, if_none_match):
         return _not_modified(tag)
-    return _task(row, headers=CACHED)
+    return task_answer(row, headers=CACHED)
 
 
 @router.patch("/{task_id:task}/complete", response_model=TaskOut, responses=CHANGE_PROBLEMS)
@@ -195,8 +175,8 @@ async def complete_task(
     """Set `completed`, which is safe to retry, or toggle it when no body names it."""
     versions = await _versions(owner, task_id, if_match, if_none_match)
     if body and (changes := body.changes()):
-        return _task(await tasks.update_task(owner, task_id, changes, versions))
-    return _task(await tasks.toggle_task(owner, task_id, versions))
+        return task_answer(await tasks.update_task(owner, task_id, changes, versions))
+    return task_answer(await tasks.toggle_task(owner, task_id, versions))
 
 
 @router.put("/{task_id:task}", response_model=TaskOut, responses=CHANGE_PROBLEMS)
@@ -209,7 +189,7 @@ async def update_task(
 ) -> Response:
     """Set the fields that are sent; the others keep their value."""
     versions = await _versions(owner, task_id, if_match, if_none_match)
-    return _task(await tasks.update_task(owner, task_id, body.changes(), versions))
+    return task_answer(await tasks.update_task(owner, task_id, body.changes(), versions))
 
 
 @router.patch(
@@ -268,7 +248,7 @@ async def complete_tasks(
     owner: OwnerDep, request: Request, query: Annotated[TaskSelection, Query()], body: AllCompleted
 ) -> Response:
     """Set `completed` for all tasks that a filter names."""
-    _refuse_conditions(request)
+    refuse_conditions(request)
     return json_answer({"count": await bulk.complete_tasks(owner, _some(query), completed=body.completed)})
 
 
@@ -277,7 +257,7 @@ async def delete_tasks(
     owner: OwnerDep, request: Request, query: Annotated[TaskSelection, Query()]
 ) -> Response:
     """Delete all tasks that a filter names, for good."""
-    _refuse_conditions(request)
+    refuse_conditions(request)
     ids = await bulk.delete_tasks(owner, _some(query))
     return json_answer({"count": len(ids), "ids": ids})
 
@@ -303,7 +283,7 @@ async def change_tasks(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Do up to 100 operations in their order: all of them or, with the index of the one that failed, none."""
-    _refuse_conditions(request)
+    refuse_conditions(request)
 
     async def change(owner: Owner) -> dict[str, Any]:
         outcomes = await bulk.run(owner, body.operations, atomic=query.atomic)
@@ -331,25 +311,7 @@ async def _once(
 async def _versions(
     owner: Owner, task_id: int, if_match: str | None, if_none_match: str | None
 ) -> list[int] | None:
-    """Return the versions of the task that may be changed; None for any.
-
-    The change itself compares them again: if the task changes in between, it no longer has the version that
-    If-None-Match was compared with, and the answer is 412 as well.
-
-    Raises:
-        TaskNotFound: If-None-Match needs the task's version, and there is no task.
-        VersionConflict: a condition excludes its version (RFC 9110, section 13.2.2).
-    """
-    versions = etags.expected_versions(if_match)
-    if if_none_match is None:
-        return versions
-    row = await tasks.get_task(owner, task_id)
-    version: int = row["version"]
-    if (versions is not None and version not in versions) or etags.is_known(
-        etags.write(version), if_none_match
-    ):
-        raise VersionConflict(row)
-    return [version]
+    return await expected_versions(if_match, if_none_match, partial(tasks.get_task, owner, task_id))
 
 
 async def _known(owner: Owner, if_none_match: str | None, *query: Any) -> Response | None:
@@ -362,18 +324,6 @@ async def _known(owner: Owner, if_none_match: str | None, *query: Any) -> Respon
 
 def _not_modified(tag: str) -> Response:
     return Response(status_code=304, headers=CACHED | {"ETag": tag})
-
-
-def _refuse_conditions(request: Request) -> None:
-    """Refuse conditions on what has no `ETag`: ignoring them would silently drop the protection."""
-    sent = [field for field, _ in request.scope["headers"]]
-    for name in ("If-Match", "If-None-Match"):
-        if name.lower().encode() in sent:
-            raise invalid_parameter(name, "is for single tasks only")
-
-
-def _task(row: Row, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return json_answer(row, status, {"ETag": etags.write(row["version"]), **(headers or {})})
 
 
 def _result(outcome: bulk.Done | Refusal) -> dict[str, Any]:
@@ -405,12 +355,3 @@ def _idempotency_key(sent: str) -> str:
         mistake = f"must be 1 to {IDEMPOTENCY_KEY_MAX} printable characters"
         raise invalid_parameter("Idempotency-Key", mistake)
     return key
-
-
-def _position(cursors: CursorSealer, cursor: str | None, task_list: TaskList) -> Position | None:
-    if cursor is None:
-        return None
-    try:
-        return cursors.position(cursor, task_list)
-    except CursorInvalid as error:
-        raise invalid_parameter("cursor", "was not given for this list, its filters and its order") from error

@@ -6,6 +6,9 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
+from database.statements import Row
+from web import etags
+
 JSON = "application/json"
 PAGE_MAX_BYTES = 1024 * 1024  # an answer stays in memory until its client has read it
 _CONTENT_TYPE = (b"content-type", JSON.encode())
@@ -27,6 +30,10 @@ def dump(content: Any) -> bytes:
 
 def json_answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> JSONAnswer:
     return JSONAnswer(dump(content), status, headers)
+
+
+def task_answer(row: Row, status: int = 200, headers: Mapping[str, str] | None = None) -> JSONAnswer:
+    return json_answer(row, status, {"ETag": etags.write(row["version"]), **(headers or {})})
 
 
 def dump_page(items: list[Any]) -> tuple[bytes, int]:

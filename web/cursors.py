@@ -16,6 +16,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from starlette.types import Scope
 
+from errors import invalid_parameter
 from models import Priority
 from schemas import ID_MAX, Filter, Order, Position
 from web.paths import quoted_path
@@ -93,6 +94,20 @@ class CursorSealer:
             case [key, int(task_id)] if _is_key(key, tasks.order) and _is_id(task_id):
                 return Position(key, task_id)
         raise CursorInvalid
+
+    def start(self, cursor: str | None, tasks: TaskList) -> Position | None:
+        """Return the position after which a page of *tasks* begins; None for the first page.
+
+        Raises:
+            Unprocessable: the *cursor* that the client sent has none.
+        """
+        if cursor is None:
+            return None
+        try:
+            return self.position(cursor, tasks)
+        except CursorInvalid as error:
+            mistake = "was not given for this list, its filters and its order"
+            raise invalid_parameter("cursor", mistake) from error
 
     def link_to_next(self, scope: Scope, last: Position, binding: str) -> str:
         """Return a `Link` (RFC 8288) to the page after the position *last*; other parameters stay as sent."""

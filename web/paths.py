@@ -6,10 +6,17 @@ An encoded slash does not split the path, and is encoded again in links.
 looks like any other slash (RFC 3986, section 2.2).
 """
 
+from typing import Annotated
 from urllib.parse import quote, unquote
 
+from fastapi import Path
+from pydantic import BeforeValidator
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.types import Scope
+
+from schemas import ID_MAX, digits
+
+TaskId = Annotated[int, Path(ge=1, le=ID_MAX), BeforeValidator(digits)]
 
 # Stands for an encoded slash until the path has been split. No client can send it: bytes that are not UTF-8
 # are decoded as U+FFFD.
