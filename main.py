@@ -13,7 +13,7 @@ from middleware.access_log import AccessLog
 from middleware.front import FrontMiddleware
 from observability import telemetry
 from queries import idempotency
-from routes import accounts, changes, docs, health, metrics, tasks
+from routes import accounts, changes, docs, health, metrics, tasks, trash
 from server import startup
 from services import Services
 from web import openapi, paths, problems
@@ -59,7 +59,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
     problems.install(app)
     openapi.install(app, token_url=f"/api{accounts.TOKEN_PATH}" if services.local_accounts else None)
 
-    for router in (changes.router, tasks.router):  # first: routes are tried in order
+    for router in (changes.router, tasks.router, trash.router):  # first: routes are tried in order
         app.include_router(router, prefix="/api")
         app.include_router(router, prefix="/api/v1", include_in_schema=False)
     if services.local_accounts:

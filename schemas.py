@@ -161,7 +161,7 @@ class Complete(BaseModel):
 
 
 class Delete(BaseModel):
-    """Delete a task for good."""
+    """Move a task to the trash."""
 
     op: Literal["delete"]
     id: BulkId
@@ -319,35 +319,64 @@ class StatsQuery(BaseModel):
     today: Day | None = Field(None, description="The day that it is where the person is.")
 
 
+_TASK: dict[str, JsonValue] = {
+    "id": 7,
+    "user_id": "alice",
+    "title": "Buy milk",
+    "description": "Two bottles",
+    "completed": True,
+    "priority": "high",
+    "category": "shopping",
+    "tags": ["home"],
+    "due_date": "2026-12-24",
+    "due_time": "18:00",
+    "recurring": "weekly",
+    "reminder": False,
+    "completed_at": "2026-11-20T10:00:00.123456Z",
+    "version": 2,
+    "created_at": "2026-11-20T09:30:00.123456Z",
+    "updated_at": "2026-11-20T10:00:00.123456Z",
+}
+
+
 class TaskOut(TaskState, TaskFields, TaskKey):
     """A task."""
 
     model_config = {
         "title": "Task",
         "json_schema_serialization_defaults_required": True,  # every member is always there
-        "json_schema_extra": {
-            "examples": [
-                {
-                    "id": 7,
-                    "user_id": "alice",
-                    "title": "Buy milk",
-                    "description": "Two bottles",
-                    "completed": True,
-                    "priority": "high",
-                    "category": "shopping",
-                    "tags": ["home"],
-                    "due_date": "2026-12-24",
-                    "due_time": "18:00",
-                    "recurring": "weekly",
-                    "reminder": False,
-                    "completed_at": "2026-11-20T10:00:00.123456Z",
-                    "version": 2,
-                    "created_at": "2026-11-20T09:30:00.123456Z",
-                    "updated_at": "2026-11-20T10:00:00.123456Z",
-                }
-            ]
-        },
+        "json_schema_extra": {"examples": [_TASK]},
     }
+
+
+class TrashedTask(TaskOut):
+    """A deleted task, which can be restored."""
+
+    model_config = {
+        "title": "Task in the trash",
+        "json_schema_extra": {"examples": [_TASK | {"deleted_at": "2026-11-20T10:00:00.123456Z"}]},
+    }
+
+    deleted_at: datetime
+
+
+class TrashQuery(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    limit: Annotated[int, BeforeValidator(digits)] = Field(LIMIT_MAX, ge=1, le=LIMIT_MAX)
+    cursor: str | None = Field(None, description="From the `Link` header of the page before.")
+
+
+class NoQuery(BaseModel):
+    """No parameters. A filter, which would not narrow anything down, is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskIds(BaseModel):
+    """The tasks to restore."""
+
+    ids: list[BulkId] = Field(min_length=1, max_length=LIMIT_MAX, examples=[[7, 8]])
 
 
 class Health(BaseModel):

@@ -15,13 +15,23 @@ from sqlalchemy import (
     update,
 )
 
-from database.arrays import AnyOf, Member, list_of, records
+from database.arrays import Member, records
 from database.statements import Deferred, PerDatabase, Row, named
 from models import BIG_ID, PRIORITY
 from queries.filters import Shape, conditions, shape_of, values_of
 from queries.owner import COLUMNS, LIVE, OWNER, TASKS, Owner
 from queries.revisions import adding, changing, lock
-from queries.rows import DELETED, LACKS_SUCCESSOR, STORED, new_task, successor, touched, touched_row
+from queries.rows import (
+    DELETED,
+    DELETED_FOR_GOOD,
+    LACKS_SUCCESSOR,
+    STORED,
+    THESE,
+    new_task,
+    successor,
+    touched,
+    touched_row,
+)
 from refusals import OperationRefused, Refusal, TaskNotFound, TooManyTasks, VersionConflict
 from schemas import Complete, Create, Delete, Filter, Operation, Update
 
@@ -63,8 +73,8 @@ async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) ->
 
 
 async def delete_tasks(owner: Owner, filters: Filter) -> list[int]:
-    """Move the tasks that match *filters* to the trash and return their ids, ascending."""
-    statement = Deferred(_delete_all, (shape_of(filters),), writes=True)
+    """Delete the tasks that match *filters*, as `tasks.delete_task` does; return their ids, ascending."""
+    statement = Deferred(_delete_all, (shape_of(filters), owner.has_trash), writes=True)
     rows = await owner.all(statement, now=datetime.now(UTC), **values_of(filters))
     return sorted(row["id"] for row in rows)
 
@@ -157,7 +167,8 @@ def _shown(task: Row) -> Row:
 async def _write(owner: Owner, workbench: _Workbench) -> list[Row]:
     """Write the rows of *workbench* and return the new ones."""
     if workbench.deleted:
-        await owner.all(_DELETE_SOME, ids=workbench.deleted, now=workbench.now)
+        statement = _DELETE_SOME if owner.has_trash else _DELETE_SOME_FOR_GOOD
+        await owner.all(statement, ids=workbench.deleted, now=workbench.now)
     if changed := [workbench.rows[task_id] for task_id in workbench.changed if task_id in workbench.rows]:
         await owner.all(_UPDATE_SOME, ids=[row["id"] for row in changed], records=_json(changed))
     if not workbench.new:
@@ -188,13 +199,12 @@ def _json(rows: Iterable[Row]) -> str:
     return orjson.dumps([{**row, **_stored(row)} for row in rows]).decode()
 
 
-_IDS = AnyOf(TASKS.c.id, bindparam("ids", type_=list_of(BigInteger())))
 _RECORDS = records("records")
 _MEMBERS = {name: Member(_RECORDS.c.value, name, TASKS.c[name].type) for name in STORED}
 
 
-def _delete_all(shape: Shape) -> PerDatabase:
-    statement = update(TASKS).where(*conditions(shape)).values(DELETED)
+def _delete_all(shape: Shape, has_trash: bool) -> PerDatabase:
+    statement = update(TASKS).where(*conditions(shape)).values(DELETED if has_trash else DELETED_FOR_GOOD)
     return changing("delete_tasks", statement, TASKS.c.id, adds=-1)
 
 
@@ -213,14 +223,17 @@ def _complete_all(shape: Shape, in_series: bool) -> PerDatabase:
 
 
 _SELECT_SOME = named(
-    "get_tasks", select(*COLUMNS, TASKS.c.anchor_day, TASKS.c.has_successor).where(LIVE, _IDS)
+    "get_tasks", select(*COLUMNS, TASKS.c.anchor_day, TASKS.c.has_successor).where(LIVE, THESE)
 )
-_DELETE_SOME = changing("delete_some", update(TASKS).where(LIVE, _IDS).values(DELETED), TASKS.c.id, adds=-1)
+_DELETE_SOME, _DELETE_SOME_FOR_GOOD = (
+    changing("delete_some", update(TASKS).where(LIVE, THESE).values(deleted), TASKS.c.id, adds=-1)
+    for deleted in (DELETED, DELETED_FOR_GOOD)
+)
 _UPDATE_SOME = changing(
     "update_some",
     update(TASKS)
     # Ids first: SQLite would otherwise scan all records for each task of the owner.
-    .where(LIVE, _IDS, TASKS.c.id == Member(_RECORDS.c.value, "id", BIG_ID))
+    .where(LIVE, THESE, TASKS.c.id == Member(_RECORDS.c.value, "id", BIG_ID))
     .values({name: value for name, value in _MEMBERS.items() if name != "created_at"}),
     TASKS.c.id,
 )

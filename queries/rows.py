@@ -1,13 +1,27 @@
 """The values of a new row and what a change sets, in SQL for single tasks and in memory for bulk."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import date, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, bindparam, case, false, literal, null, true
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Integer,
+    and_,
+    bindparam,
+    case,
+    false,
+    literal,
+    literal_column,
+    null,
+    or_,
+    true,
+)
 
+from database.arrays import AnyOf, list_of
 from database.statements import Row
-from models import TIMESTAMP, TaskFields, TaskHistory, TaskKey
+from models import BIG_ID, TIMESTAMP, NoTexts, TaskFields, TaskHistory, TaskKey
 from queries.owner import TASKS
 from queries.recurrence import next_due_date
 
@@ -18,6 +32,10 @@ STORED = tuple(
 )
 
 NOW = bindparam("now", type_=TIMESTAMP)
+THIS = TASKS.c.id == bindparam("task_id", type_=BIG_ID)
+THESE = AnyOf(TASKS.c.id, bindparam("ids", type_=list_of(BigInteger())))
+_VERSIONS = bindparam("versions", type_=list_of(Integer()))
+EXPECTED = or_(_VERSIONS.is_(None), AnyOf(TASKS.c.version, _VERSIONS))
 # True of a recurring task that has no successor yet.
 LACKS_SUCCESSOR = and_(
     TASKS.c.has_successor == false(), TASKS.c.recurring.is_not(None), TASKS.c.due_date.is_not(None)
@@ -28,14 +46,19 @@ _TOUCHED = {"version": TASKS.c.version + 1, "updated_at": NOW}
 # What moves a task to the trash, what brings it back, and what leaves nothing of it but a tombstone.
 DELETED: dict[str, Any] = {"deleted_at": NOW, **_TOUCHED}
 RESTORED: dict[str, Any] = {"deleted_at": null(), **_TOUCHED}
-ERASED: dict[str, Any] = {
+ERASED: dict[str, Any] = {  # without values, whose names could be those of a filter
     "erased": true(),
-    "title": "",
-    "tags": [],
+    "title": literal_column("''"),
+    "tags": NoTexts(),
     "reminder": false(),
-    **dict.fromkeys(("description", "priority", "category", "due_date", "due_time", "recurring")),
-    **dict.fromkeys(("completed_at", "anchor_day")),
+    **dict.fromkeys(("description", "priority", "category", "due_date", "due_time", "recurring"), null()),
+    **dict.fromkeys(("completed_at", "anchor_day"), null()),
 }
+DELETED_FOR_GOOD = DELETED | ERASED
+
+
+def is_expected(task: Row, versions: Collection[int] | None) -> bool:
+    return versions is None or task["version"] in versions
 
 
 def new_task(fields: Mapping[str, Any], now: datetime, anchor_day: int | None = None) -> Row:

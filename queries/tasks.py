@@ -7,7 +7,6 @@ from typing import Any
 from sqlalchemy import (
     Boolean,
     ColumnElement,
-    Integer,
     and_,
     bindparam,
     case,
@@ -18,20 +17,26 @@ from sqlalchemy import (
     update,
 )
 
-from database.arrays import AnyOf, list_of
 from database.statements import PerDatabase, Row, Statement, named
 from errors import Unavailable
-from models import BIG_ID
 from queries.owner import COLUMNS, LIVE, OWNER, TASKS, Owner
 from queries.revisions import ONE, adding, changing
-from queries.rows import DELETED, LACKS_SUCCESSOR, STORED, WRITABLE, new_task, successor, touched
+from queries.rows import (
+    DELETED,
+    DELETED_FOR_GOOD,
+    EXPECTED,
+    LACKS_SUCCESSOR,
+    STORED,
+    THIS,
+    WRITABLE,
+    is_expected,
+    new_task,
+    successor,
+    touched,
+)
 from refusals import TaskNotFound, TooManyTasks, VersionConflict
 
 SERIES_ATTEMPTS = 3  # concurrent requests may change the task between two statements
-
-_THIS = TASKS.c.id == bindparam("task_id", type_=BIG_ID)
-_VERSIONS = bindparam("versions", type_=list_of(Integer()))
-_EXPECTED = or_(_VERSIONS.is_(None), AnyOf(TASKS.c.version, _VERSIONS))
 
 
 async def create_task(owner: Owner, fields: Mapping[str, Any]) -> Row:
@@ -84,19 +89,20 @@ async def toggle_task(owner: Owner, task_id: int, versions: Collection[int] | No
 
 
 async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | None = None) -> None:
-    """Move the task to the trash.
+    """Move the task to the trash, or delete it for good where there is none.
 
     Raises:
         TaskNotFound: the owner has none with this id.
         VersionConflict: the task's version is not one of *versions*.
     """
     values = {"task_id": task_id, "versions": _list(versions), "now": datetime.now(UTC)}
+    statement = _DELETE if owner.has_trash else _DELETE_FOR_GOOD
     try:
-        deleted = await owner.one(_DELETE, **values)
+        deleted = await owner.one(statement, **values)
     except Unavailable as error:
         task = await _after_loss(owner, task_id, versions, error)
-        if task is not None and _is_expected(task, versions):
-            await owner.one(_DELETE, **values)
+        if task is not None and is_expected(task, versions):
+            await owner.one(statement, **values)
             task = await _find(owner, task_id)
         if task is not None:
             raise
@@ -145,7 +151,7 @@ async def _change(
                 raise TaskNotFound from error
             if task["updated_at"] in sent:
                 return task
-            if not _is_expected(task, versions) or len(versions or ()) > 1:
+            if not is_expected(task, versions) or len(versions or ()) > 1:
                 raise
     raise lost or Unavailable
 
@@ -156,13 +162,9 @@ async def _find(owner: Owner, task_id: int) -> Row | None:
 
 async def _expected_task(owner: Owner, task_id: int, versions: Collection[int] | None) -> Row:
     task = await get_task(owner, task_id)
-    if not _is_expected(task, versions):
+    if not is_expected(task, versions):
         raise VersionConflict(task)
     return task
-
-
-def _is_expected(task: Row, versions: Collection[int] | None) -> bool:
-    return versions is None or task["version"] in versions
 
 
 async def _after_loss(
@@ -257,7 +259,7 @@ def _update_statement(name: str, *, in_series: bool) -> PerDatabase:
     fields = {name: _after(name) for name in WRITABLE}
     statement = (
         update(TASKS)
-        .where(LIVE, _THIS, _EXPECTED, next_is_due if in_series else not_(next_is_due))
+        .where(LIVE, THIS, EXPECTED, next_is_due if in_series else not_(next_is_due))
         .values(
             fields
             | touched(fields["completed"], changed)
@@ -273,18 +275,16 @@ def _update_statement(name: str, *, in_series: bool) -> PerDatabase:
 
 def _toggle_statement() -> PerDatabase:
     next_is_due = and_(not_(TASKS.c.completed), LACKS_SUCCESSOR)
-    statement = update(TASKS).where(LIVE, _THIS, _EXPECTED, not_(next_is_due))
+    statement = update(TASKS).where(LIVE, THIS, EXPECTED, not_(next_is_due))
     return changing("toggle_task", statement.values(touched(not_(TASKS.c.completed))), *COLUMNS)
 
 
 _INSERT = _insert_statement()
-_SELECT_ONE = named("get_task", select(*COLUMNS).where(LIVE, _THIS))
+_SELECT_ONE = named("get_task", select(*COLUMNS).where(LIVE, THIS))
 _UPDATE = _update_statement("update_task", in_series=False)
 _COMPLETE_IN_SERIES = _update_statement("complete_in_series", in_series=True)
 _TOGGLE = _toggle_statement()
-_DELETE = changing(
-    "delete_task",
-    update(TASKS).where(LIVE, _THIS, _EXPECTED).values(DELETED),
-    TASKS.c.id,
-    adds=-1,
+_DELETE, _DELETE_FOR_GOOD = (
+    changing("delete_task", update(TASKS).where(LIVE, THIS, EXPECTED).values(deleted), TASKS.c.id, adds=-1)
+    for deleted in (DELETED, DELETED_FOR_GOOD)
 )

@@ -226,7 +226,7 @@ async def delete_task(
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """Delete a task for good."""
+    """Move a task to the trash. `DELETE …/tasks/trash/{task_id}` deletes it for good."""
     versions = await _versions(owner, task_id, if_match, if_none_match)
     await tasks.delete_task(owner, task_id, versions)
     return json_answer({"ok": True}) if services.delete_status == 200 else Response(status_code=204)
@@ -256,7 +256,7 @@ async def complete_tasks(
 async def delete_tasks(
     owner: OwnerDep, request: Request, query: Annotated[TaskSelection, Query()]
 ) -> Response:
-    """Delete all tasks that a filter names, for good."""
+    """Move all tasks that a filter names to the trash."""
     refuse_conditions(request)
     ids = await bulk.delete_tasks(owner, _some(query))
     return json_answer({"count": len(ids), "ids": ids})

@@ -7,13 +7,15 @@ from typing import get_args
 from sqlalchemy.sql.base import Executable
 
 from database.statements import PerDatabase
-from queries import bulk, filters, idempotency, lists, revisions, stats, tasks
+from queries import bulk, filters, idempotency, lists, revisions, stats, tasks, trash
 from schemas import Order
+
+MODULES = (tasks, trash, stats, bulk, idempotency, revisions)
 
 
 def every_statement() -> list[Executable]:
     return [
-        *(each for module in (tasks, stats, bulk, idempotency, revisions) for each in constants(module)),
+        *(each for module in MODULES for each in constants(module)),
         *(
             statement
             for shape in get_args(filters.Shape)
@@ -52,7 +54,7 @@ def list_statements(shape: filters.Shape) -> list[Executable]:
 
 def bulks(shape: filters.Shape) -> list[Executable]:
     statements = (
-        bulk._delete_all(shape),
+        *(bulk._delete_all(shape, has_trash) for has_trash in (True, False)),
         bulk._reopen_all(shape),
         *(bulk._complete_all(shape, in_series) for in_series in (False, True)),
     )

@@ -24,7 +24,7 @@ from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Label
 from sqlalchemy.sql.selectable import Alias
 
 from database.statements import PerDatabase, compile_statement
-from queries import bulk, idempotency, revisions, stats, tasks
+from queries import bulk, idempotency, revisions, stats, tasks, trash
 from queries.filters import Shape
 from queries.owner import OWNED, TASKS
 from tests.statements import bulks, constants, every_statement, list_statements
@@ -131,7 +131,7 @@ def test_every_statement_is_bound_to_its_owner() -> None:
     assert len([*constants(tasks), *constants(stats)]) >= 8
     assert len(constants(bulk)) >= 5
     assert len(constants(idempotency)) >= 3
-    assert all(len(list_statements(shape)) == 48 and len(bulks(shape)) == 8 for shape in get_args(Shape))
+    assert all(len(list_statements(shape)) == 48 and len(bulks(shape)) == 10 for shape in get_args(Shape))
 
     for statement in every_statement():
         assert bool(breaches(statement)) is any(statement is each for each in _WITHOUT_OWNER), breaches(
@@ -177,9 +177,10 @@ def test_a_statement_that_reaches_other_users_is_noticed(statement: Executable) 
 
 
 WRITING = [
-    each for module in (tasks, bulk) for each in vars(module).values() if isinstance(each, PerDatabase)
+    each for module in (tasks, bulk, trash) for each in vars(module).values() if isinstance(each, PerDatabase)
 ]
-WRITING += [build(shape) for shape in get_args(Shape) for build in (bulk._delete_all, bulk._reopen_all)]
+WRITING += [bulk._reopen_all(shape) for shape in get_args(Shape)]
+WRITING += [bulk._delete_all(shape, trash) for shape in get_args(Shape) for trash in (False, True)]
 WRITING += [bulk._complete_all(shape, series) for shape in get_args(Shape) for series in (False, True)]
 
 

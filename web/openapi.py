@@ -186,7 +186,12 @@ def _headers(operation: dict[str, Any], status: str, answer: dict[str, Any]) -> 
 
 def _link(document: dict[str, Any]) -> None:
     """Link the operations that create and read a task to those that take its id."""
-    followers = [operation for operation in _operations(document) if "task_id" in _parameters(operation)]
+    followers = [
+        operation
+        for path, operations in document["paths"].items()
+        if "/tasks/{task_id}" in path
+        for operation in operations.values()
+    ]
     for operation in _operations(document):
         for status, answer in operation["responses"].items():
             if status == "201" and _is_task(answer):
