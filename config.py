@@ -186,6 +186,8 @@ class Settings(BaseModel):
     # A stolen token can be renewed for this long, unless its user ends the sessions.
     session_max_age: Annotated[str, AfterValidator(_duration)] = "30d"
     max_tasks_per_user: int = Field(10_000, ge=0)
+    trash_days: int = Field(30, ge=0, le=3650)
+    sync_days: int = Field(30, ge=0, le=3650)
     delete_status: Literal["204", "200"] = "204"
     local_accounts: bool | None = None
     allowed_origins: Annotated[str, AfterValidator(_origin_list)] = "http://localhost:3000"

@@ -37,6 +37,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
                     services.readiness,
                     idempotency.sweep(services.database),
                     services.streams.watch(),
+                    services.purge.run(),
                     migrates=settings.migrates_on_start,
                 )
             )

@@ -406,8 +406,9 @@ _index("ix_task_live", *_newest_first, where=_live)
 _index("ix_task_live_pending", *_newest_first, where=and_(_live, not_(_task.completed)))
 _index("ix_task_live_due_date", _task.user_id, _task.due_date, _task.id, where=_live)
 _index("ix_task_revision", _task.user_id, _task.revision, _task.id)
-_index("ix_task_trash", _task.user_id, _task.deleted_at, _task.id, where=and_(_deleted, not_(_task.erased)))
-_index("ix_task_deleted_at", _task.deleted_at, where=_deleted)
+# Each has the tasks in the trash first, and then the tombstones.
+_index("ix_task_deleted", _task.user_id, _task.erased, _task.deleted_at, _task.id, where=_deleted)
+_index("ix_task_deleted_at", _task.erased, _task.deleted_at, where=_deleted)
 _key = IdempotencyKey.__table__.c  # type: ignore[attr-defined] # SQLModel adds it
 _index("ix_idempotency_key_created_at", _key.created_at)
 _index("ix_idempotency_key_user_id_weight", _key.user_id, _key.weight)

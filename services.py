@@ -19,6 +19,7 @@ from auth.sign_in_throttle import SignInThrottle
 from config import Settings
 from live.streams import Streams
 from observability import metrics
+from queries.purge import Purge
 from server.readiness import Readiness
 from web import counters
 from web.cursors import CursorSealer
@@ -38,6 +39,7 @@ class Services:
     keys: Keys | None
     verifier: tokens.Verifier
     tasks_max: int  # of one user
+    purge: Purge
     cursors: CursorSealer
     streams: Streams
     counters: counters.Counters
@@ -73,6 +75,12 @@ class Services:
             keys=keys,
             verifier=_verifier(settings, keys),
             tasks_max=settings.max_tasks_per_user or maxsize,
+            purge=Purge(
+                database,
+                settings.trash_days,
+                settings.sync_days,
+                tasks_max=settings.max_tasks_per_user or maxsize,
+            ),
             cursors=CursorSealer(settings.cursor_secrets),
             streams=Streams(
                 database, limit=settings.max_streams, limit_per_user=settings.max_streams_per_user

@@ -46,7 +46,15 @@ class UserAccess(HTTPBearer):
             )
             raise Forbidden
         services = services_of(request)
-        return Owner(user_id, services.database, services.tasks_max, on_change=services.streams.changed)
+        purge = services.purge
+        return Owner(
+            user_id,
+            services.database,
+            services.tasks_max,
+            has_trash=purge.trash_days > 0,
+            on_change=services.streams.changed,
+            on_delete=purge.deleters.add,
+        )
 
 
 async def verify(request: Request, token: str) -> Claims:

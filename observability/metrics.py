@@ -24,11 +24,11 @@ class Labelled:
         self._counter = Counter(name, documentation, [label])
         self._children: dict[str, Counter] = {}
 
-    def count(self, value: str) -> None:
+    def count(self, value: str, times: int = 1) -> None:
         child = self._children.get(value)
         if child is None:
             child = self._add(value if len(self._children) < VALUES_MAX else OTHER)
-        child.inc()
+        child.inc(times)
 
     def _add(self, value: str) -> Counter:
         if value not in self._children:
@@ -65,6 +65,7 @@ _failed_sign_ins = Labelled("sign_ins_failed", "Sign-ins to local accounts that 
 _rate_limited = Labelled("requests_rate_limited", "Requests refused for their number, by limit.", "limit")
 _key_fetches = Labelled("key_fetches", "Attempts to fetch the issuer's keys, by outcome.", "outcome")
 _unavailable = Labelled("database_unavailable", "Statements that could not be run, by reason.", "reason")
+_purged = Labelled("tasks_purged", "Tasks erased and tombstones dropped by the purge.", "outcome")
 _statements = Timed(
     "database_statement_duration_seconds", "Time from sending a statement to its rows.", "statement"
 )
@@ -111,6 +112,10 @@ def keys_fetched(*, ok: bool) -> None:
 
 def database_unavailable(reason: str) -> None:
     _unavailable.count(reason)
+
+
+def tasks_purged(outcome: str, count: int) -> None:
+    _purged.count(outcome, count)
 
 
 def statement_ran(name: str, seconds: float) -> None:

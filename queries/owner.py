@@ -29,6 +29,12 @@ class Owner:
     tasks_max: int = maxsize
     has_trash: bool = True
     on_change: Callable[[str], None] | None = None  # called with the user's id after a change
+    on_delete: Callable[[str], None] | None = None  # called with the user's id, so that the purge looks there
+
+    def deleted(self) -> None:
+        """Tell that tasks were deleted or erased, of which there may now be too many."""
+        if self.on_delete:
+            self.on_delete(self.user_id)
 
     async def one(self, statement: Statement, **values: Any) -> Row | None:
         rows = await self.all(statement, **values)

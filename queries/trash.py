@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Integer, Select, bindparam, false, select, tuple_, update
+from sqlalchemy import ColumnElement, Integer, Select, Update, bindparam, false, select, tuple_, update
 
 from database.statements import PerDatabase, Row, named
 from errors import Unavailable
@@ -98,6 +98,7 @@ async def erase_task(owner: Owner, task_id: int, versions: Collection[int] | Non
         TaskNotFound: there is none with this id in the trash.
         VersionConflict: the task's version is not one of *versions*.
     """
+    owner.deleted()
     expected = None if versions is None else list(versions)
     try:
         if not await owner.one(_ERASE_ONE, task_id=task_id, versions=expected):
@@ -113,6 +114,7 @@ async def erase_task(owner: Owner, task_id: int, versions: Collection[int] | Non
 
 async def empty_trash(owner: Owner) -> int:
     """Delete all tasks in the trash for good and return how many there were."""
+    owner.deleted()
     return len(await owner.all(_ERASE_ALL))
 
 
@@ -134,15 +136,18 @@ def _page(*, continued: bool) -> Select[Any]:
     return named("list_trash", statement.order_by(*newest_first).limit(bindparam("limit", type_=Integer)))
 
 
-_TRASH = update(TASKS).where(OWNED, IN_TRASH)
+def _change(*conditions: ColumnElement[bool]) -> Update:
+    return update(TASKS).where(OWNED, IN_TRASH, *conditions)
+
+
 _SELECT_FIRST, _SELECT_NEXT = _page(continued=False), _page(continued=True)
 _SELECT_ONE = named(
     "get_deleted_or_live_task",
     select(*COLUMNS, TASKS.c.deleted_at).where(OWNED, THIS, TASKS.c.erased == false()),
 )
-_RESTORE_ONE = changing("restore_task", _TRASH.where(THIS, EXPECTED).values(RESTORED), *COLUMNS, adds=1)
-_RESTORE_SOME = changing("restore_tasks", _TRASH.where(THESE).values(RESTORED), TASKS.c.id, adds=1)
+_RESTORE_ONE = changing("restore_task", _change(THIS, EXPECTED).values(RESTORED), *COLUMNS, adds=1)
+_RESTORE_SOME = changing("restore_tasks", _change(THESE).values(RESTORED), TASKS.c.id, adds=1)
 # They take no revision: devices have learnt already that the tasks are gone. Of many tasks the owner's row is
 # locked all the same, so that no request that restores them can deadlock with it.
-_ERASE_ONE = named("erase_task", _TRASH.where(THIS, EXPECTED).values(ERASED).returning(TASKS.c.id))
-_ERASE_ALL = changing("empty_trash", _TRASH.values(ERASED), TASKS.c.id, changes=false())
+_ERASE_ONE = named("erase_task", _change(THIS, EXPECTED).values(ERASED).returning(TASKS.c.id))
+_ERASE_ALL = changing("empty_trash", _change().values(ERASED), TASKS.c.id, changes=false())

@@ -155,6 +155,8 @@ def test_no_setting_is_required(folder: Path) -> None:
         ("PORT", "tcp://10.0.0.7:8000", NOT_AN_INTEGER),
         ("PORT", "-1", "must be greater than or equal to 0"),
         ("PORT", "65536", "must be less than or equal to 65535"),
+        ("TRASH_DAYS", "-1", "must be greater than or equal to 0"),
+        ("SYNC_DAYS", "4000", "must be less than or equal to 3650"),
         ("DATABASE_POOL_SIZE", "many", NOT_AN_INTEGER),
         ("DATABASE_POOL_SIZE", "0", "must be greater than or equal to 1"),
         ("DATABASE_POOL_SIZE", "1001", "must be less than or equal to 1000"),

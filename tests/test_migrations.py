@@ -287,7 +287,7 @@ ADDED_INDEXES = {
     "ix_task_live_pending",
     "ix_task_live_due_date",
     "ix_task_revision",
-    "ix_task_trash",
+    "ix_task_deleted",
     "ix_task_deleted_at",
 }
 REPLACED_INDEXES = {

@@ -26,7 +26,7 @@ INDEXES = (
     "ix_task_live_pending",
     "ix_task_live_due_date",
     "ix_task_revision",
-    "ix_task_trash",
+    "ix_task_deleted",
     "ix_task_deleted_at",
     "ix_idempotency_key_created_at",
     "ix_idempotency_key_user_id_weight",

@@ -3,6 +3,7 @@ from typing import Any, get_args
 import pytest
 from sqlalchemy import (
     BindParameter,
+    Delete,
     Insert,
     Join,
     Select,
@@ -24,7 +25,7 @@ from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Label
 from sqlalchemy.sql.selectable import Alias
 
 from database.statements import PerDatabase, compile_statement
-from queries import bulk, idempotency, revisions, stats, tasks, trash
+from queries import bulk, idempotency, purge, revisions, stats, tasks, trash
 from queries.filters import Shape
 from queries.owner import OWNED, TASKS
 from tests.statements import bulks, constants, every_statement, list_statements
@@ -34,8 +35,13 @@ KEYS = idempotency._KEYS
 OWNED_TABLES = (TASKS, KEYS, revisions.OWNERS)
 ALIAS = TASKS.alias("other")
 OTHER_BIND = bindparam("owner_too", type_=TASKS.c.user_id.type)
-# They remove expired rows of any user.
-_WITHOUT_OWNER = [idempotency._FIND_PORTION, idempotency._REMOVE_PORTION]
+# They find or remove expired rows of any user.
+_WITHOUT_OWNER = [
+    idempotency._FIND_PORTION,
+    idempotency._REMOVE_PORTION,
+    purge._FIND_OLD_TRASH,
+    purge._FIND_OLD_TOMBSTONES,
+]
 
 
 class _Noting(PGCompiler_asyncpg):
@@ -177,7 +183,10 @@ def test_a_statement_that_reaches_other_users_is_noticed(statement: Executable) 
 
 
 WRITING = [
-    each for module in (tasks, bulk, trash) for each in vars(module).values() if isinstance(each, PerDatabase)
+    each
+    for module in (tasks, bulk, trash, purge)
+    for each in vars(module).values()
+    if isinstance(each, PerDatabase)
 ]
 WRITING += [bulk._reopen_all(shape) for shape in get_args(Shape)]
 WRITING += [bulk._delete_all(shape, trash) for shape in get_args(Shape) for trash in (False, True)]
@@ -188,12 +197,13 @@ WRITING += [bulk._complete_all(shape, series) for shape in get_args(Shape) for s
 def test_whoever_changes_tasks_locks_their_owner_first(statement: PerDatabase) -> None:
     """Otherwise revisions would become visible out of order, and two requests could deadlock (40P01)."""
     for part in parts(statement.postgresql):
-        if isinstance(part, Update | Insert) and part.table is TASKS:
+        if isinstance(part, Update | Insert | Delete) and part.table is TASKS:
             assert any(name in str(part) for name in ("locked", "following")), str(part)
 
     sql = compile_statement(statement, POSTGRES).sql
     first = min(sql.index(words) for words in ("FOR NO KEY UPDATE", "ON CONFLICT") if words in sql)
-    assert first < min(sql.index(words) for words in ("UPDATE task SET", "INSERT INTO task ") if words in sql)
+    writes = ("UPDATE task SET", "INSERT INTO task ", "DELETE FROM task ")
+    assert first < min(sql.index(words) for words in writes if words in sql)
 
 
 def test_deleted_tasks_are_left_out() -> None:

@@ -425,3 +425,24 @@ async def test_concurrent_restores_never_exceed_the_limit(database_url: str) -> 
         )
 
         assert len((await alice.get()).json()) == await lock(owner_of(app, alice)) == 6
+
+
+async def test_without_a_trash_deleting_is_for_good_at_once(database_url: str) -> None:
+    app = create_app(settings_for(database_url, trash_days=0))
+    async with running(app) as client:
+        alice = person("alice", client)
+        ids = [(await alice.create(**EVERY_FIELD))["id"] for _ in range(4)]
+
+        one = await alice.delete(f"/{ids[0]}", headers={"If-Match": '"1"'})
+        bulk = await alice.post("/bulk", json={"operations": [{"op": "delete", "id": ids[1]}]})
+        some = await alice.delete("?tags=secret&category=private")
+        restored = await alice.post("/restore", json={"ids": ids})
+
+        assert (one.status_code, bulk.status_code) == (204, 200)
+        assert some.json() == {"count": 2, "ids": ids[2:]}
+        assert restored.json() == {"count": 0, "ids": []}
+        assert await in_trash(alice) == []
+        rows = await owner_of(app, alice).all(ROWS)
+        assert [(row["title"], row["erased"], row["version"]) for row in rows] == [("", True, 2)] * 4
+        assert [row["revision"] for row in rows][:3] == [5, 6, 7]
+        assert await lock(owner_of(app, alice)) == 0
