@@ -70,7 +70,16 @@ async def test_every_operation_on_another_users_path_is_403(app: FastAPI, alice:
 
 
 @pytest.mark.parametrize(
-    ("path", "allowed"), [("/stats", "GET, HEAD"), ("/bulk", "POST"), ("/1", "DELETE, GET, HEAD, PATCH, PUT")]
+    ("path", "allowed"),
+    [
+        ("/stats", "GET, HEAD"),
+        ("/bulk", "POST"),
+        ("/1", "DELETE, GET, HEAD, PATCH, PUT"),
+        ("/trash", "DELETE, GET, HEAD"),
+        ("/trash/1", "DELETE"),
+        ("/restore", "POST"),
+        ("/1/restore", "POST"),
+    ],
 )
 async def test_an_undeclared_method_is_405_with_allow(alice: Person, path: str, allowed: str) -> None:
     for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - set(allowed.split(", ")):

@@ -15,6 +15,7 @@ import pytest
 import db
 from config import Settings
 from main import create_app
+from queries.purge import Purge
 from server.heads import HEAD_MAX_BYTES
 from server.startup import migrate
 from tests.conftest import SECRET, Person, person, running, settings_for
@@ -93,7 +94,13 @@ async def every_operation(client: httpx.AsyncClient, alice: Person) -> set[tuple
     await send("POST", "/bulk", f"{tasks}/bulk", json={"operations": operations})
     await send("PATCH", "?status=pending", tasks, json={"completed": True})
     await send("DELETE", f"/{task['id']}", one)
+    await send("GET", "/trash", f"{tasks}/trash")
+    await send("POST", f"/{task['id']}/restore", f"{one}/restore")
     await send("DELETE", "?status=completed", tasks)
+    await send("POST", "/restore", f"{tasks}/restore", json={"ids": [task["id"]]})
+    await send("DELETE", f"/{task['id']}", one)
+    await send("DELETE", f"/trash/{task['id']}", f"{tasks}/trash/{{task_id}}")
+    await send("DELETE", "/trash", f"{tasks}/trash")
 
     account = {"email": f"{alice.user_id}@example.com", "password": PASSWORD}
     auth = "/api/auth"
@@ -120,6 +127,7 @@ async def test_the_services_role_can_do_every_operation(url: str) -> None:
     app = create_app(settings)
     async with running(app) as client:
         done = await every_operation(client, person("alice", client))
+        await Purge(app.state.services.database, trash_days=0, sync_days=0).once()
 
     documented = app.openapi()["paths"].items()
     assert done == {(method.upper(), path) for path, methods in documented for method in methods}

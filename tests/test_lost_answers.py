@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from main import create_app
-from queries import idempotency
+from queries import idempotency, trash
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 from tests.postgres_proxy import Proxy, running_proxy
@@ -179,3 +179,49 @@ async def test_completing_a_series_whose_result_was_lost_makes_one_successor(lin
     assert answer.status_code == 200
     listed = (await line.alice.get("?due_date_from=2026-06-01")).json()
     assert [each["due_date"] for each in listed] == ["2026-06-02", "2026-06-01"]
+
+
+@pytest.mark.parametrize(("if_match", "status"), [('"2"', 204), (None, 503)])
+async def test_erasing_a_task_whose_result_was_lost(line: Line, if_match: str | None, status: int) -> None:
+    one, two = await line.alice.create(), await line.alice.create()
+    for task in (one, two):
+        await line.alice.delete(f"/{task['id']}")
+    headers = {"If-Match": if_match} if if_match else {}
+    await line.alice.delete(f"/trash/{one['id']}", headers=headers)
+
+    line.proxy.lose_next_answer(line.nothing)
+    answer = await line.alice.delete(f"/trash/{two['id']}", headers=headers)
+
+    assert (answer.status_code, (await line.alice.get("/trash")).json()) == (status, [])
+
+
+@pytest.mark.parametrize("if_match", ['"2"', None])
+async def test_restoring_a_task_succeeds_though_the_result_of_its_commit_was_lost(
+    line: Line, monkeypatch: pytest.MonkeyPatch, if_match: str | None
+) -> None:
+    task = await line.alice.create()
+    await line.alice.delete(f"/{task['id']}")
+    restore = trash._restore
+
+    async def restore_and_lose(*arguments: Any, **values: Any) -> Any:
+        rows = await restore(*arguments, **values)
+        line.proxy.lose_next_answer(line.nothing)  # of COMMIT
+        return rows
+
+    monkeypatch.setattr(trash, "_restore", restore_and_lose)
+    headers = {"If-Match": if_match} if if_match else {}
+    answer = await line.alice.post(f"/{task['id']}/restore", headers=headers)
+
+    assert (answer.status_code, answer.json()["version"]) == (200, 3)
+    assert (await line.alice.get()).json() == [answer.json()]
+
+
+async def test_restoring_a_task_is_503_if_its_transaction_was_undone(line: Line) -> None:
+    task = await line.alice.create()
+    await line.alice.delete(f"/{task['id']}")
+
+    line.proxy.lose_next_answer(line.nothing)  # of BEGIN
+    answer = await line.alice.post(f"/{task['id']}/restore", headers={"If-Match": '"2"'})
+
+    assert answer.status_code == 503
+    assert [each["version"] for each in (await line.alice.get("/trash")).json()] == [2]
