@@ -7,10 +7,10 @@ from typing import get_args
 from sqlalchemy.sql.base import Executable
 
 from database.statements import PerDatabase
-from queries import bulk, filters, idempotency, lists, purge, revisions, stats, tasks, trash
+from queries import bulk, changes, filters, idempotency, lists, purge, revisions, stats, tasks, trash
 from schemas import Order
 
-MODULES = (tasks, trash, purge, stats, bulk, idempotency, revisions)
+MODULES = (tasks, trash, purge, changes, stats, bulk, idempotency, revisions)
 
 
 def every_statement() -> list[Executable]:

@@ -200,12 +200,13 @@ async def test_concurrent_bulk_updates_lose_nothing(alice: Person) -> None:
 
 
 async def test_clear_completed(alice: Person, bob: Person) -> None:
-    for person in (alice, bob):
+    for person in (bob, alice):
         await person.create("open")
         done = await person.create("done", completed=True)
-        answer = await person.delete("?status=completed")
 
-        assert (answer.status_code, answer.json()) == (200, {"count": 1, "ids": [done["id"]]})
+    answer = await alice.delete("?status=completed")
+
+    assert (answer.status_code, answer.json()) == (200, {"count": 1, "ids": [done["id"]]})
     assert [task["title"] for task in await everything(alice)] == ["open"]
     assert len(await everything(bob)) == 2
 

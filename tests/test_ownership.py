@@ -25,7 +25,7 @@ from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Label
 from sqlalchemy.sql.selectable import Alias
 
 from database.statements import PerDatabase, compile_statement
-from queries import bulk, idempotency, purge, revisions, stats, tasks, trash
+from queries import bulk, changes, idempotency, purge, revisions, stats, tasks, trash
 from queries.filters import Shape
 from queries.owner import OWNED, TASKS
 from tests.statements import bulks, constants, every_statement, list_statements
@@ -35,12 +35,13 @@ KEYS = idempotency._KEYS
 OWNED_TABLES = (TASKS, KEYS, revisions.OWNERS)
 ALIAS = TASKS.alias("other")
 OTHER_BIND = bindparam("owner_too", type_=TASKS.c.user_id.type)
-# They find or remove expired rows of any user.
+# They find or remove expired rows of any user, or read the revisions of users who listen to this process.
 _WITHOUT_OWNER = [
     idempotency._FIND_PORTION,
     idempotency._REMOVE_PORTION,
     purge._FIND_OLD_TRASH,
     purge._FIND_OLD_TOMBSTONES,
+    changes._SELECT_REVISIONS,
 ]
 
 

@@ -125,6 +125,30 @@ async def test_the_forgotten_revision_never_falls(app: FastAPI, alice: Person) -
     assert await forgotten(app, alice) == 4
 
 
+async def test_a_device_learns_of_restored_and_erased_tasks_until_tombstones_are_dropped(
+    app: FastAPI, alice: Person
+) -> None:
+    bob = person("bob", alice.client)
+    await bob.create()
+    since, of_bob = [(await someone.get("/changes")).json()["next"] for someone in (alice, bob)]
+    restored, erased = await deleted(app, alice), await deleted(app, alice, days_ago=31, erased=True)
+    await alice.post(f"/{restored}/restore")
+
+    seen = (await alice.get(f"/changes?since={since}")).json()["changes"]
+    await purge_of(app, sync_days=32).once()
+    still = (await alice.get(f"/changes?since={since}")).json()["changes"]
+    await purge_of(app).once()
+    statuses = [
+        (await someone.get(f"/changes?since={token}")).status_code
+        for someone, token in ((alice, since), (bob, of_bob))
+    ]
+
+    told = [(each["type"], each["id"] if "id" in each else each["task"]["id"]) for each in seen]
+    assert told == [("deleted", erased), ("changed", restored)]
+    assert still == seen
+    assert statuses == [410, 200]
+
+
 async def test_without_trash_days_what_is_still_in_the_trash_is_erased(app: FastAPI, alice: Person) -> None:
     task_id = await deleted(app, alice)
 
