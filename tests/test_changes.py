@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from schemas import ID_MAX, SyncPosition
@@ -199,6 +199,7 @@ STEPS = st.lists(
         st.tuples(st.just("create"), st.integers(0, 3)),
         st.tuples(st.sampled_from(["put", "toggle", "delete", "complete in series"]), st.integers(0, 9)),
         st.tuples(st.sampled_from(["bulk", "delete all", "complete all", "reopen all"]), st.just(0)),
+        st.tuples(st.sampled_from(["restore", "erase", "restore all", "empty trash"]), st.integers(0, 9)),
         st.tuples(st.sampled_from(["page", "lost page"]), st.integers(1, 4)),
     ),
     max_size=25,
@@ -207,6 +208,9 @@ STEPS = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(steps=STEPS)
+@example(steps=[("page", 4), ("delete", 0), ("page", 4), ("restore", 0)])
+@example(steps=[("page", 4), ("delete", 0), ("page", 4), ("restore all", 0)])
+@example(steps=[("page", 4), ("delete", 0), ("empty trash", 0)])
 async def test_a_device_ends_equal_to_the_list(client: Any, steps: list[tuple[str, int]]) -> None:
     owner = person("alice", client)
     device, late = Device(owner), Device(owner)
@@ -232,11 +236,26 @@ async def test_a_device_ends_equal_to_the_list(client: Any, steps: list[tuple[st
             case "complete all" | "reopen all":
                 completed = kind == "complete all"
                 await owner.patch(f"?completed={not completed}", json={"completed": completed})
+            case "restore" | "erase" | "restore all" | "empty trash":
+                await _use_trash(owner, kind, number)
             case "page" | "lost page":
                 await device.read(number, arrives=kind == "page")
 
     await device.assert_catches_up()
     await late.assert_catches_up()
+
+
+async def _use_trash(owner: Person, kind: str, number: int) -> None:
+    ids = [task["id"] for task in (await owner.get("/trash")).json()] or [7_000_000]
+    match kind:
+        case "restore":
+            await owner.post(f"/{ids[number % len(ids)]}/restore")
+        case "erase":
+            await owner.delete(f"/trash/{ids[number % len(ids)]}")
+        case "restore all":
+            await owner.post("/restore", json={"ids": ids})
+        case "empty trash":
+            await owner.delete("/trash")
 
 
 async def test_a_device_that_reads_while_many_write_misses_nothing(alice: Person) -> None:
