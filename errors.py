@@ -89,7 +89,7 @@ class PreconditionFailed(Problem):
 
 
 class Gone(Problem):
-    """What the client's sync token needs is not remembered any more."""
+    """The sync token has expired: tombstones after it have been dropped."""
 
     status = 410
     sentence = "Too much has changed since then. Please load everything again."

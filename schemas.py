@@ -249,13 +249,13 @@ class AllCompleted(BaseModel):
 
 
 class Counted(BaseModel):
-    """How many tasks were changed."""
+    """How many tasks were changed or deleted."""
 
     count: int
 
 
 class CountedIds(Counted):
-    """Which tasks were changed, and how many they are."""
+    """The ids of the tasks that were deleted or restored, and how many they are."""
 
     ids: list[int]
 
@@ -412,7 +412,8 @@ class Position(NamedTuple):
 class SyncPosition(NamedTuple):
     """A place among the changes of a user's tasks: after the task *task_id*, which changed in *revision*.
 
-    Who began without a position needs no tombstones of revisions up to *first*, which was the last one then.
+    *first* is the owner's newest revision when an initial sync began, 0 once it has finished. Until then
+    tombstones up to *first* are skipped: the client never had those tasks.
     """
 
     revision: int

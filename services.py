@@ -83,7 +83,10 @@ class Services:
             ),
             cursors=CursorSealer(settings.cursor_secrets),
             streams=Streams(
-                database, limit=settings.max_streams, limit_per_user=settings.max_streams_per_user
+                database,
+                # The others are for requests; probes need some of them.
+                limit=min(settings.max_streams, settings.max_connections * 3 // 4),
+                limit_per_user=settings.max_streams_per_user,
             ),
             counters=storage,
             rate_limits=RateLimits(

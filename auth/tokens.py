@@ -99,7 +99,7 @@ class Verifier:
         self._keys = keys
         self._algorithms = frozenset(algorithms)
         self._of_secrets, self._of_keys = of_secrets, of_keys
-        self._leeway_s = leeway_s
+        self.leeway_s = leeway_s
         self._remembered_max = remembered_max
         self._remembered: dict[bytes, tuple[Claims, _Signer]] = {}
 
@@ -119,7 +119,7 @@ class Verifier:
             self._remembered.pop(digest, None)
             remembered = None
         claims, signer = remembered or await self._verify_afresh(token)
-        if claims.exp <= time.time() - self._leeway_s:
+        if claims.exp <= time.time() - self.leeway_s:
             raise TokenExpired("Token has expired")
         if remembered is None:
             self._remember(digest, claims, signer)
@@ -182,7 +182,7 @@ class Verifier:
         expires = _numeric_date(payload, "exp")
         if expires is None:
             raise TokenInvalid("Token has no expiry")
-        latest = time.time() + self._leeway_s
+        latest = time.time() + self.leeway_s
         if any((_numeric_date(payload, name) or 0) > latest for name in ("nbf", "iat")):
             raise TokenInvalid("Token is not valid yet")
         return Claims(subject, expires, by_secret, _auth_time(payload) if by_secret else None)

@@ -1,7 +1,7 @@
 """The reading connections of SQLite, whose threads take calls from one queue.
 
 A thread that is busy takes the next call without being woken, and the event loop is woken once for several
-results. With a call at a time for each connection, waking threads takes a third of a request.
+results. With one queue per connection, a GET of one task took 135 µs of CPU, not 93 (record 20).
 """
 
 import asyncio

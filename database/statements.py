@@ -44,6 +44,7 @@ Statement = Executable | Deferred | PerDatabase
 
 
 def changes_tasks(statement: Statement) -> bool:
+    """Return whether *statement* writes tasks; `Deferred.writes` says so before it is built."""
     return isinstance(statement, PerDatabase) or (isinstance(statement, Deferred) and statement.writes)
 
 

@@ -1,6 +1,7 @@
 """A response of server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from errors import Unavailable
+from errors import TooManyRequests, Unavailable
 from live.streams import Streams, Subscription
 from observability import metrics
+from queries.changes import Changes
 from queries.owner import Owner
 from refusals import ChangesForgotten
 from schemas import SyncPosition
@@ -18,10 +20,10 @@ from web.answers import dump
 from web.request_state import state_of
 
 HEARTBEAT_S = 15.0  # proxies close connections that are silent for longer
-SLOW_S = 10.0  # a client that does not take an event in this time is cut off
-LAST_WORD_S = 1.0
+SEND_TIMEOUT_S = 10.0  # a client that does not take an event in this time is cut off
+END_TIMEOUT_S = 1.0
 RECONNECT_MS = 2_000
-UNAVAILABLE_PAUSE_S = 1.0
+RETRY_DELAY_S = 1.0
 
 TOKEN_EXPIRED, SHUTTING_DOWN, TOO_SLOW = "token-expired", "shutting-down", "too-slow"
 
@@ -41,7 +43,7 @@ def event(name: str, data: Any, identifier: str | None = None) -> bytes:
 class EventStream(Response):
     """Tells *owner* what has changed since a position, until their token expires at *expires_at*.
 
-    *seal* makes the token of a position.
+    *expires_at* is in seconds since 1970; *seal* makes the token of a position.
     """
 
     def __init__(
@@ -69,44 +71,56 @@ class EventStream(Response):
             try:
                 async for part in self._parts(subscription):
                     await self._send(send, part)
-                reason = SHUTTING_DOWN if subscription.is_ending else TOKEN_EXPIRED
+                reason = SHUTTING_DOWN if subscription.ending.done() else TOKEN_EXPIRED
+                last = event("end", {"reason": reason})
             except TimeoutError:
-                reason = TOO_SLOW
-            end = event("end", {"reason": reason})
-            try:
-                async with asyncio.timeout(LAST_WORD_S):
-                    await send({"type": "http.response.body", "body": end})
-            except TimeoutError:
-                return
+                last = event("end", {"reason": TOO_SLOW})
+            except ChangesForgotten:  # the next request is answered 410
+                last = b""
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_TIMEOUT_S):
+                    await send({"type": "http.response.body", "body": last})
 
     async def _send(self, send: Send, part: bytes) -> None:
-        async with asyncio.timeout(SLOW_S):
+        async with asyncio.timeout(SEND_TIMEOUT_S):
             await send({"type": "http.response.body", "body": part, "more_body": True})
 
     async def _parts(self, subscription: Subscription) -> AsyncIterator[bytes]:
-        since = self._since
+        since, wake, ending = self._since, subscription.wake, subscription.ending
         yield b"retry: %d\n\n" % RECONNECT_MS + event("ready", {}, self._seal(since))
-        subscription.wake.set()  # what has changed since the position was read
-        while not subscription.is_ending and (left := self._expires_at - time.time()) > 0:
+        wake.set()  # what has changed since the position was read
+        while not ending.done() and (left := self._expires_at - time.time()) > 0:
+            patience_s = min(HEARTBEAT_S, left)
             try:
-                async with asyncio.timeout(min(HEARTBEAT_S, left)):
-                    await subscription.wake.wait()
+                async with asyncio.timeout(patience_s):
+                    await wake.wait()
             except TimeoutError:
                 yield b":\n\n"
                 continue
-            subscription.wake.clear()
-            try:
-                found = await self._streams.changes(self._owner, since)
-            except Unavailable:
-                await asyncio.sleep(UNAVAILABLE_PAUSE_S)
-                subscription.wake.set()
+            wake.clear()
+            reading = self._streams.read(self._owner, since, self._encode)
+            waited: set[asyncio.Future[Any]] = {reading, ending}
+            await asyncio.wait(waited, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                wake.set()
+                yield b":\n\n"
                 continue
-            except ChangesForgotten:  # while it was reading: the next request gets the 410
-                return
-            since = found.next
-            if found.has_more:
-                subscription.wake.set()
-            if found.changes:
-                metrics.events_sent.inc(len(found.changes))
-                pairs = zip(found.changes, found.positions, strict=True)
-                yield b"".join(event(each["type"], each, self._seal(after)) for each, after in pairs)
+            try:
+                page = reading.result()
+            except (Unavailable, TooManyRequests):
+                wake.set()
+                yield b":\n\n"
+                await asyncio.wait({ending}, timeout=RETRY_DELAY_S)
+                continue
+            since = page.next
+            subscription.revision = since.revision
+            if page.has_more:
+                wake.set()
+                await asyncio.sleep(0)  # others may go first
+            if page.length:
+                metrics.events_sent(page.length)
+                yield page.events
+
+    def _encode(self, found: Changes) -> bytes:
+        pairs = zip(found.changes, found.positions, strict=True)
+        return b"".join(event(each["type"], each, self._seal(after)) for each, after in pairs)

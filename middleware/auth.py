@@ -73,7 +73,8 @@ async def verify(request: Request, token: str) -> Claims:
     except jwks.KeysUnavailable as error:
         raise Unavailable(retry_after_s=jwks.RETRY_AFTER_S) from error
     state = state_of(request.scope)
-    state["user_id"], state["expires_at"] = claims.sub, claims.exp  # for the access log and for streams
+    state["user_id"] = claims.sub  # for the access log
+    state["expires_at"] = claims.exp + services.verifier.leeway_s
     await services.rate_limits.count_user(request.scope, claims.sub)
     return claims
 

@@ -19,22 +19,22 @@ ALWAYS = (
 def security_headers(scheme: str, path: str, own: Iterable[Field]) -> tuple[Field, ...]:
     """Return what to add to an answer with the headers *own*.
 
-    What is below /api/, tasks and accounts, is private: nobody may store it unless the answer says otherwise.
+    What is below /api/, tasks and accounts, is not stored unless the answer has its own Cache-Control.
     A page brings a content policy of its own; everything else may load nothing.
     """
     is_private = path.startswith("/api/")
-    brings = CACHE_CONTROL if is_private else CONTENT_POLICY
-    return _ADDED[scheme == "https", is_private, any(name == brings for name, _ in own)]
+    own_header = CACHE_CONTROL if is_private else CONTENT_POLICY
+    return _ADDED[scheme == "https", is_private, any(name == own_header for name, _ in own)]
 
 
-# By whether the request came by https, whether its path is private, and whether the response has a rule of
-# its own: a private one for caches, another one for content.
+# By whether the request came by https, whether its path is below /api/, and whether the response has the
+# header in question: Cache-Control there, Content-Security-Policy elsewhere.
 _ADDED = {
-    (is_https, is_private, has_rule): ALWAYS
+    (is_https, is_private, is_set): ALWAYS
     + (HSTS,) * is_https
-    + (NO_STORE,) * (is_private and not has_rule)
-    + (NOTHING,) * (is_private or not has_rule)
+    + (NO_STORE,) * (is_private and not is_set)
+    + (NOTHING,) * (is_private or not is_set)
     for is_https in (False, True)
     for is_private in (False, True)
-    for has_rule in (False, True)
+    for is_set in (False, True)
 }

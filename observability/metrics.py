@@ -58,8 +58,8 @@ _durations = Timed("http_request_duration_seconds", "Time to answer a request, b
 requests_in_flight = Gauge("http_requests_in_flight", "Requests that are being answered.")
 
 _streams_open = Gauge("event_streams_open", "Event streams that are open.")
-events_sent = Counter("events_sent", "Changes of tasks sent to event streams.")
-sync_gone = Counter("sync_gone", "Sync tokens refused because what they need is forgotten.")
+_events_sent = Counter("events_sent", "Changes of tasks sent to event streams.")
+_sync_gone = Counter("sync_gone", "Sync tokens refused because what they need is forgotten.")
 _refused_tokens = Labelled("tokens_refused", "Tokens that were not accepted, by reason.", "reason")
 _failed_sign_ins = Labelled("sign_ins_failed", "Sign-ins to local accounts that failed, by reason.", "reason")
 _rate_limited = Labelled("requests_rate_limited", "Requests refused for their number, by limit.", "limit")
@@ -83,7 +83,7 @@ def request_answered(route: str, method: str, status: int, seconds: float) -> No
 
 
 def stream_opened() -> None:
-    """Count an event stream, which is no request in flight any more: nobody waits for its end."""
+    """Move a request from those in flight to the open streams, as a stream stays open for hours."""
     _streams_open.inc()
     requests_in_flight.dec()
 
@@ -91,6 +91,14 @@ def stream_opened() -> None:
 def stream_closed() -> None:
     _streams_open.dec()
     requests_in_flight.inc()
+
+
+def events_sent(count: int) -> None:
+    _events_sent.inc(count)
+
+
+def sync_token_expired() -> None:
+    _sync_gone.inc()
 
 
 def token_refused(reason: str) -> None:

@@ -74,7 +74,7 @@ async def run(owner: Owner, operations: Sequence[Operation], *, atomic: bool) ->
 
 async def delete_tasks(owner: Owner, filters: Filter) -> list[int]:
     """Delete the tasks that match *filters*, as `tasks.delete_task` does; return their ids, ascending."""
-    owner.deleted()
+    owner.note_deletion()
     statement = Deferred(_delete_all, (shape_of(filters), owner.has_trash), writes=True)
     rows = await owner.all(statement, now=datetime.now(UTC), **values_of(filters))
     return sorted(row["id"] for row in rows)
@@ -168,7 +168,7 @@ def _shown(task: Row) -> Row:
 async def _write(owner: Owner, workbench: _Workbench) -> list[Row]:
     """Write the rows of *workbench* and return the new ones."""
     if workbench.deleted:
-        owner.deleted()
+        owner.note_deletion()
         statement = _DELETE_SOME if owner.has_trash else _DELETE_SOME_FOR_GOOD
         await owner.all(statement, ids=workbench.deleted, now=workbench.now)
     if changed := [workbench.rows[task_id] for task_id in workbench.changed if task_id in workbench.rows]:

@@ -58,6 +58,8 @@ async def list_changes(owner: Owner, since: SyncPosition, limit: int) -> Changes
     del tasks[limit:]
     positions = [SyncPosition(row.pop("revision"), row["id"], first) for row in tasks]
     after = positions[-1] if has_more else SyncPosition(newest, ID_MAX, 0)
+    if positions:
+        positions[-1] = after  # if nothing follows, the token outlives the tombstone at which it stands
     return Changes(list(map(_change, tasks)), positions, after, has_more)
 
 
@@ -69,11 +71,15 @@ def _change(row: Row) -> dict[str, Any]:
 
 
 def _is_forgotten(since: SyncPosition, newest: int, forgotten: int) -> bool:
+    """Return whether a tombstone that the client still needs has been dropped.
+
+    Revision 0, of rows from before migration 0010, has no tombstones.
+    """
     known = max(since.revision, since.first)
     if known > newest:  # the database has been restored from a backup
         return True
     is_within_revision = since.revision >= since.first and since.task_id < ID_MAX
-    return forgotten > known or bool(forgotten and forgotten == known and is_within_revision)
+    return forgotten > known or (0 < forgotten == known and is_within_revision)
 
 
 async def revisions_of(database: Database, user_ids: list[str]) -> dict[str, int]:
@@ -112,7 +118,7 @@ def _changes_statement() -> Executable:
 
 
 _SELECT_CHANGES = _changes_statement()
-# The only one for several users: those who listen to this process. It reads nothing of their tasks.
+# For all users with a stream in this process. It reads revisions only, no tasks.
 _SELECT_REVISIONS = named(
     "get_revisions",
     select(OWNERS.c.user_id, OWNERS.c.revision).where(

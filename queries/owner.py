@@ -31,8 +31,8 @@ class Owner:
     on_change: Callable[[str], None] | None = None  # called with the user's id after a change
     on_delete: Callable[[str], None] | None = None  # called with the user's id, so that the purge looks there
 
-    def deleted(self) -> None:
-        """Tell that tasks were deleted or erased, of which there may now be too many."""
+    def note_deletion(self) -> None:
+        """Have the next purge check this trash. Called before the statement, whose answer may be lost."""
         if self.on_delete:
             self.on_delete(self.user_id)
 

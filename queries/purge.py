@@ -64,7 +64,7 @@ class _Elsewhere(Exception):
 class Purge:
     """Purges trash older than *trash_days*, and tombstones older than that and *sync_days*.
 
-    No user keeps more than *tasks_max* of either. *deleters* are the users who may have more.
+    Of each user in *deleters* it keeps the newest *tasks_max* of either.
     """
 
     database: Database
@@ -208,7 +208,7 @@ def _drop_statement() -> PerDatabase:
 
 
 _TRY_LOCK = named("lock_purge", select(_TryLock().label("mine")))
-# The only ones without an owner: they return ids, which other statements take together with their owner.
+# The first two search all users. The statements that write filter by the owner and the ids that they return.
 _FIND_OLD_TRASH = _find_old("find_old_trash", IN_TRASH)
 _FIND_OLD_TOMBSTONES = _find_old("find_old_tombstones", *_TOMBSTONE)
 _FIND_EXCESS_TRASH = _find_excess("find_excess_trash", IN_TRASH)

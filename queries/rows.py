@@ -48,6 +48,8 @@ DELETED: dict[str, Any] = {"deleted_at": NOW, **_TOUCHED}
 RESTORED: dict[str, Any] = {"deleted_at": null(), **_TOUCHED}
 ERASED: dict[str, Any] = {  # without values, whose names could be those of a filter
     "erased": true(),
+    "completed": false(),
+    "has_successor": false(),
     "title": literal_column("''"),
     "tags": NoTexts(),
     "reminder": false(),

@@ -97,7 +97,7 @@ async def delete_task(owner: Owner, task_id: int, versions: Collection[int] | No
     """
     values = {"task_id": task_id, "versions": _list(versions), "now": datetime.now(UTC)}
     statement = _DELETE if owner.has_trash else _DELETE_FOR_GOOD
-    owner.deleted()
+    owner.note_deletion()
     try:
         deleted = await owner.one(statement, **values)
     except Unavailable as error:

@@ -98,14 +98,14 @@ async def erase_task(owner: Owner, task_id: int, versions: Collection[int] | Non
         TaskNotFound: there is none with this id in the trash.
         VersionConflict: the task's version is not one of *versions*.
     """
-    owner.deleted()
+    owner.note_deletion()
     expected = None if versions is None else list(versions)
     try:
         if not await owner.one(_ERASE_ONE, task_id=task_id, versions=expected):
             task = await task_in_trash(owner, task_id)
             if not is_expected(task, versions):
                 raise VersionConflict(task)
-            raise TaskNotFound  # it has come to the trash since
+            raise TaskNotFound  # moved to the trash after our statement
     except Unavailable as error:
         if not error.lost or versions is None or await owner.one(_SELECT_ONE, task_id=task_id):
             raise
@@ -114,7 +114,7 @@ async def erase_task(owner: Owner, task_id: int, versions: Collection[int] | Non
 
 async def empty_trash(owner: Owner) -> int:
     """Delete all tasks in the trash for good and return how many there were."""
-    owner.deleted()
+    owner.note_deletion()
     return len(await owner.all(_ERASE_ALL))
 
 
@@ -122,7 +122,7 @@ async def _restore(tx: Owner, statement: PerDatabase, **values: Any) -> list[Row
     room = tx.tasks_max - await lock(tx)
     restored = await tx.all(statement, **values)
     if restored and len(restored) > room:
-        raise TooManyTasks(tx.tasks_max)  # undoes it
+        raise TooManyTasks(tx.tasks_max)  # rolls back
     return restored
 
 
@@ -147,7 +147,7 @@ _SELECT_ONE = named(
 )
 _RESTORE_ONE = changing("restore_task", _change(THIS, EXPECTED).values(RESTORED), *COLUMNS, adds=1)
 _RESTORE_SOME = changing("restore_tasks", _change(THESE).values(RESTORED), TASKS.c.id, adds=1)
-# They take no revision: devices have learnt already that the tasks are gone. Of many tasks the owner's row is
-# locked all the same, so that no request that restores them can deadlock with it.
+# Erasing takes no revision: devices removed the task when it was deleted. Emptying still locks the owner's
+# row, or it could deadlock with a concurrent restore.
 _ERASE_ONE = named("erase_task", _change(THIS, EXPECTED).values(ERASED).returning(TASKS.c.id))
 _ERASE_ALL = changing("empty_trash", _change().values(ERASED), TASKS.c.id, changes=false())

@@ -15,6 +15,7 @@ from errors import (
     responses,
 )
 from live.event_stream import EventStream
+from live.streams import NewerVersionNeeded
 from middleware.auth import OwnerDep
 from queries.changes import START, list_changes
 from queries.owner import Owner
@@ -44,9 +45,9 @@ router = APIRouter(
 async def get_changes(
     owner: OwnerDep, services: ServicesDep, query: Annotated[ChangesQuery, Query()]
 ) -> Response:
-    """Say what has changed since a page before; the first page begins with all tasks.
+    """List the changes since a sync token, or all tasks without one.
 
-    A task that changes while you read the pages comes again, so the last one wins.
+    A task that changes while you page appears again; the later entry replaces the earlier.
     """
     since = START if query.since is None else _position(services.cursors, owner, "since", query.since)
     found = await list_changes(owner, since, query.limit)
@@ -61,7 +62,8 @@ async def get_changes(
 @router.get(
     "/events",
     response_class=Response,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=responses(NewerVersionNeeded)
+    | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
 async def get_events(
     owner: OwnerDep,
@@ -70,7 +72,7 @@ async def get_events(
     query: Annotated[EventsQuery, Query()],
     last_event_id: LastEventId = None,
 ) -> Response:
-    """Tell what changes, as it happens, in server-sent events: `ready`, then `changed` and `deleted`.
+    """Stream changes as server-sent events: `ready`, then `changed` and `deleted`.
 
     The `id` of an event is a token for `since` and `Last-Event-ID`. An event `end` says why the stream ends.
     """
@@ -81,8 +83,8 @@ async def get_events(
         since = _position(cursors, owner, "since", query.since)
     else:
         since = SyncPosition(await revision_of(owner), ID_MAX, 0)
-    await list_changes(owner, since, 1)  # or 410 now
-    services.streams.admit(owner.user_id)
+    await list_changes(owner, since, 1)  # raises while a 410 can still be sent
+    services.streams.admit(owner.user_id, request.scope["http_version"])
     return EventStream(
         services.streams,
         owner,

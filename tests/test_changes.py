@@ -1,4 +1,5 @@
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,6 +7,8 @@ from fastapi import FastAPI
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from queries.changes import list_changes
+from queries.owner import Owner
 from schemas import ID_MAX, SyncPosition
 from tests.conftest import Person, person
 from tests.test_revisions import DAILY, churn
@@ -137,14 +140,17 @@ def seal(app: FastAPI, someone: Person, position: SyncPosition) -> str:
     return token
 
 
-async def forget(app: FastAPI, someone: Person, revision: int) -> None:
-    """Say that the tombstones up to *revision* have been dropped."""
+async def run(app: FastAPI, statement: str) -> None:
     engine = app.state.services.database.engine()
     async with engine.begin() as connection:
-        await connection.exec_driver_sql(
-            f"UPDATE task_owner SET forgotten_revision = {revision} WHERE user_id = '{someone.user_id}'"
-        )
+        await connection.exec_driver_sql(statement)
     await engine.dispose()
+
+
+async def forget(app: FastAPI, someone: Person, revision: int) -> None:
+    """Say that the tombstones up to *revision* have been dropped."""
+    own = f"WHERE user_id = '{someone.user_id}'"
+    await run(app, f"UPDATE task_owner SET forgotten_revision = {revision} {own}")
 
 
 async def test_a_token_from_before_a_forgotten_tombstone_is_410(app: FastAPI, alice: Person) -> None:
@@ -175,6 +181,40 @@ async def test_a_revision_of_which_only_a_part_was_read_may_be_forgotten(app: Fa
     ):
         answer = await alice.get("/changes", params={"since": seal(app, alice, position)})
         assert answer.status_code == status
+
+
+async def test_a_token_at_a_dropped_tombstone_is_still_good(app: FastAPI, alice: Person) -> None:
+    """It says that the tombstone was read, so nothing is missing."""
+    task = await alice.create()
+    await alice.delete(f"/{task['id']}")
+    owner = Owner(alice.user_id, app.state.services.database)
+    found = await list_changes(owner, SyncPosition(1, ID_MAX, 0), 10)
+    await forget(app, alice, 2)
+
+    (position,) = found.positions
+    answer = await alice.get("/changes", params={"since": seal(app, alice, position)})
+    assert (answer.status_code, answer.json()["changes"]) == (200, [])
+
+
+GUIDE = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+SKIP_AHEAD = GUIDE.partition("Skip ahead")[2].split("```")[1].removeprefix("sql")
+
+
+async def test_after_a_restored_backup_the_guides_statement_makes_devices_start_again(
+    app: FastAPI, alice: Person
+) -> None:
+    tokens = []
+    for _ in range(3):
+        await alice.create()
+        tokens.append((await page(alice))["next"])
+    statement = SKIP_AHEAD.replace(";", f" WHERE user_id = '{alice.user_id}'")
+    # The backup is from the time of the second token.
+    await run(app, f"UPDATE task_owner SET revision = 2 WHERE user_id = '{alice.user_id}'")
+    await run(app, statement)
+
+    for token in tokens:
+        assert (await alice.get("/changes", params={"since": token})).status_code == 410
+    assert len((await page(alice))["changes"]) == 3
 
 
 async def test_a_user_who_deleted_nothing_may_have_the_oldest_token(app: FastAPI, alice: Person) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from auth import tokens
 from tests.conftest import SECRET, Person
-from tests.postgres import free_port
+from tests.postgres import free_port, running_process
 from tests.service import Service, running_service
 
 pytestmark = pytest.mark.process
@@ -153,6 +153,73 @@ async def test_changes_of_another_process_arrive_too(url: str, tmp_path: Path) -
             assert (await stream.next()).name == "deleted"
 
 
+async def test_a_second_stream_takes_no_change_from_the_first(url: str, tmp_path: Path) -> None:
+    """Each stream knows up to where it has read: the poll must not take one's reading for the other's."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    async with serving(folders[0], url) as (client, _), serving(folders[1], url) as (other, _):
+        alice, elsewhere = person_at(client), person_at(other)
+        async with listening(alice) as first:
+            await first.next()
+            await asyncio.sleep(1.2)  # a poll has passed
+            for number in range(3):
+                task = await elsewhere.create(str(number))
+                async with listening(alice) as second:
+                    await second.next()
+                    event = await first.next(POLLED_S)
+                assert event.data["task"] == task
+
+
+async def test_a_burst_of_the_same_user_ends_no_stream(url: str, tmp_path: Path) -> None:
+    """The user's share of the database is taken by the requests, so reading has to wait for its turn."""
+    async with serving(tmp_path, url) as (client, service):
+        alice = person_at(client)
+        async with listening(alice) as stream:
+            await stream.next()
+            answers = await asyncio.gather(*(alice.post(json={"title": "x"}) for _ in range(300)))
+            created = [answer for answer in answers if answer.status_code == 201]
+            assert created
+            for _ in created:
+                assert (await stream.next()).name == "changed"
+        assert '"crash"' not in service.logged
+
+
+async def test_http_1_0_cannot_have_a_stream(url: str, tmp_path: Path) -> None:
+    async with serving(tmp_path, url) as (client, _):
+        alice = person_at(client)
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        head = f"GET {alice.tasks}/events HTTP/1.0\r\nAuthorization: Bearer {alice.token}\r\n\r\n"
+        writer.write(head.encode())
+        answer = (await reader.read()).decode()
+        writer.close()
+
+        assert answer.startswith("HTTP/1.1 426 ")
+        assert "upgrade: HTTP/1.1" in answer
+        assert "Event streams need HTTP/1.1" in answer
+
+
+async def test_streams_end_at_once_although_the_database_is_frozen(tmp_path: Path) -> None:
+    with running_process() as database:
+        async with (
+            serving(tmp_path, database.url) as (client, service),
+            listening(person_at(client)) as stream,
+        ):
+            await stream.next()
+            await person_at(client).create()
+            await stream.next()
+            database.freeze()
+            try:
+                writing = asyncio.create_task(person_at(client).post(json={"title": "x"}, timeout=20))
+                await asyncio.sleep(1.5)  # the poll waits, too
+                stopping = asyncio.create_task(asyncio.to_thread(service.stop))
+                assert await stream.next(2) == Event("end", {"reason": "shutting-down"}, None)
+            finally:
+                database.thaw()
+            await stopping
+            await asyncio.gather(writing, return_exceptions=True)
+
+
 async def test_a_stream_ends_at_once_when_the_service_stops(url: str, tmp_path: Path) -> None:
     async with serving(tmp_path, url) as (client, service), listening(person_at(client)) as stream:
         await stream.next()
@@ -168,11 +235,11 @@ async def test_a_stream_ends_at_once_when_the_service_stops(url: str, tmp_path: 
 
 async def test_a_stream_ends_with_its_token(url: str, tmp_path: Path) -> None:
     async with (
-        serving(tmp_path, url) as (client, _),
-        listening(person_at(client, lifetime_s=2)) as stream,
+        serving(tmp_path, url, JWT_LEEWAY_S="0") as (client, _),
+        listening(person_at(client, lifetime_s=4)) as stream,
     ):
         assert (await stream.next()).name == "ready"
-        assert await stream.next(5) == Event("end", {"reason": "token-expired"}, None)
+        assert await stream.next() == Event("end", {"reason": "token-expired"}, None)
         with pytest.raises(EOFError):
             await stream.next()
 

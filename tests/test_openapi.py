@@ -29,7 +29,7 @@ OPERATIONS = {
     "delete_tasks": ("delete", TASKS, {"200"} | EVERY_TASK),
     "get_stats": ("get", f"{TASKS}/stats", {"200", "304"} | EVERY_TASK),
     "get_changes": ("get", f"{TASKS}/changes", {"200", "410"} | EVERY_TASK),
-    "get_events": ("get", f"{TASKS}/events", {"200", "410"} | EVERY_TASK),
+    "get_events": ("get", f"{TASKS}/events", {"200", "410", "426"} | EVERY_TASK),
     "change_tasks": ("post", f"{TASKS}/bulk", {"200", "207", "404", "409", "412"} | BODY | EVERY_TASK),
     "list_trash": ("get", f"{TASKS}/trash", {"200"} | EVERY_TASK),
     "empty_trash": ("delete", f"{TASKS}/trash", {"200"} | EVERY_TASK),

@@ -23,7 +23,7 @@ IfNoneMatch = Annotated[
     str | None,
     Header(
         alias="If-None-Match",
-        description="Only if the task has none of these `ETag`s; else 304 for a GET, 412 for a change.",
+        description="Only if the resource has none of these `ETag`s; else 304 for a GET, 412 for a change.",
         examples=['"3"'],
         json_schema_extra={"pattern": etags.LIST_PATTERN},
     ),

@@ -62,7 +62,7 @@ class CursorSealer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the secret, so that nobody keeps a link whose cursor cannot be opened any more."""
+        """Identifies the secret. Part of a list's `ETag`: only it opens the cursor in the list's `Link`."""
         return self.write((0,), "")[:8]
 
     def write(self, position: Sequence[Any], binding: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from errors import invalid_parameter
 from schemas import TaskOut
 
-LIST_MAX = 4096  # characters of a header; a tag of ours has at most 11
+LIST_MAX = 4096  # characters of a header; a list's tag has at most 38
 TAGS_MAX = 100  # each that names a version becomes a value of the statement
 
 _TAG = r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"'

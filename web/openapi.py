@@ -28,7 +28,7 @@ HEADERS: dict[str, dict[str, Any]] = {
     },
     "ETag": {
         "required": True,
-        "description": "For `If-Match` and `If-None-Match`. A task's is its version.",
+        "description": "For `If-None-Match`, and a task's also for `If-Match`. A task's is its version.",
         "example": '"3"',
         "schema": {"type": "string", "pattern": '^"[0-9]+(-[0-9a-f]+)?"$'},
     },

@@ -49,7 +49,7 @@ class PartConvertor(StringConvertor):
 
 
 class TaskConvertor(StringConvertor):
-    """Any id, valid or not, but not the names of other resources, which have their own methods."""
+    """Any part but the fixed names beside it. An invalid id matches too, so that it gets 422, not 404."""
 
     regex = "(?!(?:stats|bulk|changes|events|restore|trash)(?:/|$))[^/]+"
 

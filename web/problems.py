@@ -103,7 +103,7 @@ def problem_of(refusal: Refusal) -> Problem:
         case refusals.KeyReused():
             return invalid_parameter("Idempotency-Key", "was used for another request")
         case refusals.ChangesForgotten():
-            metrics.sync_gone.inc()
+            metrics.sync_token_expired()
             return Gone()
         case refusals.TooManyKeys():
             return TooManyRequests(

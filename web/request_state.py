@@ -17,8 +17,9 @@ class RequestState(TypedDict, total=False):
 
     `user_id` is the subject of a verified token. `overloaded` marks an answer after which the connection
     pauses. `task` answers the request; the server names it, as asking for it is slow before Python 3.12.
-    `body_received` says that reading the body will not wait. `expires_at` is when the verified token expires,
-    in seconds since 1970. `is_head` marks a HEAD request, `streams_since` (`time.perf_counter`) a stream.
+    `body_received` says that reading the body will not wait. `expires_at` is until when the verified token
+    is accepted, in seconds since 1970. `is_head` marks a HEAD request,
+    `streams_since` (`time.perf_counter`) a stream.
     """
 
     request_id: str
