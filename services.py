@@ -69,18 +69,14 @@ class Services:
         database.slow_statement_s = settings.slow_statement_ms / 1000
         keys = _keys(settings)
         storage = counters.connect(settings.rate_limit_storage_url)
+        tasks_max = settings.max_tasks_per_user or maxsize
         return cls(
             database=database,
             readiness=Readiness(database),
             keys=keys,
             verifier=_verifier(settings, keys),
-            tasks_max=settings.max_tasks_per_user or maxsize,
-            purge=Purge(
-                database,
-                settings.trash_days,
-                settings.sync_days,
-                tasks_max=settings.max_tasks_per_user or maxsize,
-            ),
+            tasks_max=tasks_max,
+            purge=Purge(database, settings.trash_days, settings.sync_days, tasks_max),
             cursors=CursorSealer(settings.cursor_secrets),
             streams=Streams(
                 database,

@@ -1,1 +1,1 @@
-"""Live events: who listens, what they are told, and how it is sent."""
+"""Live events: the open streams, what wakes them, and the response."""

@@ -83,7 +83,7 @@ def _is_forgotten(since: SyncPosition, newest: int, forgotten: int) -> bool:
 
 
 async def revisions_of(database: Database, user_ids: list[str]) -> dict[str, int]:
-    """Return the last revision of each of these users who has one."""
+    """Return the last revision of each of these users, if there is one."""
     rows = await database.all(_SELECT_REVISIONS, owners=user_ids)
     return {row["user_id"]: row["revision"] for row in rows}
 

@@ -247,7 +247,7 @@ async def test_a_stream_ends_with_its_token(url: str, tmp_path: Path) -> None:
 async def eventually_open(client: httpx.AsyncClient, count: int, within_s: float = 5.0) -> None:
     """Wait until the metrics say that *count* streams are open."""
     async with asyncio.timeout(within_s):
-        while f"\nevent_streams_open {count}.0\n" not in (await client.get("/metrics")).text:  # noqa: ASYNC110
+        while f"\nevent_streams_open {count}.0\n" not in (await client.get("/metrics")).text:  # noqa: ASYNC110 - there is no event
             await asyncio.sleep(0.1)
 
 

@@ -325,7 +325,7 @@ async def test_a_service_purges_by_its_settings(url: str, monkeypatch: pytest.Mo
         ids = [await deleted(app, alice, days_ago=days) for days in (6, 4, 2)]
 
         async with asyncio.timeout(10):
-            while ids[0] in await rows_of(app, alice) or ids[1] in await in_trash(alice):  # noqa: ASYNC110
+            while ids[0] in await rows_of(app, alice) or ids[1] in await in_trash(alice):  # noqa: ASYNC110 - there is no event
                 await asyncio.sleep(0.02)
 
         assert await in_trash(alice) == [ids[2]]

@@ -147,7 +147,7 @@ async def test_an_empty_list_has_an_etag_too(alice: Person, bob: Person) -> None
 
 async def test_bulk_creates_of_a_new_user_at_once_never_exceed_the_limit(database_url: str) -> None:
     async with running(create_app(settings_for(database_url, max_tasks_per_user=5))) as client:
-        for number in range(5):  # nobody has a row that could be locked yet
+        for number in range(5):  # there is no row that could be locked yet
             alice = person(f"alice{number}", client)
             answers: list[Any] = await asyncio.gather(
                 *(alice.post("/bulk", json={"operations": [CREATE] * 3}) for _ in range(4))
