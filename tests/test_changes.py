@@ -246,6 +246,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.no_cover  # coverage of the same lines many times is slow
 @settings(max_examples=40, deadline=None)
 @given(steps=STEPS)
 @example(steps=[("page", 4), ("delete", 0), ("page", 4), ("restore", 0)])
@@ -298,6 +299,7 @@ async def _use_trash(owner: Person, kind: str, number: int) -> None:
             await owner.delete("/trash")
 
 
+@pytest.mark.no_cover
 async def test_a_device_that_reads_while_many_write_misses_nothing(alice: Person) -> None:
     device = Device(alice)
     writing = asyncio.create_task(_churn(alice))

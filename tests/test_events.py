@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from tests.conftest import SECRET, Person
 from tests.postgres import free_port, running_process
 from tests.service import Service, running_service
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.no_cover]
 
+Served = tuple[httpx.AsyncClient, Service]
 SOON_S = 0.5  # of this process; 0.2 on an idle machine
 POLLED_S = 3.0  # of another process; 1.5 on an idle machine
 
@@ -58,9 +60,7 @@ def person_at(client: httpx.AsyncClient, user_id: str = "alice", lifetime_s: flo
 
 
 @contextlib.asynccontextmanager
-async def serving(
-    folder: Path, url: str, **settings: str
-) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
+async def serving(folder: Path, url: str, **settings: str) -> AsyncIterator[Served]:
     port = free_port()
     options = {"PORT": str(port), "DATABASE_URL": url, "BETTER_AUTH_SECRET": SECRET, "RATE_LIMIT": "off"}
     options |= {"MIGRATE_ON_START": "true", "LOG_FORMAT": "json"} | settings
@@ -72,34 +72,45 @@ async def serving(
             yield client, service
 
 
-async def test_changes_arrive_as_they_happen(url: str, tmp_path: Path) -> None:
-    async with serving(tmp_path, url) as (client, _):
-        alice, bob = person_at(client), person_at(client, "bob")
-        old = await alice.create("old")
-        async with listening(alice) as stream:
-            assert stream.answer.headers["content-type"] == "text/event-stream; charset=utf-8"
-            assert stream.answer.headers["cache-control"] == "no-store"
-            ready = await stream.next()
-            assert (ready.name, ready.data) == ("ready", {})
+@pytest.fixture(scope="module")
+async def served(database_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    """One service for all tests that need no settings of their own; each has users of its own."""
+    async with serving(tmp_path_factory.mktemp("served"), database_url) as found:
+        yield found
 
-            await bob.create("of another user")
-            began = time.monotonic()
-            new = await alice.create("new")
-            event = await stream.next()
-            assert time.monotonic() - began < SOON_S
-            assert (event.name, event.data) == ("changed", {"type": "changed", "task": new})
 
-            await alice.delete(f"/{old['id']}")
-            gone = await stream.next()
-            assert (gone.name, gone.data["type"], gone.data["id"]) == ("deleted", "deleted", old["id"])
+def new_person(client: httpx.AsyncClient) -> Person:
+    return person_at(client, f"alice{secrets.token_hex(6)}")
 
-            await alice.post("/bulk", json={"operations": [{"op": "create", "task": {"title": "x"}}] * 3})
-            several = [await stream.next() for _ in range(3)]
-            assert [each.data["task"]["title"] for each in several] == ["x"] * 3
-            assert len({each.token for each in (ready, event, gone, *several)}) == 6
 
-        since = (await alice.get("/changes", params={"since": several[0].token})).json()["changes"]
-        assert since == [each.data for each in several[1:]]
+async def test_changes_arrive_as_they_happen(served: Served) -> None:
+    client, _ = served
+    alice, bob = new_person(client), new_person(client)
+    old = await alice.create("old")
+    async with listening(alice) as stream:
+        assert stream.answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert stream.answer.headers["cache-control"] == "no-store"
+        ready = await stream.next()
+        assert (ready.name, ready.data) == ("ready", {})
+
+        await bob.create("of another user")
+        began = time.monotonic()
+        new = await alice.create("new")
+        event = await stream.next()
+        assert time.monotonic() - began < SOON_S
+        assert (event.name, event.data) == ("changed", {"type": "changed", "task": new})
+
+        await alice.delete(f"/{old['id']}")
+        gone = await stream.next()
+        assert (gone.name, gone.data["type"], gone.data["id"]) == ("deleted", "deleted", old["id"])
+
+        await alice.post("/bulk", json={"operations": [{"op": "create", "task": {"title": "x"}}] * 3})
+        several = [await stream.next() for _ in range(3)]
+        assert [each.data["task"]["title"] for each in several] == ["x"] * 3
+        assert len({each.token for each in (ready, event, gone, *several)}) == 6
+
+    since = (await alice.get("/changes", params={"since": several[0].token})).json()["changes"]
+    assert since == [each.data for each in several[1:]]
 
 
 async def titles(stream: Stream, count: int) -> list[str]:
@@ -107,31 +118,22 @@ async def titles(stream: Stream, count: int) -> list[str]:
     return [event.data["task"]["title"] if "task" in event.data else event.name for event in events]
 
 
-async def test_a_stream_resumes_after_the_last_event_that_arrived(url: str, tmp_path: Path) -> None:
-    async with serving(tmp_path, url) as (client, _):
-        alice = person_at(client)
-        async with listening(alice) as stream:
-            ready = await stream.next()
-            await alice.create("first")
-            first = await stream.next()
-        await alice.create("second")
+async def test_a_stream_resumes_after_the_last_event_that_arrived(served: Served) -> None:
+    client, _ = served
+    alice = new_person(client)
+    async with listening(alice) as stream:
+        ready = await stream.next()
+        await alice.create("first")
+        first = await stream.next()
+    await alice.create("second")
 
-        async with listening(alice, **{"Last-Event-ID": str(first.token)}) as stream:
-            assert [(await stream.next()).name, (await stream.next()).data["task"]["title"]] == [
-                "ready",
-                "second",
-            ]
-        # Last-Event-ID, which a reconnecting browser sends, wins over the query of the first connection.
-        async with listening(alice, f"?since={ready.token}", **{"Last-Event-ID": str(first.token)}) as stream:
-            assert [(await stream.next()).name, (await stream.next()).data["task"]["title"]] == [
-                "ready",
-                "second",
-            ]
-        async with listening(alice, f"?since={ready.token}") as stream:
-            assert [(await stream.next()).name, (await stream.next()).data["task"]["title"]] == [
-                "ready",
-                "first",
-            ]
+    async with listening(alice, **{"Last-Event-ID": str(first.token)}) as stream:
+        assert await titles(stream, 2) == ["ready", "second"]
+    # Last-Event-ID, which a reconnecting browser sends, wins over the query of the first connection.
+    async with listening(alice, f"?since={ready.token}", **{"Last-Event-ID": str(first.token)}) as stream:
+        assert await titles(stream, 2) == ["ready", "second"]
+    async with listening(alice, f"?since={ready.token}") as stream:
+        assert await titles(stream, 3) == ["ready", "first", "second"]
 
 
 async def test_changes_of_another_process_arrive_too(url: str, tmp_path: Path) -> None:
@@ -171,32 +173,32 @@ async def test_a_second_stream_takes_no_change_from_the_first(url: str, tmp_path
                 assert event.data["task"] == task
 
 
-async def test_a_burst_of_the_same_user_ends_no_stream(url: str, tmp_path: Path) -> None:
+async def test_a_burst_of_the_same_user_ends_no_stream(served: Served) -> None:
     """The user's share of the database is taken by the requests, so reading has to wait for its turn."""
-    async with serving(tmp_path, url) as (client, service):
-        alice = person_at(client)
-        async with listening(alice) as stream:
-            await stream.next()
-            answers = await asyncio.gather(*(alice.post(json={"title": "x"}) for _ in range(300)))
-            created = [answer for answer in answers if answer.status_code == 201]
-            assert created
-            for _ in created:
-                assert (await stream.next()).name == "changed"
-        assert '"crash"' not in service.logged
+    client, service = served
+    alice = new_person(client)
+    async with listening(alice) as stream:
+        await stream.next()
+        answers = await asyncio.gather(*(alice.post(json={"title": "x"}) for _ in range(300)))
+        created = [answer for answer in answers if answer.status_code == 201]
+        assert created
+        for _ in created:
+            assert (await stream.next()).name == "changed"
+    assert '"crash"' not in service.logged
 
 
-async def test_http_1_0_cannot_have_a_stream(url: str, tmp_path: Path) -> None:
-    async with serving(tmp_path, url) as (client, _):
-        alice = person_at(client)
-        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
-        head = f"GET {alice.tasks}/events HTTP/1.0\r\nAuthorization: Bearer {alice.token}\r\n\r\n"
-        writer.write(head.encode())
-        answer = (await reader.read()).decode()
-        writer.close()
+async def test_http_1_0_cannot_have_a_stream(served: Served) -> None:
+    client, _ = served
+    alice = new_person(client)
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    head = f"GET {alice.tasks}/events HTTP/1.0\r\nAuthorization: Bearer {alice.token}\r\n\r\n"
+    writer.write(head.encode())
+    answer = (await reader.read()).decode()
+    writer.close()
 
-        assert answer.startswith("HTTP/1.1 426 ")
-        assert "upgrade: HTTP/1.1" in answer
-        assert "Event streams need HTTP/1.1" in answer
+    assert answer.startswith("HTTP/1.1 426 ")
+    assert "upgrade: HTTP/1.1" in answer
+    assert "Event streams need HTTP/1.1" in answer
 
 
 async def test_streams_end_at_once_although_the_database_is_frozen(tmp_path: Path) -> None:
@@ -270,22 +272,25 @@ async def test_streams_are_limited_by_user_and_process(url: str, tmp_path: Path)
         await eventually_open(client, 0)
 
 
-async def test_a_stream_needs_a_token_and_obeys_the_rules_of_others(url: str, tmp_path: Path) -> None:
-    async with serving(tmp_path, url) as (client, _):
-        alice = person_at(client)
-        assert (await client.get(f"{alice.tasks}/events")).status_code == 401
-        assert (await alice.get("/api/bob/tasks/events")).status_code == 403
-        assert (await alice.get("/events?since=x")).status_code == 422
-        wrong = await alice.get("/events", headers={"Last-Event-ID": "x"})
-        assert wrong.json()["errors"][0]["parameter"] == "Last-Event-ID"
+async def test_a_stream_needs_a_token_and_obeys_the_rules_of_others(
+    served: Served,
+) -> None:
+    client, _ = served
+    alice = new_person(client)
+    assert (await client.get(f"{alice.tasks}/events")).status_code == 401
+    assert (await alice.get("/api/bob/tasks/events")).status_code == 403
+    assert (await alice.get("/events?since=x")).status_code == 422
+    wrong = await alice.get("/events", headers={"Last-Event-ID": "x"})
+    assert wrong.json()["errors"][0]["parameter"] == "Last-Event-ID"
 
-        head = await alice.send("HEAD", "/events")
-        assert (head.status_code, head.content) == (200, b"")
-        assert head.headers["content-type"].startswith("text/event-stream")
+    head = await alice.send("HEAD", "/events")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"].startswith("text/event-stream")
 
 
-async def test_a_client_that_reads_nothing_is_cut_off_and_can_resume(url: str, tmp_path: Path) -> None:
+async def test_a_client_that_reads_nothing_is_cut_off_and_can_resume(tmp_path: Path) -> None:
     """It holds neither memory nor the others up."""
+    url = f"sqlite:///{tmp_path / 'tasks.db'}"
     long = {"op": "create", "task": {"title": "x", "description": "y" * 1000}}
     async with serving(tmp_path, url) as (client, service):
         alice = person_at(client)
