@@ -40,7 +40,7 @@ _log = structlog.get_logger("purge")
 
 
 class Deleters:
-    """Users who have deleted tasks since a purge looked at theirs; beyond `DELETERS_MAX` none is added."""
+    """Users with deletions since the last purge of their tasks; beyond `DELETERS_MAX` none is added."""
 
     def __init__(self) -> None:
         self._user_ids: dict[str, None] = {}

@@ -41,6 +41,9 @@ class Sender:
                     await self._write(pieces)
                     return
             await cycle.send(start)
+        if cycle.flow.write_paused and cycle.chunked_encoding and _is_last(message):
+            self._end_stream(message.get("body", b""))
+            return
         await cycle.send(message)
 
     async def begin(self) -> None:
@@ -66,6 +69,19 @@ class Sender:
         first = b"".join((STATUS_LINE[status], head, b"\r\n", body[:PIECE_BYTES]))
         return [first, *(body[begin : begin + PIECE_BYTES] for begin in rest)]
 
+    def _end_stream(self, body: bytes) -> None:
+        """Write the last chunk, which says why the stream ends, although the client does not read."""
+        cycle = self._cycle
+        if cycle.disconnected or cycle.response_complete:
+            return
+        chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+        cycle.response_complete = True
+        cycle.transport.write(chunk + b"0\r\n\r\n")
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            cycle.transport.close()
+        cycle.on_response()
+
     async def _write(self, pieces: list[bytes]) -> None:
         cycle = self._cycle
         if cycle.flow.write_paused and not cycle.disconnected:
@@ -80,3 +96,7 @@ class Sender:
         if not cycle.keep_alive:
             cycle.transport.close()
         cycle.on_response()
+
+
+def _is_last(message: Message) -> bool:
+    return message["type"] == "http.response.body" and not message.get("more_body")

@@ -294,7 +294,7 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_can_resume(tmp_path: P
     long = {"op": "create", "task": {"title": "x", "description": "y" * 1000}}
     async with serving(tmp_path, url) as (client, service):
         alice = person_at(client)
-        _reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port, limit=1024)
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port, limit=1024)
         head = f"GET {alice.tasks}/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {alice.token}"
         writer.write(f"{head}\r\n\r\n".encode())
         async with listening(alice) as other:
@@ -304,6 +304,8 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_can_resume(tmp_path: P
             seen = [await other.next() for _ in range(160 * 40)]
             assert len({each.data["task"]["id"] for each in seen}) == 160 * 40
             await eventually_open(client, 1, within_s=60)
+        received = await asyncio.wait_for(reader.read(-1), 10)
+        assert received.endswith(b'event: end\ndata: {"reason":"too-slow"}\n\n\r\n0\r\n\r\n'), received[-300:]
         writer.close()
         assert service.process.poll() is None
 

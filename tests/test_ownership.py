@@ -35,7 +35,7 @@ KEYS = idempotency._KEYS
 OWNED_TABLES = (TASKS, KEYS, revisions.OWNERS)
 ALIAS = TASKS.alias("other")
 OTHER_BIND = bindparam("owner_too", type_=TASKS.c.user_id.type)
-# They find or remove expired rows of any user, or read the revisions of users who listen to this process.
+# They find or remove expired rows of any user, or read the revisions of users with open streams.
 _WITHOUT_OWNER = [
     idempotency._FIND_PORTION,
     idempotency._REMOVE_PORTION,
