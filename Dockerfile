@@ -17,6 +17,7 @@ COPY --from=build /app/.venv .venv
 COPY *.py pyproject.toml ./
 COPY auth auth
 COPY database database
+COPY live live
 COPY middleware middleware
 COPY migrations migrations
 COPY observability observability
@@ -25,7 +26,7 @@ COPY routes routes
 COPY server server
 COPY web web
 # The service's user cannot write here, so every start would compile anew.
-RUN python -m compileall -q ./*.py auth database middleware migrations observability queries routes server web
+RUN python -m compileall -q ./*.py auth database live middleware migrations observability queries routes server web
 
 # Without a database and a secret the container refuses to start, rather than print a token into its log.
 ENV PATH=/app/.venv/bin:$PATH ENVIRONMENT=production HOST=0.0.0.0 DATA_DIR=/data PYTHONUNBUFFERED=1

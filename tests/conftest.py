@@ -25,6 +25,7 @@ from config import Settings
 from main import create_app
 from middleware.front import FrontMiddleware
 from observability import logs
+from queries import idempotency, purge
 from tests import service
 from tests.postgres import Server, running_server
 from web.counters import LocalStorage
@@ -32,6 +33,7 @@ from web.rate_limits import RateLimits
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx's lines would mix with the service's log
 
+NEVER_S = 1e9
 SECRET = "a-secret-that-only-the-tests-know-0001"
 
 
@@ -309,6 +311,15 @@ async def logged(log: Log, database_url: str) -> AsyncIterator[httpx.AsyncClient
 def person(name: str, client: httpx.AsyncClient) -> Person:
     user_id = f"{name}{secrets.token_hex(8)}"
     return Person(user_id, client, tokens.issue(user_id, SECRET, 3600))
+
+
+@pytest.fixture(scope="module")
+def without_background_statements() -> Iterator[None]:
+    """Put off the purge and the sweep, whose statements tests that count statements would count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(purge, "FIRST_S", NEVER_S)
+        patch.setattr(idempotency, "SWEEP_S", NEVER_S)
+        yield
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 import asyncio
 import contextlib
 import re
+import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -249,3 +251,18 @@ def test_compose_passes_every_setting_on() -> None:
 
     passed_on = set(re.findall(r"^ +([A-Z_]+):$", environment, re.MULTILINE))
     assert passed_on == {name.upper() for name in Settings.model_fields} - of_the_container
+
+
+def test_the_image_has_every_package(tmp_path: Path) -> None:
+    allowed = set((PROJECT / ".dockerignore").read_text().splitlines())
+    for source in re.findall(r"^COPY (?!--)(.+) \S+$", (PROJECT / "Dockerfile").read_text(), re.MULTILINE):
+        for name in source.split():
+            assert f"!{name}" in allowed
+            for path in PROJECT.glob(name):
+                copy = shutil.copytree if path.is_dir() else shutil.copy
+                copy(path, tmp_path / path.name)
+
+    command = [sys.executable, "main.py", "openapi"]
+    document = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    assert document == (PROJECT / "openapi.json").read_text()

@@ -15,6 +15,8 @@ from tests.postgres_proxy import Proxy, running_proxy
 
 CLIENTS = 20
 
+pytestmark = pytest.mark.usefixtures("without_background_statements")
+
 
 @dataclass
 class Pooled:

@@ -1,6 +1,6 @@
 import itertools
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, get_args
 from unittest import mock
@@ -10,13 +10,13 @@ import pytest
 import db
 from database.statements import Deferred, compile_statement
 from main import create_app
-from queries import filters, idempotency, lists, purge
+from queries import filters, lists
 from schemas import Order
 from tests.conftest import Person, person, running, settings_for
 from tests.postgres import Server
 from tests.postgres_proxy import running_proxy
 
-NEVER_S = 1e9
+pytestmark = pytest.mark.usefixtures("without_background_statements")
 
 
 @asynccontextmanager
@@ -47,15 +47,6 @@ def _traced(database: db.SQLite, sent: list[str]) -> Callable[[float], sqlite3.C
         return connection
 
     return connect_traced
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_background_statements() -> Iterator[None]:
-    """Put the purge and the sweep off, whose statements would be counted."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(purge, "FIRST_S", NEVER_S)
-        patch.setattr(idempotency, "SWEEP_S", NEVER_S)
-        yield
 
 
 @pytest.fixture(scope="module")
