@@ -4,7 +4,12 @@ import argparse
 import contextlib
 import os
 import secrets
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import structlog
@@ -12,14 +17,17 @@ from fastapi import FastAPI
 
 from auth import jwks, tokens
 from config import Settings, load_settings, refuse
-from observability import logs, telemetry
-from server import run
+from observability import logs, metrics, telemetry, worker_metrics
+from server import run, workers
 from server.connections import Connections
-from web import openapi
+from server.workers import COUNTERS, Worker
+from web import counters, openapi
 
 
 class AppFactory(Protocol):
-    def __call__(self, settings: Settings, *, traces: bool = False) -> FastAPI: ...
+    def __call__(
+        self, settings: Settings, *, traces: bool = False, worker: Worker | None = None
+    ) -> FastAPI: ...
 
 
 def execute(create_app: AppFactory, arguments: list[str]) -> None:
@@ -29,6 +37,7 @@ def execute(create_app: AppFactory, arguments: list[str]) -> None:
     token = commands.add_parser("token", help="print a token for a user and exit")
     token.add_argument("user")
     commands.add_parser("openapi", help="print the OpenAPI document and exit")
+    commands.add_parser("worker").add_argument("told", nargs="+")  # started by the parent of several workers
     parsed = parser.parse_args(arguments)
     if parsed.command == "openapi":
         print(_document(create_app), end="")
@@ -36,15 +45,20 @@ def execute(create_app: AppFactory, arguments: list[str]) -> None:
     settings = load_settings()
     if parsed.command == "token":
         _print_token(parsed.user, settings)
-        return
-    _serve(create_app, settings)
+    elif parsed.command == "worker":
+        worker = Worker.parse(*parsed.told)
+        _serve(create_app, settings.divided(worker.count), worker)
+    elif (count := workers.cores() if settings.workers == "auto" else settings.workers) > 1:
+        raise SystemExit(_run_workers(settings, count))
+    else:
+        _serve(create_app, settings)
 
 
-def load_app(create_app: AppFactory, settings: Settings) -> FastAPI:
+def load_app(create_app: AppFactory, settings: Settings, worker: Worker | None = None) -> FastAPI:
     """Configure logging and build the application, or print a mistake in the settings and exit."""
     logs.configure(settings.resolved_log_level, settings.resolved_log_format)
     try:
-        return create_app(settings, traces=_exports_traces())
+        return create_app(settings, traces=_exports_traces(), worker=worker)
     except jwks.KeySetInvalid as error:
         refuse([f"JWKS: {error}"])
     except OSError as error:
@@ -53,8 +67,8 @@ def load_app(create_app: AppFactory, settings: Settings) -> FastAPI:
         refuse([f"DATABASE_URL: {error}"])
 
 
-def _serve(create_app: AppFactory, settings: Settings) -> None:
-    app = load_app(create_app, settings)
+def _serve(create_app: AppFactory, settings: Settings, worker: Worker | None = None) -> None:
+    app = load_app(create_app, settings, worker)
     run.serve(
         app,
         settings.host,
@@ -66,9 +80,41 @@ def _serve(create_app: AppFactory, settings: Settings) -> None:
         ),
         proxies=settings.proxies,
         shutdown_grace_s=settings.shutdown_grace_s,
+        sockets=worker.sockets if worker else None,
         on_stopping=app.state.services.streams.end,
-        on_started=partial(_print_welcome, settings) if settings.unconfigured else None,
+        on_started=worker.report_ready if worker else _welcome(settings),
     )
+
+
+def _run_workers(settings: Settings, count: int) -> int:
+    """Run the workers and return the exit code."""
+    logs.configure(settings.resolved_log_level, settings.resolved_log_format)
+    with ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="tasks-")))
+            counters.create_table(folder / COUNTERS)
+        except OSError as error:
+            refuse([f"WORKERS: they need a temporary folder: {error.strerror}"])
+        if settings.metrics and settings.metrics_port:
+            try:
+                stack.callback(
+                    metrics.serve(settings.host, settings.metrics_port, worker_metrics.registry(folder))
+                )
+            except OSError as error:
+                refuse([f"METRICS_PORT: {error.strerror}"])
+        return workers.run(
+            [sys.executable, sys.argv[0], "worker"],
+            count,
+            settings.host,
+            settings.port,
+            folder,
+            shutdown_grace_s=settings.shutdown_grace_s,
+            on_started=_welcome(settings),
+        )
+
+
+def _welcome(settings: Settings) -> Callable[[str], None] | None:
+    return partial(_print_welcome, settings) if settings.unconfigured else None
 
 
 def _exports_traces() -> bool:

@@ -22,6 +22,7 @@ from auth.tokens import ALGORITHMS
 from database.base import DEFAULT_TIMEOUTS
 
 SECRET_MIN = 32
+BROWSER_CONNECTIONS = 6  # to one host
 # Better Auth falls back to this one if no secret is set, so it is publicly known.
 _PUBLIC_SECRET = "better-auth-secret-12345678901234567890"  # noqa: S105 - refused below
 # An origin as browsers write it: lower case, no path, no user, a port in digits (RFC 6454, section 6.2).
@@ -197,7 +198,7 @@ class Settings(BaseModel):
     trusted_proxies: Annotated[str, AfterValidator(_network_list)] | None = None
     # A connection is an open file, and a process may usually have 1,024 of these.
     max_connections: int = Field(900, ge=1, le=1_000_000)
-    # A browser opens six, so this is enough for 40 browsers behind one address.
+    # Enough for 40 browsers behind one address.
     max_connections_per_address: int = Field(256, ge=1, le=1_000_000)
     # Each is an open connection too.
     max_streams: int = Field(5_000, ge=0, le=1_000_000)
@@ -210,6 +211,7 @@ class Settings(BaseModel):
     docs: bool = True
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    workers: Annotated[Annotated[int, Field(ge=1, le=1000)] | Literal["auto"], BeforeValidator(_lower)] = 1
     debug: bool = False
     log_level: Annotated[
         Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)
@@ -358,6 +360,22 @@ class Settings(BaseModel):
     @property
     def proxies(self) -> list[str]:
         return _parts(self.trusted_proxies or "")
+
+    def divided(self, workers: int) -> "Settings":
+        """Return the settings of each of *workers*: its share of what one client may open.
+
+        A browser may open all its connections to the same worker, so a share is at least as many.
+        """
+
+        def share(limit: int) -> int:
+            return max(-(-limit // workers), min(limit, BROWSER_CONNECTIONS))
+
+        return self.model_copy(
+            update={
+                "max_connections_per_address": share(self.max_connections_per_address),
+                "max_streams_per_user": share(self.max_streams_per_user),
+            }
+        )
 
     @property
     def resolved_log_level(self) -> str:

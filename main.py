@@ -15,17 +15,18 @@ from observability import telemetry
 from queries import idempotency
 from routes import accounts, changes, docs, health, metrics, tasks, trash
 from server import startup
+from server.workers import Worker
 from services import Services
 from web import openapi, paths, problems
 
 
-def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
-    """Build the application.
+def create_app(settings: Settings, *, traces: bool = False, worker: Worker | None = None) -> FastAPI:
+    """Build the application, of *worker* or of the only process.
 
     Raises:
         ValueError: `DATABASE_URL` is not one that can be used.
     """
-    services = Services.build(settings)
+    services = Services.build(settings, worker)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -38,7 +39,7 @@ def create_app(settings: Settings, *, traces: bool = False) -> FastAPI:
                     idempotency.sweep(services.database),
                     services.streams.watch(),
                     services.purge.run(),
-                    migrates=settings.migrates_on_start,
+                    migrates=settings.migrates_on_start and (worker is None or worker.number == 1),
                 )
             )
             yield

@@ -9,6 +9,7 @@ from typing import Annotated
 import structlog
 from fastapi import Depends
 from limits.aio.storage import Storage
+from prometheus_client import REGISTRY, CollectorRegistry
 from starlette.requests import Request
 
 import db
@@ -18,9 +19,10 @@ from auth.passwords import Passwords
 from auth.sign_in_throttle import SignInThrottle
 from config import Settings
 from live.streams import Streams
-from observability import metrics
+from observability import metrics, worker_metrics
 from queries.purge import Purge
 from server.readiness import Readiness
+from server.workers import COUNTERS, Worker
 from web import counters
 from web.cursors import CursorSealer
 from web.rate_limits import RateLimits
@@ -32,7 +34,9 @@ _log = structlog.get_logger("main")
 
 @dataclass(frozen=True)
 class Services:
-    """`local_accounts` is None if they are switched off, `metrics_token` if none is needed."""
+    """`local_accounts` is None if they are switched off, `metrics_token` if none is needed, and `worker` if
+    this is the only process.
+    """
 
     database: db.Database
     readiness: Readiness
@@ -47,11 +51,13 @@ class Services:
     local_accounts: LocalAccounts | None
     delete_status: int
     metrics_token: str | None = field(repr=False)
+    metrics_registry: CollectorRegistry
     metrics_address: tuple[str, int] | None  # of a port that serves nothing else
+    worker: Worker | None
 
     @classmethod
-    def build(cls, settings: Settings) -> "Services":
-        """Build them; nothing is connected yet.
+    def build(cls, settings: Settings, worker: Worker | None = None) -> "Services":
+        """Build those of *worker* or of the only process; nothing is connected yet.
 
         Raises:
             ValueError: `DATABASE_URL` is not one that can be used.
@@ -68,7 +74,8 @@ class Services:
         )
         database.slow_statement_s = settings.slow_statement_ms / 1000
         keys = _keys(settings)
-        storage = counters.connect(settings.rate_limit_storage_url)
+        table = worker.folder / COUNTERS if worker else None
+        storage = counters.connect(settings.rate_limit_storage_url, table)
         tasks_max = settings.max_tasks_per_user or maxsize
         return cls(
             database=database,
@@ -91,9 +98,11 @@ class Services:
             local_accounts=_local_accounts(settings, storage) if settings.keeps_accounts else None,
             delete_status=int(settings.delete_status),
             metrics_token=settings.metrics_token,
+            metrics_registry=worker_metrics.registry(worker.folder) if worker else REGISTRY,
             metrics_address=(settings.host, settings.metrics_port)
-            if settings.metrics and settings.metrics_port
+            if settings.metrics and settings.metrics_port and not worker
             else None,
+            worker=worker,
         )
 
     async def open(self, stack: AsyncExitStack) -> None:
@@ -105,6 +114,8 @@ class Services:
             stack.push_async_callback(self.keys.close)
         stack.push_async_callback(self.counters.close)
         metrics.watch_connections(lambda: self.database.usage)
+        if self.worker:
+            await stack.enter_async_context(worker_metrics.served(self.worker.folder, self.worker.number))
         if self.metrics_address:
             try:
                 stack.callback(metrics.serve(*self.metrics_address))

@@ -1,9 +1,9 @@
-"""Metrics for Prometheus. Each process counts for itself; docs/operations.md explains them."""
+"""Metrics of this process for Prometheus; docs/operations.md explains them."""
 
 from collections.abc import Callable, Iterator
 
 import prometheus_client
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -153,18 +153,18 @@ def watch_connections(usage: Callable[[], dict[str, int]]) -> None:
     _connections.usage = usage
 
 
-def render() -> bytes:
-    """Return all metrics in Prometheus' text format."""
-    return prometheus_client.generate_latest(REGISTRY)
+def render(registry: CollectorRegistry = REGISTRY) -> bytes:
+    """Return the metrics of *registry* in Prometheus' text format."""
+    return prometheus_client.generate_latest(registry)
 
 
-def serve(host: str, port: int) -> Callable[[], None]:
-    """Serve the metrics at a port of their own, on a thread, and return a function that stops it.
+def serve(host: str, port: int, registry: CollectorRegistry = REGISTRY) -> Callable[[], None]:
+    """Serve the metrics of *registry* at a port of their own, on a thread; the returned function stops it.
 
     Raises:
         OSError: the port is in use or not permitted.
     """
-    server, thread = prometheus_client.start_http_server(port, host)
+    server, thread = prometheus_client.start_http_server(port, host, registry)
 
     def stop() -> None:
         server.shutdown()

@@ -1,5 +1,6 @@
 """/metrics for Prometheus: for requests with the token or, in development, from this machine."""
 
+import asyncio
 import ipaddress
 import secrets
 
@@ -21,7 +22,9 @@ async def get_metrics(request: Request) -> Response:
         raise HTTPException(404)
     if token is not None and not secrets.compare_digest(bearer_token(request).encode(), token.encode()):
         raise InvalidToken("The token is not the one for metrics")
-    return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)
+    # On a thread, because the registry may ask all workers, this one too.
+    text = await asyncio.to_thread(metrics.render, services_of(request).metrics_registry)
+    return Response(text, media_type=metrics.CONTENT_TYPE)
 
 
 def _is_loopback(request: Request) -> bool:

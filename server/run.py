@@ -28,13 +28,14 @@ def serve(
     *,
     proxies: list[str],
     shutdown_grace_s: int,
+    sockets: list[socket.socket] | None = None,
     on_started: Callable[[str], None] | None = None,
     on_stopping: Callable[[], None] | None = None,
 ) -> None:
     """Serve until a signal asks to stop; requests that have begun are finished first.
 
-    *on_started* is called with the address once the service listens, *on_stopping* before it waits for
-    requests to finish.
+    It listens on *sockets*, on those that systemd passes, or at *host* and *port*. *on_started* is called
+    with the address once it listens, *on_stopping* before it waits for requests to finish.
     """
     config = uvicorn.Config(
         app,
@@ -55,7 +56,7 @@ def serve(
     # earlier signal kills the process (-15), which has accepted nothing by then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
-    server.run(_inherited_sockets())
+    server.run(sockets or inherited_sockets())
     if not server.started:
         raise SystemExit(STARTUP_FAILURE)
 
@@ -84,8 +85,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         if self.started and self._on_started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._on_started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+            self._on_started(address_of(self.servers[0].sockets[0]))
 
     async def shutdown(self, sockets: Any = None) -> None:
         if self._on_stopping:
@@ -93,7 +93,13 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _inherited_sockets() -> list[socket.socket] | None:
+def address_of(listening: Any) -> str:
+    """Return the URL at which the socket *listening* is reached."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def inherited_sockets() -> list[socket.socket] | None:
     """Return the sockets that systemd passes (sd_listen_fds(3)), so that processes can share one address."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None

@@ -11,7 +11,7 @@ import pytest
 
 from auth.jwks import FetchedKeys, KeysUnavailable
 from database import urls
-from web.counters import SharedStorage
+from web.counters import LocalStorage, SharedStorage
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ async def _ask_issuer(port: int) -> None:
 
 
 async def _ask_redis(port: int) -> None:
-    storage = SharedStorage(f"rediss://127.0.0.1:{port}")
+    storage = SharedStorage(f"rediss://127.0.0.1:{port}", LocalStorage())
     await storage.incr("alice", 60)
     await storage.close()
 

@@ -1,61 +1,120 @@
-"""Expiring counters for limits: in this process, or in a Redis that several processes share."""
+"""Expiring counters for limits: in memory, or in a Redis that processes on several machines share."""
 
 import asyncio
+import math
+import mmap
+import secrets
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
+from hashlib import blake2b
+from pathlib import Path
+from struct import Struct
 from typing import TypeVar
 
 import structlog
-from limits.aio.storage import MemoryStorage, RedisStorage, Storage
+from limits.aio.storage import RedisStorage, Storage
 
 import tls
 
-KEYS_MAX = 100_000  # 18 MB
-KEYS_SWEPT_MIN = 1000
+KEYS_MAX = 100_000  # nearly all of so many have an entry of their own
 TIMEOUT_S = 0.25  # for a call of Redis, which usually takes less than a millisecond
 RETRY_S = 2.0  # after a failed call, until Redis is tried again
 CONNECTIONS_MAX = 32
 
+_ENTRY = Struct("=QdI")  # a digest of the key, when the count expires, the count
+_CHOICES = 16  # entries that a key may have, one after the other
+_SECRET_BYTES = 16  # at the end of the table
+_ENTRIES = 2 * KEYS_MAX
+_TABLE_BYTES = (_ENTRIES + _CHOICES) * _ENTRY.size + _SECRET_BYTES
+
 Answer = TypeVar("Answer")
 
 
-class LocalStorage(MemoryStorage):
-    """`limits`' storage in memory, with an `incr` that takes no lock and does not scan all keys every time.
+class LocalStorage(Storage):
+    """Counters in a table of fixed size in memory, which workers may share.
 
-    The original `incr` takes 0.8 ms with 10,000 keys.
+    A count that two workers raise in the same microsecond may miss one of the two.
     """
 
-    def __init__(self) -> None:
+    STORAGE_SCHEME = None
+
+    def __init__(self, file: Path | None = None) -> None:
+        """Make a table, or share the one in *file*, which `create_table` has made.
+
+        Raises:
+            OSError: *file* cannot be read and written.
+        """
         super().__init__()
-        self._swept_at = KEYS_SWEPT_MIN
+        if file is None:
+            self._table = mmap.mmap(-1, _TABLE_BYTES)
+            self._table[-_SECRET_BYTES:] = secrets.token_bytes(_SECRET_BYTES)
+        else:
+            with file.open("r+b") as shared:
+                self._table = mmap.mmap(shared.fileno(), _TABLE_BYTES)
+        # With a secret, so that nobody can choose keys which share an entry.
+        self._hash = blake2b(self._table[-_SECRET_BYTES:], digest_size=8)
+
+    @property
+    def base_exceptions(self) -> tuple[type[Exception], ...]:
+        return ()
 
     async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        now = time.time()
-        if self.expirations.get(key, 0) <= now:
-            if len(self.expirations) >= self._swept_at:
-                self._sweep(now)
-            self.storage[key], self.expirations[key] = 0, now + expiry
-        self.storage[key] += amount
-        return self.storage[key]
+        offset, digest, expires_at, count = self._find(key)
+        if not count:
+            expires_at = time.time() + expiry
+        count += amount
+        _ENTRY.pack_into(self._table, offset, digest, expires_at, count)
+        return count
 
-    def _sweep(self, now: float) -> None:
-        """Drop expired keys and, if too many are left, the older ones."""
-        kept = [(key, expires_at) for key, expires_at in self.expirations.items() if expires_at > now]
-        self.expirations = dict(kept[-KEYS_MAX // 2 :])
-        self.storage = Counter({key: self.storage[key] for key in self.expirations})
-        self._swept_at = max(KEYS_SWEPT_MIN, 2 * len(self.expirations))
+    async def get(self, key: str) -> int:
+        return self._find(key)[3]
+
+    async def get_expiry(self, key: str) -> float:
+        return self._find(key)[2]
+
+    async def clear(self, key: str) -> None:
+        offset, digest, *_ = self._find(key)
+        _ENTRY.pack_into(self._table, offset, digest, 0.0, 0)
+
+    async def check(self) -> bool:
+        return True
+
+    async def reset(self) -> None:
+        self._table[:-_SECRET_BYTES] = bytes(_TABLE_BYTES - _SECRET_BYTES)
 
     async def close(self) -> None:
         """Nothing is open."""
 
+    def _find(self, key: str) -> tuple[int, int, float, int]:
+        """Return the offset of the entry of *key*, its digest, when its count expires, and the count.
+
+        A key without an entry gets an expired one or, of those that it may have, the one that expires first.
+        """
+        hashed = self._hash.copy()
+        hashed.update(key.encode(errors="replace"))
+        digest = int.from_bytes(hashed.digest(), "big")
+        start = digest % _ENTRIES * _ENTRY.size
+        soonest, chosen = math.inf, start
+        for offset in range(start, start + _CHOICES * _ENTRY.size, _ENTRY.size):
+            found, expires_at, count = _ENTRY.unpack_from(self._table, offset)
+            if found == digest:
+                return offset, digest, expires_at, count if expires_at > time.time() else 0
+            if expires_at < soonest:
+                soonest, chosen = expires_at, offset
+        return chosen, digest, 0.0, 0
+
+
+def create_table(file: Path) -> None:
+    """Make an empty table in *file* for the `LocalStorage` of several workers."""
+    file.write_bytes(bytes(_TABLE_BYTES - _SECRET_BYTES) + secrets.token_bytes(_SECRET_BYTES))
+
 
 class SharedStorage(Storage):
-    """Counters in a Redis. While it fails, each process uses its own, and one call per `RETRY_S` retries."""
+    """Counters in a Redis. While it fails, *local* counts, and one call per `RETRY_S` tries it again."""
 
     STORAGE_SCHEME = None
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, local: LocalStorage) -> None:
         # Only a start with a Redis pays for the import.
         from redis.asyncio import BlockingConnectionPool
         from redis.asyncio.retry import Retry
@@ -79,7 +138,7 @@ class SharedStorage(Storage):
             connection_pool=self._pool,  # type: ignore[arg-type] # as its documentation says
         )
         self._failures: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError)
-        self._local = LocalStorage()
+        self._local = local
         self._ask_again_at: float | None = None  # None while it answers
         self._log = structlog.get_logger("counts")
 
@@ -129,7 +188,7 @@ class SharedStorage(Storage):
         if self._ask_again_at is None:
             # The error's text may contain an address, and its class is enough.
             self._log.warning(
-                "redis is gone", reason=type(error).__name__, doing="each process counts for itself"
+                "redis is gone", reason=type(error).__name__, doing="each machine counts for itself"
             )
         self._ask_again_at = time.monotonic() + RETRY_S
 
@@ -137,6 +196,7 @@ class SharedStorage(Storage):
 Counters = LocalStorage | SharedStorage
 
 
-def connect(url: str | None) -> Counters:
-    """Return the counters in the Redis at *url*, or those of this process if there is none."""
-    return SharedStorage(url) if url else LocalStorage()
+def connect(url: str | None, file: Path | None = None) -> Counters:
+    """Return the counters in the Redis at *url* or, without one, in the table in *file* or a new one."""
+    local = LocalStorage(file)
+    return SharedStorage(url, local) if url else local

@@ -1,0 +1,301 @@
+"""Workers: processes that serve one address together, started and replaced by a parent."""
+
+import asyncio
+import contextlib
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from server.run import STARTUP_FAILURE, address_of, inherited_sockets
+
+START_TIMEOUT_S = 60.0
+HEALTHY_S = 10.0  # a worker that has run for this long is replaced at once when it dies
+RETRY_MAX_S = 30.0  # between two attempts to start a worker
+STOP_MARGIN_S = 5.0  # beyond the grace that workers observe themselves; then they are killed
+COUNTERS = "counters"  # in the folder of the workers, what they count together
+READY = b"\n"
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+_log = structlog.get_logger("workers")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a worker is told by its parent, in its arguments."""
+
+    number: int  # from 1
+    count: int
+    folder: Path  # shared by all workers
+    control: int  # descriptor of a socket to the parent
+    listening: tuple[int, ...]  # descriptors
+
+    @classmethod
+    def parse(cls, number: str, count: str, folder: str, control: str, *listening: str) -> "Worker":
+        return cls(int(number), int(count), Path(folder), int(control), tuple(map(int, listening)))
+
+    @property
+    def arguments(self) -> list[str]:
+        return [str(part) for part in (self.number, self.count, self.folder, self.control, *self.listening)]
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        return [socket.socket(fileno=descriptor) for descriptor in self.listening]
+
+    def report_ready(self, _address: str) -> None:
+        """Tell the parent that this worker serves, and from now on stop when the parent is gone."""
+        parent = socket.socket(fileno=self.control)
+        parent.send(READY)
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            loop.remove_reader(parent)
+            signal.raise_signal(signal.SIGTERM)
+
+        loop.add_reader(parent, stop)  # the parent sends nothing, so this is the end
+
+
+def cores() -> int:
+    """Return how many cores this process may use, by its affinity and its control group's quota."""
+    number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no quota is "max"
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+        number = min(number, math.ceil(quota / period))
+    return number
+
+
+def run(
+    program: Sequence[str],
+    count: int,
+    host: str,
+    port: int,
+    folder: Path,
+    *,
+    shutdown_grace_s: float,
+    on_started: Callable[[str], None] | None = None,
+) -> int:
+    """Run *count* workers until a signal asks to stop, and return the exit code.
+
+    A worker is *program* with `Worker.arguments`. *on_started* is called with the address once the first one
+    serves. SIGHUP replaces one after the other: the old one stops when the new one, which reads code and
+    settings anew, serves.
+    """
+    workers = _Workers(program, folder, shutdown_grace_s + STOP_MARGIN_S)
+    return asyncio.run(workers.run(count, host, port, on_started))
+
+
+class _Process:
+    """A worker's process, and the socket whose end tells the worker that its parent is gone."""
+
+    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket) -> None:
+        self._process, self._control = process, control
+
+    @property
+    def id(self) -> int:
+        return self._process.pid
+
+    async def is_ready(self) -> bool:
+        """Wait until the worker serves or has ended, and return whether it serves."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_TIMEOUT_S):
+                return bool(await asyncio.get_running_loop().sock_recv(self._control, 1))
+        return False
+
+    async def wait(self) -> int:
+        """Wait until the process has ended, and return its exit code."""
+        code = await self._process.wait()
+        self._control.close()
+        return code
+
+    async def end(self, timeout_s: float) -> int:
+        """Ask the process to stop, and kill it if it does not within *timeout_s*."""
+        self._signal(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                return await self.wait()
+        self._signal(signal.SIGKILL)
+        return await self.wait()
+
+    def _signal(self, number: int) -> None:
+        # `Process.send_signal` may collect an exit code, which asyncio then does not find.
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.id, number)
+
+
+@dataclass
+class _Place:
+    """The place of a worker: its sockets, which its successor takes over, and the worker at present."""
+
+    number: int
+    sockets: Sequence[socket.socket]
+    host: str
+    port: int | None  # None: the sockets are shared by all places and stay open
+    current: _Process | None = None
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def open(self) -> None:
+        if not self.sockets and self.port is not None:
+            self.sockets = await _bind(self.host, self.port, reuse_port=True)
+
+    def close(self) -> None:
+        """Leave new connections to the other workers."""
+        if self.port is not None:
+            for each in self.sockets:
+                each.close()
+            self.sockets = []
+
+
+class _Workers:
+    def __init__(self, program: Sequence[str], folder: Path, end_timeout_s: float) -> None:
+        self._program, self._folder, self._end_timeout_s = program, folder, end_timeout_s
+        self._places: list[_Place] = []
+        self._processes: set[_Process] = set()
+        self._asked_to_replace = asyncio.Event()
+
+    async def run(self, count: int, host: str, port: int, on_started: Callable[[str], None] | None) -> int:
+        try:
+            self._places = await _places(count, host, port)
+        except OSError as error:
+            _log.error("cannot listen", host=host, port=port, reason=error.strerror)
+            return STARTUP_FAILURE
+        loop, this = asyncio.get_running_loop(), asyncio.current_task()
+        assert this is not None  # noqa: S101 - a coroutine runs in a task
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, this.cancel)
+        loop.add_signal_handler(signal.SIGHUP, self._asked_to_replace.set)
+        try:
+            return await self._run(on_started)
+        except asyncio.CancelledError:  # by a signal
+            return 0
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, lambda: None)
+            for place in self._places:
+                place.close()  # so that nobody connects to a port that no worker serves any more
+            await asyncio.gather(*(each.end(self._end_timeout_s) for each in self._processes))
+
+    async def _run(self, on_started: Callable[[str], None] | None) -> int:
+        """Start one worker, which may migrate or find a mistake in the settings, and then the others."""
+        first = self._places[0]
+        process = await self._spawn(first)
+        if not await process.is_ready():
+            return await process.end(self._end_timeout_s) or STARTUP_FAILURE
+        first.current = process
+        address = address_of(first.sockets[0])
+        _log.info("serving", address=address, workers=len(self._places))
+        if on_started:
+            on_started(address)
+        async with asyncio.TaskGroup() as group:
+            for place in self._places:
+                group.create_task(self._keep(place))
+            group.create_task(self._replace_when_asked())
+        raise AssertionError("the tasks do not end")
+
+    async def _keep(self, place: _Place) -> None:
+        """Start a worker at *place* whenever there is none."""
+        delay_s = 0.0
+        while True:
+            if place.current is None:
+                if delay_s:
+                    place.close()
+                    await asyncio.sleep(delay_s)
+                delay_s = min(max(1.0, 2 * delay_s), RETRY_MAX_S)
+                async with place.changing:
+                    place.current = place.current or await self._start(place)
+                continue
+            process, since = place.current, asyncio.get_running_loop().time()
+            code = await process.wait()
+            if place.current is process:  # else it was replaced
+                _log.error("worker died", worker=place.number, pid=process.id, code=code)
+                place.current = None
+            if asyncio.get_running_loop().time() - since > HEALTHY_S:
+                delay_s = 0.0
+
+    async def _replace_when_asked(self) -> None:
+        while True:
+            await self._asked_to_replace.wait()
+            self._asked_to_replace.clear()
+            for place in self._places:
+                async with place.changing:
+                    successor = await self._start(place)
+                    if successor is None:
+                        _log.error("workers are not replaced", worker=place.number)
+                        break
+                    former, place.current = place.current, successor
+                if former:
+                    await former.end(self._end_timeout_s)
+            else:
+                _log.info("workers are replaced")
+
+    async def _start(self, place: _Place) -> _Process | None:
+        """Start a worker at *place* and return it once it serves, or None if it does not."""
+        try:
+            await place.open()
+            process = await self._spawn(place)
+        except OSError as error:
+            _log.error("worker cannot be started", worker=place.number, reason=error.strerror)
+            return None
+        if await process.is_ready():
+            return process
+        code = await process.end(self._end_timeout_s)
+        _log.error("worker did not start", worker=place.number, pid=process.id, code=code)
+        return None
+
+    async def _spawn(self, place: _Place) -> _Process:
+        ours, control = socket.socketpair()
+        ours.setblocking(False)
+        listening = tuple(each.fileno() for each in place.sockets)
+        worker = Worker(place.number, len(self._places), self._folder, control.fileno(), listening)
+        with control:
+            process = _Process(
+                await asyncio.create_subprocess_exec(
+                    *self._program, *worker.arguments, pass_fds=(worker.control, *worker.listening)
+                ),
+                ours,
+            )
+        self._processes.add(process)
+        asyncio.create_task(process.wait()).add_done_callback(lambda _: self._processes.discard(process))
+        return process
+
+
+async def _places(count: int, host: str, port: int) -> list[_Place]:
+    """Return the places of *count* workers.
+
+    Where the kernel spreads connections over the sockets of one port, each place has its own. With a shared
+    one, of 32 connections that a proxy opens at once most go to the same worker.
+    """
+    if shared := inherited_sockets():
+        return [_Place(number, shared, host, None) for number in range(1, count + 1)]
+    # Without `reuse_port`, so that a second service is refused here.
+    found = await _bind(host, port, reuse_port=False)
+    port = found[0].getsockname()[1]
+    if sys.platform != "linux":
+        return [_Place(number, found, host, None) for number in range(1, count + 1)]
+    for each in found:
+        each.close()
+    places = [_Place(number, [], host, port) for number in range(1, count + 1)]
+    for place in places:
+        await place.open()
+    return places
+
+
+async def _bind(host: str, port: int, *, reuse_port: bool) -> list[socket.socket]:
+    """Return the sockets that a server at *host* and *port* listens on; they do not listen yet.
+
+    Raises:
+        OSError: there is no such address, or it is in use.
+    """
+    server = await asyncio.get_running_loop().create_server(
+        asyncio.Protocol, host, port, reuse_port=reuse_port, start_serving=False
+    )
+    try:
+        return [socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets]
+    finally:
+        server.close()
