@@ -2,7 +2,6 @@ import asyncio
 import contextlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -22,7 +21,7 @@ from server.heads import HEAD_MAX_BYTES
 from server.startup import migrate
 from tests.conftest import SECRET, Person, person, running, settings_for
 from tests.postgres import Server, free_port, own_server
-from tests.service import PROJECT, running_service_on
+from tests.service import PROJECT, running_service
 from tests.test_migrations import BETTER_AUTH_TABLES, OUR_TABLES
 
 DEPLOY = (PROJECT / "docs" / "deploy.md").read_text()
@@ -185,6 +184,10 @@ async def test_every_operation_works_with_the_primary_key_for_citus(postgres: Se
             await every_operation(client, person("alice", client))
 
 
+def test_the_systemd_unit_reloads_by_sighup() -> None:
+    assert of_the_unit("ExecReload") == ["/bin/kill", "-HUP", "$MAINPID"]
+
+
 def of_the_unit(name: str) -> list[str]:
     """Return the words of *name* in the guide's systemd unit, with the paths of this checkout."""
     (unit,) = re.findall(r"^```ini\n(\[Unit\]\n.*?)^```", DEPLOY, re.MULTILINE | re.DOTALL)
@@ -203,10 +206,10 @@ async def test_the_systemd_unit_serves_and_stops_as_the_guide_says(url: str, tmp
         "METRICS_PORT": str(free_port()),
         "SHUTDOWN_GRACE_S": "1",
     }
-    listening = socket.create_server(("127.0.0.1", 0), backlog=512)
-    port = listening.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
-    with listening, running_service_on(listening, tmp_path, *of_the_unit("ExecStart"), **settings) as service:
+    _, *command = of_the_unit("ExecStart")
+    with running_service(tmp_path, *command, PORT=str(port), **settings) as service:
         await asyncio.to_thread(service.wait_for, address)
         async with httpx.AsyncClient(base_url=address) as client:
             created = await person("alice", client).post(json={"title": "Buy milk"})
