@@ -250,7 +250,13 @@ def write_tags(process: Process, token_file: Path) -> Path:
 
 
 def load(
-    process: Process, operation: str, token_file: Path, seconds: int, connections: int, *path: str
+    process: Process,
+    operation: str,
+    token_file: Path,
+    seconds: int,
+    connections: int,
+    *path: str,
+    per_user: int = TASKS_PER_USER,
 ) -> dict[str, float]:
     command = [
         "taskset",
@@ -266,7 +272,7 @@ def load(
     ]
     if operation == "known":
         path = (str(write_tags(process, token_file)),)
-    command += [process.address, "--", operation, token_file, str(TASKS_PER_USER), *path]
+    command += [process.address, "--", operation, token_file, str(per_user), *path]
     before, before_postgres = process.cpu_s(), postgres_cpu_s()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,7 +1,8 @@
 """How the service scales with rows, connections and requests: `uv run --group bench bench/scale.py`.
 
-Measures page 1 and page 1,000 in growing tables, the cost of a request with more and more connections, and
-the memory after many different requests, without development packages. Prints the results and adds them to
+Measures page 1 and page 1,000 in growing tables, the cost of a request with more and more connections, the
+cost of operations and the disk with 10,000 and with a million users, and the memory after many different
+requests, without development packages. Prints the results and adds them to
 `scale.json` beside this file. Needs wrk.
 """
 
@@ -11,6 +12,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import httpx
 import db
 from auth import tokens
 from bench.hostile import varied
-from bench.run import COUNT_TASKS, SECRET, SERVERS, Process, load, prepare, running
+from bench.run import COUNT_TASKS, SECRET, SERVERS, Process, load, prepare, running, summarise
 from bench.runtimes import installed
 from server import startup
 from tests.postgres import Server, running_server
@@ -34,6 +36,8 @@ USERS = 500  # one per client, since one user's statements take at most a third 
 PAGE, PAGE_SIZE = 1_000, 10
 NAME = "this service"
 QUERIES = 10_000
+TASKS = 20  # of a user
+SAMPLE = 10_000  # users who send requests
 # By default one address has 256 connections, and 200 requests wait for the database.
 MANY_CONNECTIONS = {"MAX_CONNECTIONS_PER_ADDRESS": "900", "DATABASE_POOL_SIZE": "30"}
 
@@ -108,6 +112,77 @@ def connections(process: Process, token_file: Path, rounds: int) -> list[dict[st
     ]
 
 
+def populations(server: Server, folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Measure operations of users all over the table, and what the tables take on disk."""
+    found = []
+    for users in (10_000, 1_000_000):
+        url, loaded_s = asyncio.run(populated(server, users))
+        spread = users // SAMPLE
+        token_file = tokens_of(SAMPLE, folder / "tokens", spread)
+        results: dict[str, list[dict[str, float]]] = {}
+        with running([NAME], url, folder) as (process,):
+            for _ in range(rounds):
+                for operation in ("one", "list", "create", "complete"):
+                    measured = load(process, operation, token_file, 5, 32, "", str(spread), per_user=TASKS)
+                    results.setdefault(operation, []).append(measured)
+        costs = {operation: summarise(each) for operation, each in results.items()}
+        names = ("cpu_s_per_1000", "postgres_cpu_s_per_1000", "p99_ms")
+        found.append(
+            {"users": users, "tasks": users * TASKS, "loaded_s": round(loaded_s)}
+            | asyncio.run(sizes(url))
+            | {operation: {name: costs[operation][name] for name in names} for operation in costs}
+        )
+        asyncio.run(server.drop_database(url.rpartition("/")[2]))
+    return found
+
+
+async def populated(server: Server, users: int) -> tuple[str, float]:
+    """Return the URL of a database whose *users* users have `TASKS` tasks each, and the time to fill it.
+
+    The tasks of a user are as far apart in the table as if all users had made theirs in turn.
+    """
+    url = server.url_of(await server.create_database())
+    await asyncio.to_thread(startup.migrate, db.connect(url, pool_size=1))
+    connection = await asyncpg.connect(url, command_timeout=3600)
+    started = time.monotonic()
+    await connection.execute("SET maintenance_work_mem = '2GB'")
+    indexes = await connection.fetch(
+        "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'task' AND indexname <> 'pk_task'"
+    )
+    for index in indexes:
+        await connection.execute(f"DROP INDEX {index['indexname']}")
+    await connection.execute(
+        "INSERT INTO task (id, user_id, title, description, completed, revision, created_at, updated_at) "
+        "SELECT n % $1 * $2 + n / $1 + 1, 'user' || lpad(u, greatest(4, length(u)), '0'), 'Task number ' || n, "
+        "'Some more about it', n / $1 % 3 = 0, n / $1 + 1, t, t FROM (SELECT n, (n % $1 + 1)::text AS u, "
+        "timestamptz '2026-01-01 00:00:00.123456+00' - interval '1 second' * (n * 7919 % 10000000) AS t "
+        "FROM generate_series(0, $1::bigint * $2::bigint - 1) n) rows",
+        users,
+        TASKS,
+    )
+    for index in indexes:
+        await connection.execute(index["indexdef"])
+    await connection.execute(
+        "INSERT INTO task_owner (user_id, revision, task_count) "
+        "SELECT user_id, max(revision), count(*) FROM task GROUP BY user_id"
+    )
+    await connection.execute(f"ALTER TABLE task ALTER COLUMN id RESTART WITH {users * TASKS + 1}")
+    await connection.execute("VACUUM ANALYZE")
+    await connection.close()
+    return url, time.monotonic() - started
+
+
+async def sizes(url: str) -> dict[str, Any]:
+    """Return the size in MB of the database's tables, and of each index of the tasks."""
+    connection = await asyncpg.connect(url)
+    rows = await connection.fetch(
+        "SELECT relname, pg_relation_size(oid) AS size FROM pg_class WHERE relkind IN ('r', 'i') "
+        "AND (relname LIKE '%task%') ORDER BY size DESC"
+    )
+    await connection.close()
+    return {"mb": {row["relname"]: round(row["size"] / 2**20, 1) for row in rows}}
+
+
 def memory(process: Process, token_file: Path, requests: int) -> list[dict[str, float]]:
     """Return the resident memory in MB at the start and after each tenth of *requests* of all kinds."""
     queries = token_file.with_name("queries")
@@ -122,12 +197,14 @@ def memory(process: Process, token_file: Path, requests: int) -> list[dict[str, 
     return [*found, {"requests": done, "resident_mb": round(process.resident_mb(), 1)}]
 
 
-def tokens_of(users: int, path: Path) -> Path:
-    path.write_text("".join(f"{tokens.issue(user(n), SECRET, 86_400)}\n" for n in range(1, users + 1)))
+def tokens_of(users: int, path: Path, spread: int = 1) -> Path:
+    """Write the tokens of *users* users, each *spread* after the one before."""
+    numbers = range(1, users * spread + 1, spread)
+    path.write_text("".join(f"{tokens.issue(user(number), SECRET, 86_400)}\n" for number in numbers))
     return path
 
 
-PARTS = ("lists", "connections", "memory")
+PARTS = ("lists", "connections", "populations", "memory")
 
 
 def main_() -> None:
@@ -153,6 +230,10 @@ def main_() -> None:
             SERVERS[NAME] = (command, settings | MANY_CONNECTIONS)
             with running([NAME], asyncio.run(filled(server, 20 * USERS, USERS)), folder) as (process,):
                 results["connections"] = connections(process, token_file, options.rounds)
+        if "populations" in options.parts:
+            SERVERS[NAME] = (command, settings)
+            results["populations"] = populations(server, folder, options.rounds)
+        token_file = tokens_of(USERS, folder / "tokens")
         if "memory" in options.parts:
             python = installed(sys.executable, folder / "environment") / "python"
             SERVERS[NAME] = ([str(python), "main.py"], settings)
