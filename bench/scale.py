@@ -153,8 +153,9 @@ async def populated(server: Server, users: int) -> tuple[str, float]:
         await connection.execute(f"DROP INDEX {index['indexname']}")
     await connection.execute(
         "INSERT INTO task (id, user_id, title, description, completed, revision, created_at, updated_at) "
-        "SELECT n % $1 * $2 + n / $1 + 1, 'user' || lpad(u, greatest(4, length(u)), '0'), 'Task number ' || n, "
-        "'Some more about it', n / $1 % 3 = 0, n / $1 + 1, t, t FROM (SELECT n, (n % $1 + 1)::text AS u, "
+        "SELECT n % $1 * $2 + n / $1 + 1, 'user' || lpad(u, greatest(4, length(u)), '0'), "
+        "'Task number ' || n, 'Some more about it', n / $1 % 3 = 0, n / $1 + 1, t, t FROM "
+        "(SELECT n, (n % $1 + 1)::text AS u, "
         "timestamptz '2026-01-01 00:00:00.123456+00' - interval '1 second' * (n * 7919 % 10000000) AS t "
         "FROM generate_series(0, $1::bigint * $2::bigint - 1) n) rows",
         users,
