@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import structlog
@@ -20,7 +18,7 @@ from config import Settings, load_settings, refuse
 from observability import logs, metrics, telemetry, worker_metrics
 from server import run, workers
 from server.connections import Connections
-from server.workers import COUNTERS, Worker
+from server.workers import Worker
 from web import counters, openapi
 
 
@@ -46,10 +44,15 @@ def execute(create_app: AppFactory, arguments: list[str]) -> None:
     if parsed.command == "token":
         _print_token(parsed.user, settings)
     elif parsed.command == "worker":
-        worker = Worker.parse(*parsed.told)
+        try:
+            worker = Worker.parse(*parsed.told)
+        except (TypeError, ValueError):
+            parser.error("worker is for the parent of several workers: set WORKERS")
         _serve(create_app, settings.divided(worker.count), worker)
-    elif (count := workers.cores() if settings.workers == "auto" else settings.workers) > 1:
-        raise SystemExit(_run_workers(settings, count))
+    elif settings.workers == "auto":  # with one core too, so that SIGHUP always means the same
+        raise SystemExit(_run_workers(settings, workers.cores()))
+    elif settings.workers > 1:
+        raise SystemExit(_run_workers(settings, settings.workers))
     else:
         _serve(create_app, settings)
 
@@ -91,8 +94,8 @@ def _run_workers(settings: Settings, count: int) -> int:
     logs.configure(settings.resolved_log_level, settings.resolved_log_format)
     with ExitStack() as stack:
         try:
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="tasks-")))
-            counters.create_table(folder / COUNTERS)
+            folder = stack.enter_context(worker_metrics.shared_folder())
+            table = stack.enter_context(counters.create_table())
         except OSError as error:
             refuse([f"WORKERS: they need a temporary folder: {error.strerror}"])
         if settings.metrics and settings.metrics_port:
@@ -107,7 +110,8 @@ def _run_workers(settings: Settings, count: int) -> int:
             count,
             settings.host,
             settings.port,
-            folder,
+            folder=folder,
+            counters=table.fileno(),
             shutdown_grace_s=settings.shutdown_grace_s,
             on_started=_welcome(settings),
         )

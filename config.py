@@ -112,6 +112,13 @@ def _algorithm_list(value: str) -> str:
     return value
 
 
+def _number_of_workers(value: object) -> object:
+    text = str(value).lower()
+    if text != "auto" and not re.fullmatch(r"[1-9]\d{0,2}|1000", text):
+        raise PydanticCustomError("workers", "must be a number from 1 to 1000, or auto")
+    return text if text == "auto" else int(text)
+
+
 def _rate(value: str) -> str:
     if not _RATE.fullmatch(value):
         raise PydanticCustomError("rate", "must be off or look like 600/minute or 100/10 seconds")
@@ -211,7 +218,7 @@ class Settings(BaseModel):
     docs: bool = True
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    workers: Annotated[Annotated[int, Field(ge=1, le=1000)] | Literal["auto"], BeforeValidator(_lower)] = 1
+    workers: Annotated[int | Literal["auto"], BeforeValidator(_number_of_workers)] = 1
     debug: bool = False
     log_level: Annotated[
         Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)

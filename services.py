@@ -22,7 +22,7 @@ from live.streams import Streams
 from observability import metrics, worker_metrics
 from queries.purge import Purge
 from server.readiness import Readiness
-from server.workers import COUNTERS, Worker
+from server.workers import Worker
 from web import counters
 from web.cursors import CursorSealer
 from web.rate_limits import RateLimits
@@ -74,8 +74,7 @@ class Services:
         )
         database.slow_statement_s = settings.slow_statement_ms / 1000
         keys = _keys(settings)
-        table = worker.folder / COUNTERS if worker else None
-        storage = counters.connect(settings.rate_limit_storage_url, table)
+        storage = counters.connect(settings.rate_limit_storage_url, worker.counters if worker else None)
         tasks_max = settings.max_tasks_per_user or maxsize
         return cls(
             database=database,

@@ -18,9 +18,9 @@ from server.run import STARTUP_FAILURE, address_of, inherited_sockets
 START_TIMEOUT_S = 60.0
 HEALTHY_S = 10.0  # a worker that has run for this long is replaced at once when it dies
 RETRY_MAX_S = 30.0  # between two attempts to start a worker
-STOP_MARGIN_S = 5.0  # beyond the grace that workers observe themselves; then they are killed
-COUNTERS = "counters"  # in the folder of the workers, what they count together
+STOP_MARGIN_S = 3.0  # beyond the grace that workers observe themselves; then they are killed
 READY = b"\n"
+BACKLOG = 2048  # as uvicorn's
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 _log = structlog.get_logger("workers")
@@ -32,17 +32,23 @@ class Worker:
 
     number: int  # from 1
     count: int
-    folder: Path  # shared by all workers
+    folder: Path  # of sockets by which workers find each other
+    counters: int  # descriptor of the table in which workers count together
     control: int  # descriptor of a socket to the parent
     listening: tuple[int, ...]  # descriptors
 
     @classmethod
-    def parse(cls, number: str, count: str, folder: str, control: str, *listening: str) -> "Worker":
-        return cls(int(number), int(count), Path(folder), int(control), tuple(map(int, listening)))
+    def parse(cls, number: str, count: str, folder: str, *descriptors: str) -> "Worker":
+        counters, control, *listening = map(int, descriptors)
+        return cls(int(number), int(count), Path(folder), counters, control, tuple(listening))
 
     @property
     def arguments(self) -> list[str]:
-        return [str(part) for part in (self.number, self.count, self.folder, self.control, *self.listening)]
+        return list(map(str, (self.number, self.count, self.folder, *self.descriptors)))
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return self.counters, self.control, *self.listening
 
     @property
     def sockets(self) -> list[socket.socket]:
@@ -75,8 +81,9 @@ def run(
     count: int,
     host: str,
     port: int,
-    folder: Path,
     *,
+    folder: Path,
+    counters: int,
     shutdown_grace_s: float,
     on_started: Callable[[str], None] | None = None,
 ) -> int:
@@ -84,9 +91,9 @@ def run(
 
     A worker is *program* with `Worker.arguments`. *on_started* is called with the address once the first one
     serves. SIGHUP replaces one after the other: the old one stops when the new one, which reads code and
-    settings anew, serves.
+    settings anew, serves. In a terminal it stops them, as it means that the terminal has been closed.
     """
-    workers = _Workers(program, folder, shutdown_grace_s + STOP_MARGIN_S)
+    workers = _Workers(program, folder, counters, shutdown_grace_s + STOP_MARGIN_S)
     return asyncio.run(workers.run(count, host, port, on_started))
 
 
@@ -136,7 +143,7 @@ class _Place:
     number: int
     sockets: Sequence[socket.socket]
     host: str
-    port: int | None  # None: the sockets are shared by all places and stay open
+    port: int | None  # None: all places share the sockets
     current: _Process | None = None
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -145,16 +152,15 @@ class _Place:
             self.sockets = await _bind(self.host, self.port, reuse_port=True)
 
     def close(self) -> None:
-        """Leave new connections to the other workers."""
-        if self.port is not None:
-            for each in self.sockets:
-                each.close()
-            self.sockets = []
+        for each in self.sockets:
+            each.close()
+        self.sockets = []
 
 
 class _Workers:
-    def __init__(self, program: Sequence[str], folder: Path, end_timeout_s: float) -> None:
-        self._program, self._folder, self._end_timeout_s = program, folder, end_timeout_s
+    def __init__(self, program: Sequence[str], folder: Path, counters: int, end_timeout_s: float) -> None:
+        self._program, self._folder, self._counters = program, folder, counters
+        self._end_timeout_s = end_timeout_s
         self._places: list[_Place] = []
         self._processes: set[_Process] = set()
         self._asked_to_replace = asyncio.Event()
@@ -169,7 +175,9 @@ class _Workers:
         assert this is not None  # noqa: S101 - a coroutine runs in a task
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, this.cancel)
-        loop.add_signal_handler(signal.SIGHUP, self._asked_to_replace.set)
+        loop.add_signal_handler(
+            signal.SIGHUP, this.cancel if _is_in_a_terminal() else self._asked_to_replace.set
+        )
         try:
             return await self._run(on_started)
         except asyncio.CancelledError:  # by a signal
@@ -203,12 +211,13 @@ class _Workers:
         delay_s = 0.0
         while True:
             if place.current is None:
-                if delay_s:
-                    place.close()
-                    await asyncio.sleep(delay_s)
+                await asyncio.sleep(delay_s)
                 delay_s = min(max(1.0, 2 * delay_s), RETRY_MAX_S)
                 async with place.changing:
-                    place.current = place.current or await self._start(place)
+                    if place.current is None:
+                        place.current = await self._start(place)
+                    if place.current is None and place.port is not None:
+                        place.close()  # the other workers get its connections
                 continue
             process, since = place.current, asyncio.get_running_loop().time()
             code = await process.wait()
@@ -252,11 +261,13 @@ class _Workers:
         ours, control = socket.socketpair()
         ours.setblocking(False)
         listening = tuple(each.fileno() for each in place.sockets)
-        worker = Worker(place.number, len(self._places), self._folder, control.fileno(), listening)
+        worker = Worker(
+            place.number, len(self._places), self._folder, self._counters, control.fileno(), listening
+        )
         with control:
             process = _Process(
                 await asyncio.create_subprocess_exec(
-                    *self._program, *worker.arguments, pass_fds=(worker.control, *worker.listening)
+                    *self._program, *worker.arguments, pass_fds=worker.descriptors
                 ),
                 ours,
             )
@@ -283,7 +294,13 @@ async def _places(count: int, host: str, port: int) -> list[_Place]:
     places = [_Place(number, [], host, port) for number in range(1, count + 1)]
     for place in places:
         await place.open()
+    for each in places[0].sockets:
+        each.listen(BACKLOG)  # from now on a second service is refused, though no worker serves yet
     return places
+
+
+def _is_in_a_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 async def _bind(host: str, port: int, *, reuse_port: bool) -> list[socket.socket]:

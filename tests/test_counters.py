@@ -1,4 +1,5 @@
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from structlog.testing import capture_logs
 
 from auth.sign_in_throttle import FAILURES_MAX, SignInThrottle, TooManyAttempts
 from tests.redis_server import Redis, running_redis
+from tests.service import PROJECT
 from web import counters
 from web.counters import KEYS_MAX, TIMEOUT_S, LocalStorage, SharedStorage
 
@@ -38,7 +40,7 @@ async def test_a_key_is_counted_until_it_expires() -> None:
 
 async def test_an_expired_key_gives_way_to_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counters, "_CHOICES", 2)
-    monkeypatch.setattr(counters, "_ENTRIES", 1)  # all keys have the same two entries
+    monkeypatch.setattr(counters, "_ENTRIES", 3)  # all keys have the same two entries
     storage = LocalStorage()
     await storage.incr("alice", 60)
     await storage.incr("bob", 0.01)
@@ -86,12 +88,34 @@ async def test_nearly_all_of_many_keys_have_an_entry_of_their_own() -> None:
     assert set(counts) <= {0, 1}
 
 
-async def test_workers_count_in_the_same_table(tmp_path: Path) -> None:
-    counters.create_table(tmp_path / "counters")
-    one, other = (LocalStorage(tmp_path / "counters") for _ in range(2))
+async def test_workers_count_in_the_same_table() -> None:
+    with counters.create_table() as table:
+        one, other = (LocalStorage(table.fileno()) for _ in range(2))
 
     assert [await storage.incr("alice", 60) for storage in (one, other, one)] == [1, 2, 3]
     assert await other.get_expiry("alice") == await one.get_expiry("alice") > time.time() + 50
+
+
+COUNT_OFTEN = """
+import asyncio, sys
+from web.counters import LocalStorage
+async def count(storage):
+    for _ in range(50_000):
+        await storage.incr("alice", 60)
+asyncio.run(count(LocalStorage(int(sys.argv[1]))))
+"""
+
+
+async def test_nearly_all_counts_of_workers_at_the_same_moment_are_kept() -> None:
+    with counters.create_table() as table:
+        program = [sys.executable, "-c", COUNT_OFTEN, str(table.fileno())]
+        both = [
+            await asyncio.create_subprocess_exec(*program, cwd=PROJECT, pass_fds=(table.fileno(),))
+            for _ in range(2)
+        ]
+        assert [await each.wait() for each in both] == [0, 0]
+
+        assert 80_000 < await LocalStorage(table.fileno()).get("alice") <= 100_000
 
 
 async def test_two_processes_share_their_counts_in_redis(redis: Redis, shared: SharedStorage) -> None:

@@ -5,12 +5,12 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -98,7 +98,7 @@ async def test_replacing_and_stopping_workers_under_load_fails_no_request(
 
 
 async def test_a_worker_that_dies_is_replaced_and_until_then_the_others_serve(tmp_path: Path) -> None:
-    with running_workers(tmp_path) as its:
+    with running_workers(tmp_path, SHUTDOWN_GRACE_S="1") as its:
         await its.wait_for_all()
         first = its.alive
         os.kill(first[2], signal.SIGKILL)
@@ -117,6 +117,11 @@ async def test_a_worker_that_dies_is_replaced_and_until_then_the_others_serve(tm
         await its.wait_until(lambda its: its.starts > COUNT + 1)
         third = its.alive
 
+        os.kill(third[1], signal.SIGSTOP)  # SIGTERM cannot end it
+        code = await asyncio.to_thread(its.service.stop)
+        left = [each for each in third.values() if _is_running(each)]
+
+    assert (code, left) == (0, [])
     assert first[1] == second[1] == third[1]
     assert len({first[2], second[2], third[2]}) == 3
     assert its.service.logged.count("worker died") == 2
@@ -125,15 +130,35 @@ async def test_a_worker_that_dies_is_replaced_and_until_then_the_others_serve(tm
 
 
 async def test_workers_stop_when_their_parent_is_killed(tmp_path: Path) -> None:
-    with running_workers(tmp_path) as its:
+    with running_workers(tmp_path, TMPDIR=str(tmp_path)) as its:  # a killed parent leaves its folder
         await its.wait_for_all()
         ids = list(its.alive.values())
-
         its.service.process.kill()
 
         async with asyncio.timeout(5):
             while any(map(_is_running, ids)):  # noqa: ASYNC110 - there is no event
                 await asyncio.sleep(0.05)
+
+
+async def test_attempts_to_start_a_worker_become_rarer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    waits: list[float] = []
+
+    async def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 8:
+            raise TimeoutError
+
+    monkeypatch.setattr(asyncio, "sleep", wait)
+    workers_ = workers._Workers([sys.executable, "-c", "exit(1)"], tmp_path, 0, end_timeout_s=1)
+    place = workers._Place(1, [], "127.0.0.1", 0)
+
+    with pytest.raises(TimeoutError):
+        await workers_._keep(place)
+
+    assert waits == [0, 1, 2, 4, 8, 16, 30, 30]
+    assert place.sockets == []
 
 
 def test_a_mistake_in_the_settings_is_said_once_and_ends_the_start(tmp_path: Path) -> None:
@@ -145,19 +170,26 @@ def test_a_mistake_in_the_settings_is_said_once_and_ends_the_start(tmp_path: Pat
     assert done.stderr.startswith("DATABASE_URL: ")
 
 
-def test_workers_print_what_works_and_refuse_a_port_in_use(tmp_path: Path) -> None:
-    with running_service(tmp_path, PORT="0", WORKERS="2") as service:
-        while len(service.printed) < 3:
+def test_of_two_services_on_one_port_one_serves_and_prints_what_works(tmp_path: Path) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        both = []
+        for name in ("one", "other"):
+            (folder := tmp_path / name).mkdir()
+            both.append(stack.enter_context(running_service(folder, PORT=str(port), WORKERS="2")))
+        deadline = time.monotonic() + 20
+        while all(each.process.poll() is None for each in both) and time.monotonic() < deadline:
             time.sleep(0.05)
-        address = service.printed[0].removesuffix("/docs")
-        answer = httpx.get(f"{address}/health")
-        (other := tmp_path / "other").mkdir()
-        done = run(other, str(PROJECT / "main.py"), WORKERS="2", PORT=address.rpartition(":")[2])
+        served, refused = sorted(both, key=lambda each: each.process.poll() is not None)
+        served.wait_for(f"http://127.0.0.1:{port}")
+        while len(served.printed) < 3:
+            time.sleep(0.05)
 
-    assert f"curl {address}/api/alice/tasks" in service.printed[2]
-    assert answer.status_code == 200
-    assert done.returncode == 3
-    assert "cannot listen" in done.stderr
+        assert served.process.poll() is None
+        assert refused.process.wait() == 3
+        assert "cannot listen" in refused.logged
+        assert served.printed[0] == f"http://127.0.0.1:{port}/docs"
+        assert f"curl http://127.0.0.1:{port}/api/alice/tasks" in served.printed[2]
 
 
 async def test_workers_count_together_for_metrics_and_rate_limits(tmp_path: Path) -> None:

@@ -1,15 +1,15 @@
 """Expiring counters for limits: in memory, or in a Redis that processes on several machines share."""
 
 import asyncio
-import math
 import mmap
+import os
 import secrets
+import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from hashlib import blake2b
-from pathlib import Path
-from struct import Struct
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import structlog
 from limits.aio.storage import RedisStorage, Storage
@@ -21,11 +21,10 @@ TIMEOUT_S = 0.25  # for a call of Redis, which usually takes less than a millise
 RETRY_S = 2.0  # after a failed call, until Redis is tried again
 CONNECTIONS_MAX = 32
 
-_ENTRY = Struct("=QdI")  # a digest of the key, when the count expires, the count
 _CHOICES = 16  # entries that a key may have, one after the other
 _SECRET_BYTES = 16  # at the end of the table
-_ENTRIES = 2 * KEYS_MAX
-_TABLE_BYTES = (_ENTRIES + _CHOICES) * _ENTRY.size + _SECRET_BYTES
+_ENTRIES = 2 * KEYS_MAX  # each a digest of the key, when the count expires, and the count
+_TABLE_BYTES = 20 * _ENTRIES + _SECRET_BYTES
 
 Answer = TypeVar("Answer")
 
@@ -33,80 +32,94 @@ Answer = TypeVar("Answer")
 class LocalStorage(Storage):
     """Counters in a table of fixed size in memory, which workers may share.
 
-    A count that two workers raise in the same microsecond may miss one of the two.
+    They take no lock. Of counts of one key by several workers at the same moment some may be lost: 0.2 % of
+    those of workers that do nothing else.
     """
 
     STORAGE_SCHEME = None
 
-    def __init__(self, file: Path | None = None) -> None:
-        """Make a table, or share the one in *file*, which `create_table` has made.
-
-        Raises:
-            OSError: *file* cannot be read and written.
-        """
+    def __init__(self, file: int | None = None) -> None:
+        """Make a table, or share the one in the file with this descriptor, which `create_table` has made."""
         super().__init__()
+        table = memoryview(mmap.mmap(-1 if file is None else file, _TABLE_BYTES))
         if file is None:
-            self._table = mmap.mmap(-1, _TABLE_BYTES)
-            self._table[-_SECRET_BYTES:] = secrets.token_bytes(_SECRET_BYTES)
-        else:
-            with file.open("r+b") as shared:
-                self._table = mmap.mmap(shared.fileno(), _TABLE_BYTES)
+            table[-_SECRET_BYTES:] = secrets.token_bytes(_SECRET_BYTES)
+        # Each value is aligned and written at once, so that no other worker reads half of one.
+        self._digests = table[: 8 * _ENTRIES].cast("Q")
+        self._expiries = table[8 * _ENTRIES : 16 * _ENTRIES].cast("d")
+        self._counts = table[16 * _ENTRIES : 20 * _ENTRIES].cast("I")
         # With a secret, so that nobody can choose keys which share an entry.
-        self._hash = blake2b(self._table[-_SECRET_BYTES:], digest_size=8)
+        self._hash = blake2b(table[-_SECRET_BYTES:], digest_size=8)
 
     @property
     def base_exceptions(self) -> tuple[type[Exception], ...]:
         return ()
 
     async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        offset, digest, expires_at, count = self._find(key)
-        if not count:
-            expires_at = time.time() + expiry
-        count += amount
-        _ENTRY.pack_into(self._table, offset, digest, expires_at, count)
-        return count
+        digest = self._digest(key)
+        entry = self._find(digest)
+        now = time.time()
+        if entry is not None and self._expiries[entry] > now:
+            count = self._counts[entry] = self._counts[entry] + amount
+            return count
+        if entry is None:
+            entry = self._free(digest)
+        self._expiries[entry], self._counts[entry], self._digests[entry] = now + expiry, amount, digest
+        return amount
 
     async def get(self, key: str) -> int:
-        return self._find(key)[3]
+        entry = self._find(self._digest(key))
+        return self._counts[entry] if entry is not None and self._expiries[entry] > time.time() else 0
 
     async def get_expiry(self, key: str) -> float:
-        return self._find(key)[2]
+        entry = self._find(self._digest(key))
+        return self._expiries[entry] if entry is not None else time.time()
 
     async def clear(self, key: str) -> None:
-        offset, digest, *_ = self._find(key)
-        _ENTRY.pack_into(self._table, offset, digest, 0.0, 0)
+        entry = self._find(self._digest(key))
+        if entry is not None:
+            self._expiries[entry] = 0.0
 
     async def check(self) -> bool:
         return True
 
     async def reset(self) -> None:
-        self._table[:-_SECRET_BYTES] = bytes(_TABLE_BYTES - _SECRET_BYTES)
+        for entry in range(_ENTRIES):
+            self._expiries[entry] = 0.0
 
     async def close(self) -> None:
         """Nothing is open."""
 
-    def _find(self, key: str) -> tuple[int, int, float, int]:
-        """Return the offset of the entry of *key*, its digest, when its count expires, and the count.
-
-        A key without an entry gets an expired one or, of those that it may have, the one that expires first.
-        """
+    def _digest(self, key: str) -> int:
         hashed = self._hash.copy()
         hashed.update(key.encode(errors="replace"))
-        digest = int.from_bytes(hashed.digest(), "big")
-        start = digest % _ENTRIES * _ENTRY.size
-        soonest, chosen = math.inf, start
-        for offset in range(start, start + _CHOICES * _ENTRY.size, _ENTRY.size):
-            found, expires_at, count = _ENTRY.unpack_from(self._table, offset)
-            if found == digest:
-                return offset, digest, expires_at, count if expires_at > time.time() else 0
-            if expires_at < soonest:
-                soonest, chosen = expires_at, offset
-        return chosen, digest, 0.0, 0
+        return int.from_bytes(hashed.digest(), "big")
+
+    def _find(self, digest: int) -> int | None:
+        digests = self._digests
+        start = digest % (_ENTRIES - _CHOICES)
+        for entry in range(start, start + _CHOICES):
+            if digests[entry] == digest:
+                return entry
+        return None
+
+    def _free(self, digest: int) -> int:
+        """Return an unused or expired entry or, of those that a key may have, the one that expires first."""
+        start = digest % (_ENTRIES - _CHOICES)
+        return min(range(start, start + _CHOICES), key=self._expiries.__getitem__)
 
 
-def create_table(file: Path) -> None:
-    """Make an empty table in *file* for the `LocalStorage` of several workers."""
-    file.write_bytes(bytes(_TABLE_BYTES - _SECRET_BYTES) + secrets.token_bytes(_SECRET_BYTES))
+def create_table() -> IO[bytes]:
+    """Return an unnamed file with an empty table, for the `LocalStorage` of several workers."""
+    if sys.platform == "linux":  # in memory, so that the kernel writes nothing to a disk
+        file: IO[bytes] = os.fdopen(os.memfd_create("counters"), "w+b")
+    else:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    file.truncate(_TABLE_BYTES)
+    file.seek(-_SECRET_BYTES, os.SEEK_END)
+    file.write(secrets.token_bytes(_SECRET_BYTES))
+    file.flush()
+    return file
 
 
 class SharedStorage(Storage):
@@ -196,7 +209,7 @@ class SharedStorage(Storage):
 Counters = LocalStorage | SharedStorage
 
 
-def connect(url: str | None, file: Path | None = None) -> Counters:
-    """Return the counters in the Redis at *url* or, without one, in the table in *file* or a new one."""
+def connect(url: str | None, file: int | None = None) -> Counters:
+    """Return the counters in the Redis at *url* or, without one, those of `LocalStorage`."""
     local = LocalStorage(file)
     return SharedStorage(url, local) if url else local
