@@ -36,8 +36,8 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     and_,
-    cast,
     false,
+    literal_column,
     not_,
     text,
     type_coerce,
@@ -124,22 +124,28 @@ class Ranked(TypeDecorator[str]):
 PRIORITY = Ranked(*get_args(Priority))
 
 
-class DayText(TypeDecorator[date]):
-    impl = Text
+class _DayNumber(TypeDecorator[date]):
+    """Days from the first that Python has."""
+
+    impl = Integer
     cache_ok = True
 
-    def process_bind_param(self, value: date | None, _: Dialect) -> str | None:
-        return None if value is None else value.isoformat()
+    def process_bind_param(self, value: date | None, _: Dialect) -> int | None:
+        return None if value is None else (value - date.min).days
 
 
 class _PostgresDay(TypeDecorator[date]):
-    """Sends days as text: the driver would make `-infinity` and `infinity` of Python's first and last."""
+    """Sends days as numbers: the driver would make `-infinity` and `infinity` of Python's first and last.
+
+    A cast from text would depend on the session's DateStyle: the planner would not know its value, and Citus
+    refuses it within CASE.
+    """
 
     impl = Date
     cache_ok = True
 
     def bind_expression(self, bindparam: BindParameter[date]) -> ColumnElement[date]:
-        return cast(type_coerce(bindparam, DayText()), Date())
+        return literal_column("DATE '0001-01-01'", Date()) + type_coerce(bindparam, _DayNumber())
 
 
 DAY: TypeEngine[date] = Date().with_variant(_PostgresDay(), "postgresql")

@@ -3,6 +3,7 @@
 PostgreSQL has arrays; SQLite reads JSON.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import (
@@ -107,15 +108,26 @@ def _elements_sqlite(element: Elements, compiler: SQLCompiler, **options: Any) -
 
 
 class Records(FunctionElement[Any]):
-    """The objects of a JSON array as rows of one column, `value`."""
+    """The objects of a JSON array as rows, on PostgreSQL with columns of *kinds*, on SQLite with `value`."""
 
     name = "records"
     inherit_cache = True
 
+    def __init__(self, array: ColumnElement[Any], kinds: Mapping[str, TypeEngine[Any]]) -> None:
+        super().__init__(array)
+        self.kinds = kinds
+
 
 @compiles(Records)
 def _records(element: Records, compiler: SQLCompiler, **options: Any) -> str:
-    return f"jsonb_array_elements(CAST({compiler.process(element.clauses, **options)} AS jsonb))"
+    array = compiler.process(element.clauses, **options)
+    columns = ", ".join(f"{name} {_sql_type(kind, compiler)}" for name, kind in element.kinds.items())
+    return f"ROWS FROM (jsonb_to_recordset(CAST({array} AS jsonb)) AS ({columns}))"
+
+
+def _sql_type(kind: TypeEngine[Any], compiler: SQLCompiler) -> str:
+    # Times are sent without an offset; with a time zone they would be read in the session's.
+    return compiler.dialect.type_compiler_instance.process(DateTime() if isinstance(kind, DateTime) else kind)
 
 
 @compiles(Records, "sqlite")
@@ -123,9 +135,11 @@ def _records_sqlite(element: Records, compiler: SQLCompiler, **options: Any) -> 
     return f"json_each({compiler.process(element.clauses, **options)})"
 
 
-def records(parameter: str) -> Any:
-    """Return a table of the records in *parameter*, a JSON array; `Member` reads their fields."""
-    return Records(bindparam(parameter, type_=Text())).table_valued("value", name="value")
+def records(parameter: str, kinds: Mapping[str, TypeEngine[Any]]) -> tuple[Any, dict[str, "Member"]]:
+    """Return a table of the records in *parameter*, a JSON array, and their members of *kinds*."""
+    array = bindparam(parameter, type_=Text())
+    table = Records(array, kinds).table_valued("value", *kinds, name="record")
+    return table, {name: Member(table.c.value, table.c[name], kind) for name, kind in kinds.items()}
 
 
 class Member(FunctionElement[Any]):
@@ -133,24 +147,19 @@ class Member(FunctionElement[Any]):
 
     inherit_cache = True
 
-    def __init__(self, record: ColumnElement[Any], name: str, kind: TypeEngine[Any]) -> None:
-        super().__init__(record)
-        self.member, self.type = name, kind
+    def __init__(self, record: ColumnElement[Any], column: Any, kind: TypeEngine[Any]) -> None:
+        super().__init__(record, column)
+        self.member, self.type = column.name, kind
 
 
 @compiles(Member)
 def _member(element: Member, compiler: SQLCompiler, **options: Any) -> str:
-    record = compiler.process(element.clauses, **options)
-    if isinstance(element.type, ARRAY):
-        return f"ARRAY(SELECT jsonb_array_elements_text({record} -> '{element.member}'))"
-    if isinstance(element.type, DateTime):  # in UTC, whatever the session's time zone is
-        return f"CAST({record} ->> '{element.member}' AS TIMESTAMP) AT TIME ZONE 'UTC'"
-    kind = compiler.dialect.type_compiler_instance.process(element.type)
-    return f"CAST({record} ->> '{element.member}' AS {kind})"
+    _, column = (compiler.process(part, **options) for part in element.clauses)
+    return f"{column} AT TIME ZONE 'UTC'" if isinstance(element.type, DateTime) else column
 
 
 @compiles(Member, "sqlite")
 def _member_sqlite(element: Member, compiler: SQLCompiler, **options: Any) -> str:
-    record = compiler.process(element.clauses, **options)
+    record, _ = (compiler.process(part, **options) for part in element.clauses)
     arrow = "->" if isinstance(element.type, ARRAY) else "->>"
     return f"{record} {arrow} '{element.member}'"

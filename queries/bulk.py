@@ -15,9 +15,9 @@ from sqlalchemy import (
     update,
 )
 
-from database.arrays import Member, records
+from database.arrays import records
 from database.statements import Deferred, PerDatabase, Row, named
-from models import BIG_ID, PRIORITY
+from models import PRIORITY
 from queries.filters import Shape, conditions, shape_of, values_of
 from queries.owner import COLUMNS, LIVE, OWNER, TASKS, Owner
 from queries.revisions import adding, changing, lock
@@ -201,8 +201,7 @@ def _json(rows: Iterable[Row]) -> str:
     return orjson.dumps([{**row, **_stored(row)} for row in rows]).decode()
 
 
-_RECORDS = records("records")
-_MEMBERS = {name: Member(_RECORDS.c.value, name, TASKS.c[name].type) for name in STORED}
+_RECORDS, _MEMBERS = records("records", {name: TASKS.c[name].type for name in ("id", *STORED)})
 
 
 def _delete_all(shape: Shape, has_trash: bool) -> PerDatabase:
@@ -235,15 +234,13 @@ _UPDATE_SOME = changing(
     "update_some",
     update(TASKS)
     # Ids first: SQLite would otherwise scan all records for each task of the owner.
-    .where(LIVE, THESE, TASKS.c.id == Member(_RECORDS.c.value, "id", BIG_ID))
-    .values({name: value for name, value in _MEMBERS.items() if name != "created_at"}),
+    .where(LIVE, THESE, TASKS.c.id == _MEMBERS["id"])
+    .values({name: _MEMBERS[name] for name in STORED if name != "created_at"}),
     TASKS.c.id,
 )
 _INSERT_ALL = adding(
     "create_some",
-    select(OWNER.label("user_id"), *(value.label(name) for name, value in _MEMBERS.items())).select_from(
-        _RECORDS
-    ),
+    select(OWNER.label("user_id"), *(_MEMBERS[name].label(name) for name in STORED)).select_from(_RECORDS),
     *COLUMNS,
     count=bindparam("new_count", type_=BigInteger()),
 )

@@ -17,14 +17,13 @@ from sqlalchemy import (
     literal_column,
     not_,
     or_,
-    type_coerce,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 from database.arrays import AnyOf, HasAll, list_of
-from models import DAY, PRIORITY, DayText
+from models import DAY, PRIORITY
 from queries.owner import LIVE, TASKS
 from schemas import Filter
 
@@ -157,9 +156,8 @@ def _filters() -> Iterator[ColumnElement[bool]]:
     yield or_(priorities.is_(None), AnyOf(rank, priorities))
     yield or_(categories.is_(None), AnyOf(task.category, categories))
     yield HasAll(task.tags, bindparam("tags", type_=list_of(Text())))
-    # As text: the planner does not fold a cast to date, and would then use the index for neither bound.
-    yield or_(type_coerce(since, DayText()).is_(None), task.due_date >= since)
-    yield or_(type_coerce(until, DayText()).is_(None), task.due_date <= until)
+    yield or_(since.is_(None), task.due_date >= since)
+    yield or_(until.is_(None), task.due_date <= until)
     words, others = (bindparam(name, type_=list_of(Text())) for name in ("words", "other_words"))
     longest, second = (bindparam(name, type_=Text()) for name in ("longest_word", "second_word"))
     yield HasWords(task.title, task.description, words, longest, second, others)

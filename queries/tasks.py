@@ -137,7 +137,7 @@ async def _change(
             if versions is None and not changes.get("completed"):
                 raise TaskNotFound
             await _expected_task(owner, task_id, versions)
-            if row := await _complete_in_series(owner, values):
+            if _may_be_due_again(changes) and (row := await _complete_in_series(owner, values)):
                 return row
         except VersionConflict as conflict:
             if lost is None:
@@ -155,6 +155,17 @@ async def _change(
             if not is_expected(task, versions) or len(versions or ()) > 1:
                 raise
     raise lost or Unavailable
+
+
+def _may_be_due_again(changes: Mapping[str, Any]) -> bool:
+    """Whether *changes* complete a task that may stay in a series.
+
+    With other values the condition of `_COMPLETE_IN_SERIES` is constantly false, which Citus cannot run.
+    """
+    return bool(changes.get("completed")) and None not in (
+        changes.get("recurring", ...),
+        changes.get("due_date", ...),
+    )
 
 
 async def _find(owner: Owner, task_id: int) -> Row | None:

@@ -6,7 +6,7 @@ from typing import get_args
 
 from sqlalchemy.sql.base import Executable
 
-from database.statements import PerDatabase
+from database.statements import PerDatabase, Statement
 from queries import bulk, changes, filters, idempotency, lists, purge, revisions, stats, tasks, trash
 from schemas import Order
 
@@ -14,18 +14,19 @@ MODULES = (tasks, trash, purge, changes, stats, bulk, idempotency, revisions)
 
 
 def every_statement() -> list[Executable]:
+    """Return every statement; those that write tasks twice, as each database wants them."""
+    return [each for statement in sent() for each in variants(statement)]
+
+
+def sent() -> list[Statement]:
+    """Return every statement as the service sends it."""
     return [
-        *(each for module in MODULES for each in constants(module)),
-        *(
-            statement
-            for shape in get_args(filters.Shape)
-            for statement in list_statements(shape) + bulks(shape)
-        ),
+        *(each for module in MODULES for each in vars(module).values() if variants(each)),
+        *(each for shape in get_args(filters.Shape) for each in list_statements(shape) + bulks(shape)),
     ]
 
 
 def constants(module: ModuleType) -> list[Executable]:
-    """Return the module's statements; those that write tasks twice, as each database wants them."""
     return [each for value in vars(module).values() for each in variants(value)]
 
 
@@ -40,7 +41,7 @@ def _runs(value: Executable) -> bool:
     return bool(value.is_select or value.is_dml)
 
 
-def list_statements(shape: filters.Shape) -> list[Executable]:
+def list_statements(shape: filters.Shape) -> list[Statement]:
     orders = [
         Order(field=field, descending=descending)
         for field in ("created_at", "title", "priority", "due_date")
@@ -52,10 +53,9 @@ def list_statements(shape: filters.Shape) -> list[Executable]:
     ]
 
 
-def bulks(shape: filters.Shape) -> list[Executable]:
-    statements = (
+def bulks(shape: filters.Shape) -> list[Statement]:
+    return [
         *(bulk._delete_all(shape, has_trash) for has_trash in (True, False)),
         bulk._reopen_all(shape),
         *(bulk._complete_all(shape, in_series) for in_series in (False, True)),
-    )
-    return [each for statement in statements for each in variants(statement)]
+    ]

@@ -4,19 +4,22 @@ import random
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 from sqlalchemy import Integer, Select, func, literal, literal_column, select, text
+from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 
 import db
 from database import failures, sqlite
+from database.base import Executor
 from database.fair_share import UNLIMITED
-from database.statements import Deferred, Row, compile_statement
+from database.statements import Deferred, Row, Statement, compile_statement
 from errors import NotFound, Overloaded, Unavailable
 from main import create_app
 from queries import lists, tasks
@@ -613,6 +616,41 @@ async def test_only_a_versioned_write_is_retried_after_a_lost_connection(
 
         counted = select(literal_column("last_value", Integer).label("tries")).select_from(text("tries"))
         assert await database.one(counted) == {"tries": tries}
+
+
+class _Overtaken(Executor):
+    """Runs statements, and *change* after the first."""
+
+    def __init__(self, database: Executor, change: Callable[[], Awaitable[object]]) -> None:
+        self.database, self.change = database, change
+        self.names: list[str] = []
+
+    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+        rows = await self.database.all(statement, **values)
+        if not self.names:
+            await self.change()
+        self.names.append(compile_statement(statement, DIALECT).name)
+        return rows
+
+
+DIALECT = PGDialect_asyncpg()  # type: ignore[no-untyped-call] # not in its stubs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"title": "changed"}, {"completed": True, "recurring": None}, {"completed": True, "due_date": None}],
+)
+async def test_a_change_that_ends_no_series_is_only_tried_again(
+    owner: Owner, changes: dict[str, Any]
+) -> None:
+    """Citus cannot run `complete_in_series` with such values: its condition is constantly false."""
+    task = await tasks.create_task(owner, dict(TaskCreate(title="Buy milk")))
+    overtaken = _Overtaken(owner.db, lambda: tasks.update_task(owner, task["id"], {"title": "Buy oats"}))
+
+    after = await tasks.update_task(replace(owner, db=overtaken), task["id"], changes, [2])
+
+    assert after["version"] == 3
+    assert overtaken.names == ["update_task", "get_task", "update_task"]
 
 
 ON_COMMIT = """
