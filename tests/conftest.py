@@ -27,6 +27,7 @@ from middleware.front import FrontMiddleware
 from observability import logs
 from queries import idempotency, purge
 from tests import service
+from tests.citus import Cluster
 from tests.postgres import Server, running_server
 from web.counters import LocalStorage
 from web.rate_limits import RateLimits
@@ -184,9 +185,25 @@ def postgres() -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="session", params=["sqlite", "postgres"])
+@pytest.fixture(scope="session")
+def cluster() -> Cluster:
+    """The Citus cluster in `TEST_CITUS_URL`."""
+    if not (url := os.environ.get("TEST_CITUS_URL")):
+        pytest.skip("There is no Citus: start a cluster and name it by TEST_CITUS_URL, as in docs/citus.md.")
+    return Cluster.at(url)
+
+
+DATABASES = ["sqlite", "postgres", *(["citus"] if "TEST_CITUS_URL" in os.environ else [])]
+
+
+@pytest.fixture(scope="session", params=DATABASES)
 async def database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
     """A database shared by the whole run: a test that needs an empty list uses a new user."""
+    if request.param == "citus":
+        cluster: Cluster = request.getfixturevalue("cluster")
+        await cluster.make_database()
+        yield f"{cluster.url_as('tasks_service')}?sslmode=disable"  # tests read what is sent
+        return
     if request.param == "sqlite":
         yield f"sqlite:///{request.getfixturevalue('tmp_path_factory').mktemp('data') / 'tasks.db'}"
         return

@@ -7,11 +7,11 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 import httpx
 import pytest
+from sqlmodel import SQLModel
 
 import db
 from config import Settings
@@ -20,30 +20,12 @@ from queries.purge import Purge
 from server.heads import HEAD_MAX_BYTES
 from server.startup import migrate
 from tests.conftest import SECRET, Person, person, running, settings_for
+from tests.guides import DEPLOY, execute, sql, url_as
 from tests.postgres import Server, free_port, own_server
 from tests.service import PROJECT, running_service
 from tests.test_migrations import BETTER_AUTH_TABLES, OUR_TABLES
 
-DEPLOY = (PROJECT / "docs" / "deploy.md").read_text()
 PASSWORD = "correct horse battery"
-
-
-def sql(title: str) -> str:
-    (block,) = re.findall(rf"^```sql {title}\n(.*?)^```", DEPLOY, re.MULTILINE | re.DOTALL)
-    return str(block)
-
-
-def url_as(role: str, url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=f"{role}@{parts.hostname}:{parts.port}").geturl()
-
-
-async def execute(url: str, statements: str) -> None:
-    connection = await asyncpg.connect(url)
-    try:
-        await connection.execute(statements)
-    finally:
-        await connection.close()
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +159,9 @@ async def test_a_missing_grant_is_503(url: str) -> None:
 
 
 async def test_every_operation_works_with_the_primary_key_for_citus(postgres: Server) -> None:
+    (key,) = re.findall(r"^ALTER TABLE task .+;$", sql("distributing"), re.MULTILINE)
     async with postgres.migrated_database() as url:
-        await execute(url, sql("before distributing"))
+        await execute(url, key)
 
         async with running(create_app(settings_for(url, local_accounts=True))) as client:
             await every_operation(client, person("alice", client))
@@ -242,8 +225,12 @@ def test_the_systemd_unit_wants_and_awaits_network_online() -> None:
     assert of_the_unit("Wants") == ["network-online.target"]
 
 
-def test_every_table_is_distributed() -> None:
-    assert set(re.findall(r"create_\w+_table\('(\w+)'", sql("distributing"))) == set(OUR_TABLES)
+def test_every_table_with_rows_of_users_is_distributed() -> None:
+    distributed = re.findall(r"create_distributed_table\('(\w+)', 'user_id'", sql("distributing"))
+    emptied = re.findall(r"truncate_local_data_after_distributing_table\('(\w+)'", sql("distributing"))
+
+    of_users = {name for name, table in SQLModel.metadata.tables.items() if "user_id" in table.c}
+    assert set(distributed) == set(emptied) == of_users == set(OUR_TABLES) - {"local_account"}
 
 
 def test_compose_passes_every_setting_on() -> None:
