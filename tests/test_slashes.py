@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
+from urllib.parse import quote, unquote
 
 import httpx
 import pytest
@@ -102,6 +103,15 @@ async def test_another_spelling_of_a_slash_reaches_no_other_user(
             ("ice", "ice", "[]"),
             ("al%2Fice", "al%252Fice", "[]"),
         )
+
+
+@pytest.mark.parametrize("spelling", ["%FF", "a%FEb", "%ED%B0%AF", "%C3", "%FF%2F%FE"])
+async def test_bytes_that_are_not_utf_8_are_no_user(served: httpx.AsyncClient, spelling: str) -> None:
+    decoded = unquote(spelling)  # with U+FFFD for each such byte
+    answer = await served.get(f"/api/{spelling}/tasks", **_bearer(decoded))
+    spelled = await served.get(f"/api/{quote(decoded, safe='')}/tasks", **_bearer(decoded))
+
+    assert (answer.status_code, spelled.status_code) == (404, 200)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ looks like any other slash (RFC 3986, section 2.2).
 """
 
 from typing import Annotated
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 from fastapi import Path
 from pydantic import BeforeValidator
@@ -63,13 +63,23 @@ def normalize(scope: Scope) -> bool:
 
     `/api/alice/tasks/` is answered as `/api/alice/tasks`: a redirect would repeat the Host header that a
     stranger sent. `/api/alice/tasks%0A` is nothing, though `$`, with which the patterns of the routes end,
-    would take it. The path is changed in place.
+    would take it. Nor is what is not UTF-8, or one user would have many paths. The path is changed in place.
     """
     if b"%2" in scope["raw_path"] and b"%2F" in scope["raw_path"].upper():  # the first test is the faster
         scope["path"] = decode(scope["raw_path"])
     if scope["path"].endswith("/") and scope["path"] != "/":
         scope["path"] = scope["path"][:-1]
+    if "\ufffd" in scope["path"] and not _is_utf8(scope["raw_path"]):
+        return False
     return not scope["path"].endswith("\n")
+
+
+def _is_utf8(raw_path: bytes) -> bool:
+    try:
+        unquote_to_bytes(raw_path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def quoted_path(scope: Scope) -> str:
