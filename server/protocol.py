@@ -27,6 +27,8 @@ from web.client_addresses import client_of
 from web.request_state import request_id, state_of
 
 HEAD_TIMEOUT_S = 10.0
+# Longer than proxies keep idle connections (nginx: 60 s). A POST that meets the end of one cannot be retried.
+PROXY_KEEP_ALIVE_S = 75
 DRAIN_S = 1.0  # keep-alive clients may already have sent a request before they see `Connection: close`
 LINGER_S = 1.0  # for a client that is still sending
 CANCEL_DELAY_S = 0.1  # nearly finished work finishes by then, and keeps its database connection
@@ -70,6 +72,8 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(WRITE_BUFFER_MAX_BYTES)
         self._is_proxied = self.client is None or self._connections.is_proxy(self.client[0])
+        if self._is_proxied:
+            self.timeout_keep_alive = PROXY_KEEP_ALIVE_S
         client = None if self.client is None or self._is_proxied else client_of(self.client[0])
         try:
             self._connections.add(client)
