@@ -138,13 +138,15 @@ class Streams:
             if not self._subscriptions:
                 continue
             try:
-                found = await revisions_of(self._database, list(self._subscriptions))
+                asked = list(self._subscriptions)
+                found = await revisions_of(self._database, asked)
             except Unavailable:  # the database has logged it
                 continue
             except Exception:
                 _log.exception("changes of other processes are not seen")
                 continue
-            for user_id, revision in found.items():
+            for user_id in asked:
+                revision = found.get(user_id, 0)  # the user may have been moved to another database
                 if any(each.revision != revision for each in self._subscriptions.get(user_id, ())):
                     self.changed(user_id)
 

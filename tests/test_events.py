@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+from sqlalchemy import delete
 
+import db
 from auth import tokens
+from queries.owner import TASKS
+from queries.revisions import OWNERS
 from tests.conftest import SECRET, Person
 from tests.postgres import free_port, running_process
 from tests.service import Service, running_service
@@ -171,6 +175,23 @@ async def test_a_second_stream_takes_no_change_from_the_first(url: str, tmp_path
                     await second.next()
                     event = await first.next(POLLED_S)
                 assert event.data["task"] == task
+
+
+async def test_a_stream_ends_when_its_user_is_moved_to_another_database(
+    served: Served, database_url: str
+) -> None:
+    alice = new_person(served[0])
+    await alice.create()
+    engine = db.connect(database_url, pool_size=1).engine()
+    async with listening(alice) as stream:
+        await stream.next()
+        async with engine.begin() as connection:
+            for table in (TASKS, OWNERS):
+                await connection.execute(delete(table).where(table.c.user_id == alice.user_id))
+
+        with pytest.raises(EOFError):
+            await stream.next(POLLED_S)
+    await engine.dispose()
 
 
 async def test_a_burst_of_the_same_user_ends_no_stream(served: Served) -> None:
