@@ -497,9 +497,7 @@ async def test_a_response_during_the_drain_has_connection_close(tmp_path: Path, 
 @pytest.mark.parametrize("proxies", ["", "127.0.0.1"], ids=["a client", "a trusted proxy"])
 def test_an_idle_connection_of_a_trusted_proxy_stays_open_longer(tmp_path: Path, proxies: str) -> None:
     port = free_port()
-    with running_service(
-        tmp_path, "-c", IDLE + CODE, PORT=str(port), TRUSTED_PROXIES=proxies
-    ) as service:
+    with running_service(tmp_path, "-c", IDLE + CODE, PORT=str(port), TRUSTED_PROXIES=proxies) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
         answer = exchange(port, HEALTH + b"\r\n")
 
