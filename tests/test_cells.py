@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import itertools
 import os
@@ -38,6 +39,8 @@ pytestmark = [pytest.mark.process, pytest.mark.no_cover]
 ORIGIN = "https://app.example.com"
 BROWSER = {"Origin": ORIGIN}
 ANONYMOUS_LIMIT = 100_000
+METRICS_TOKEN = "a-token-that-only-the-tests-know-00001"
+CONNECTIONS_MAX = 256  # of one address, in both configurations
 SETTINGS = {
     "BETTER_AUTH_SECRET": SECRET,
     "MIGRATE_ON_START": "true",
@@ -45,6 +48,7 @@ SETTINGS = {
     "ALLOWED_ORIGINS": ORIGIN,
     "RATE_LIMIT": "off",
     "RATE_LIMIT_ANONYMOUS": f"{ANONYMOUS_LIMIT}/hour",
+    "METRICS_TOKEN": METRICS_TOKEN,
     "LOG_FORMAT": "json",
 } | UNMEASURED
 UNFELT_S = 1.0  # 0.1 on an idle machine
@@ -297,7 +301,7 @@ async def test_probes_and_documents_are_answered_and_metrics_are_not(client: htt
     for path in ("/health", "/health/ready", "/docs", "/openapi.json"):
         assert (await client.get(path)).status_code == 200
     for path in ("/metrics", "/metrics/", "/%6Detrics", "/metrics?x", "/nothing"):
-        answer = await client.get(path)
+        answer = await client.get(path, headers={"Authorization": f"Bearer {METRICS_TOKEN}"})
         assert (answer.status_code, answer.json()["detail"]) == (404, "There is nothing at this address")
 
 
@@ -355,6 +359,34 @@ async def test_what_is_too_large_is_refused_as_by_the_service(
 
     assert answer.status_code == status, answer.text
     assert is_problem(answer) == (status != 200)
+
+
+async def test_one_address_may_have_so_many_connections(proxy: Proxy, bob: Person) -> None:
+    port = int(proxy.address.rpartition(":")[2])
+    head = f"POST {bob.tasks} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {bob.token}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+    connect = functools.partial(asyncio.open_connection, "127.0.0.1", port, local_addr=("127.0.0.4", 0))
+    opened = [await connect() for _ in range(CONNECTIONS_MAX)]
+    for _, writer in opened:
+        writer.write(head.encode())  # and the body later
+    elsewhere = await bob.get()
+    async with asyncio.timeout(5):
+        refused = b""
+        while b" 429 " not in refused:
+            reader, writer = await connect()
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            refused = await reader.read()
+            writer.close()
+    for _, writer in opened:
+        writer.write(b'{"title":"x"}')
+    answers = [await reader.readuntil(b"\r\n") for reader, _ in opened]
+    for _, writer in opened:
+        writer.close()
+
+    assert elsewhere.status_code == 200
+    assert b"application/problem+json" in refused
+    assert b"retry-after: 1" in refused.lower()
+    assert all(b" 201 " in answer or b" 429 " in answer for answer in answers)
 
 
 def is_problem(answer: httpx.Response) -> bool:
