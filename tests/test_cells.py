@@ -431,11 +431,12 @@ async def test_no_answer_is_html(proxy: Proxy, request_: bytes) -> None:
         assert b"content-type: application/problem+json" in answer.lower()
 
 
+@pytest.mark.parametrize("cell", ["moving", "nowhere"])
 async def test_a_user_who_is_being_moved_is_503_and_others_are_not(
-    proxy: Proxy, cells: tuple[Cell, Cell]
+    proxy: Proxy, cells: tuple[Cell, Cell], cell: str
 ) -> None:
     user_id = next(_unused)
-    await change(proxy, users() | {user_id: "moving"})
+    await change(proxy, users() | {user_id: cell})
 
     async with connected(proxy) as client:
         alice = Person(user_id, client, tokens.issue(user_id, SECRET, 60))
@@ -495,16 +496,18 @@ async def test_a_write_is_never_sent_twice(proxies: list[Proxy], cells: tuple[Ce
             while not (created := await alice.post(json={"title": "x"})).is_success:
                 pass
             path = "" if method in ("POST", "GET") else f"/{created.json()['id']}"
+            path += "/complete" if method == "PATCH" else ""
             sent: list[tuple[str, httpx.Response]] = []
             async with asyncio.timeout(RECOVERY_S):
                 while not any(received[identifier] for identifier, _ in sent):
                     identifier = f"{proxy.name}-{method}-{len(sent)}"
-                    options = {} if method == "GET" else {"json": {"title": "x"}}
+                    options = {"json": {"title": "x"}} if method in ("POST", "PUT") else {}
                     answer = await alice.send(method, path, headers={"X-Request-ID": identifier}, **options)
                     sent.append((identifier, answer))
             for identifier, answer in sent:
                 is_broken_off = method != "GET" and received[identifier] > 0
-                assert is_away(answer) if is_broken_off else answer.is_success
+                assert is_away(answer) == is_broken_off, (identifier, answer)
+                assert answer.is_success != is_broken_off, (identifier, answer)
                 assert received[identifier] <= 1
             if method == "POST":
                 accepted = sum(answer.is_success for _, answer in sent)
@@ -512,7 +515,7 @@ async def test_a_write_is_never_sent_twice(proxies: list[Proxy], cells: tuple[Ce
 
     cells[1].kill(0)
     async with await asyncio.start_server(break_off, "127.0.0.1", cells[1].ports[0]):
-        for method in ("POST", "PUT", "GET"):
+        for method in ("POST", "PUT", "PATCH", "GET"):
             await asyncio.gather(*(tried(proxy, method) for proxy in proxies))
     cells[1].start(0)
 
