@@ -30,7 +30,7 @@ from tests.postgres import free_port, running_process
 from tests.proxies import PROXIES, Proxy, running_proxy
 from tests.service import running_service
 
-ROUNDS = 7
+ROUNDS = 5
 SECONDS = 2
 MANY = 1_000_000
 
