@@ -51,7 +51,7 @@ SETTINGS = {
     "METRICS_TOKEN": METRICS_TOKEN,
     "LOG_FORMAT": "json",
 } | UNMEASURED
-UNFELT_S = 1.0  # 0.1 on an idle machine
+UNFELT_S = 3.0  # 0.1 on an idle machine; waiting for a killed database takes 5.5 s
 QUICK_S = 2.0  # HAProxy waits 0.5 s before it tries the last process again
 OUTAGE_S = 7.0  # a process waits 5.5 s for its database before it refuses at once
 RECOVERY_S = 15.0
