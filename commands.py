@@ -35,7 +35,9 @@ def execute(create_app: AppFactory, arguments: list[str]) -> None:
     token = commands.add_parser("token", help="print a token for a user and exit")
     token.add_argument("user")
     commands.add_parser("openapi", help="print the OpenAPI document and exit")
-    commands.add_parser("worker").add_argument("told", nargs="+")  # started by the parent of several workers
+    commands.add_parser("worker").add_argument(
+        "arguments", nargs="+"
+    )  # started by the parent of several workers
     parsed = parser.parse_args(arguments)
     if parsed.command == "openapi":
         print(_document(create_app), end="")
@@ -45,9 +47,9 @@ def execute(create_app: AppFactory, arguments: list[str]) -> None:
         _print_token(parsed.user, settings)
     elif parsed.command == "worker":
         try:
-            worker = Worker.parse(*parsed.told)
+            worker = Worker.parse(*parsed.arguments)
         except (TypeError, ValueError):
-            parser.error("worker is for the parent of several workers: set WORKERS")
+            parser.error("worker is started by main.py itself: set WORKERS instead")
         _serve(create_app, settings.divided(worker.count), worker)
     elif settings.workers == "auto":  # with one core too, so that SIGHUP always means the same
         raise SystemExit(_run_workers(settings, workers.cores()))
@@ -97,14 +99,16 @@ def _run_workers(settings: Settings, count: int) -> int:
             folder = stack.enter_context(worker_metrics.shared_folder())
             table = stack.enter_context(counters.create_table())
         except OSError as error:
-            refuse([f"WORKERS: they need a temporary folder: {error.strerror}"])
+            refuse([f"WORKERS: cannot make temporary files: {error.strerror}"])
         if settings.metrics and settings.metrics_port:
             try:
                 stack.callback(
                     metrics.serve(settings.host, settings.metrics_port, worker_metrics.registry(folder))
                 )
             except OSError as error:
-                refuse([f"METRICS_PORT: {error.strerror}"])
+                structlog.get_logger("main").error(
+                    "metrics are not served", port=settings.metrics_port, reason=error.strerror
+                )
         return workers.run(
             [sys.executable, sys.argv[0], "worker"],
             count,

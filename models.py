@@ -125,7 +125,7 @@ PRIORITY = Ranked(*get_args(Priority))
 
 
 class _DayNumber(TypeDecorator[date]):
-    """Days from the first that Python has."""
+    """Days since 0001-01-01, Python's first."""
 
     impl = Integer
     cache_ok = True

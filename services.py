@@ -57,7 +57,7 @@ class Services:
 
     @classmethod
     def build(cls, settings: Settings, worker: Worker | None = None) -> "Services":
-        """Build those of *worker* or of the only process; nothing is connected yet.
+        """Build the services of *worker*, or of the only process; nothing is connected yet.
 
         Raises:
             ValueError: `DATABASE_URL` is not one that can be used.
@@ -118,7 +118,7 @@ class Services:
         if self.metrics_address:
             try:
                 stack.callback(metrics.serve(*self.metrics_address))
-            except OSError as error:  # another worker has the port; serve requests anyway
+            except OSError as error:  # another process has the port; serve requests anyway
                 _log.error("metrics are not served", port=self.metrics_address[1], reason=error.strerror)
 
 

@@ -24,8 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 import httpx
 
 from auth import tokens
-from bench.run import cpu_s
-from tests.conftest import SECRET
+from bench.run import SECRET, cpu_s
 from tests.postgres import free_port, running_process
 from tests.proxies import PROXIES, Proxy, running_proxy
 from tests.service import running_service

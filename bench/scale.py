@@ -118,7 +118,7 @@ def populations(server: Server, folder: Path, rounds: int) -> list[dict[str, Any
     for users in (10_000, 1_000_000):
         url, loaded_s = asyncio.run(populated(server, users))
         spread = users // SAMPLE
-        token_file = tokens_of(SAMPLE, folder / "tokens", spread)
+        token_file = tokens_of(SAMPLE, folder / "spread tokens", spread)
         results: dict[str, list[dict[str, float]]] = {}
         with running([NAME], url, folder) as (process,):
             for _ in range(rounds):
@@ -215,10 +215,9 @@ def main_() -> None:
     parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     options = parser.parse_args()
     path = HERE / "scale.json"
-    results: dict[str, Any] = json.loads(path.read_text()) | {
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": "uv run --group bench bench/scale.py",
-    }
+    results: dict[str, Any] = json.loads(path.read_text())
+    today = datetime.now(UTC).date().isoformat()
+    results["dates"] |= dict.fromkeys(options.parts, today)
     with running_server() as server, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "lists" in options.parts:
@@ -234,7 +233,6 @@ def main_() -> None:
         if "populations" in options.parts:
             SERVERS[NAME] = (command, settings)
             results["populations"] = populations(server, folder, options.rounds)
-        token_file = tokens_of(USERS, folder / "tokens")
         if "memory" in options.parts:
             python = installed(sys.executable, folder / "environment") / "python"
             SERVERS[NAME] = ([str(python), "main.py"], settings)

@@ -77,7 +77,9 @@ class _AllWorkers(Collector):
         families: dict[str, Metric] = {}
         paths = sorted(self._folder.glob(f"*{SUFFIX}"))
         with ThreadPoolExecutor(max(1, len(paths))) as pool:  # one may be frozen
-            texts = pool.map(_read, paths)
+            texts = list(pool.map(_read, paths))
+        if not any(texts):  # the scrape has to fail, or nothing would tell
+            raise RuntimeError("no worker answers")
         for path, text in zip(paths, texts, strict=True):
             for found in text_string_to_metric_families(text):
                 family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))

@@ -21,7 +21,7 @@ RETRY_MAX_S = 30.0  # between two attempts to start a worker
 STOP_MARGIN_S = 3.0  # beyond the grace that workers observe themselves; then they are killed
 READY = b"\n"
 BACKLOG = 2048  # as uvicorn's
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as a container sees its own
 
 _log = structlog.get_logger("workers")
 
@@ -32,7 +32,7 @@ class Worker:
 
     number: int  # from 1
     count: int
-    folder: Path  # of sockets by which workers find each other
+    folder: Path  # of the Unix sockets at which workers serve their metrics
     counters: int  # descriptor of the table in which workers count together
     control: int  # descriptor of a socket to the parent
     listening: tuple[int, ...]  # descriptors
@@ -137,13 +137,13 @@ class _Process:
 
 
 @dataclass
-class _Place:
-    """The place of a worker: its sockets, which its successor takes over, and the worker at present."""
+class _Slot:
+    """A worker's number and sockets, which its successor takes over, and the worker at present."""
 
     number: int
     sockets: Sequence[socket.socket]
     host: str
-    port: int | None  # None: all places share the sockets
+    port: int | None  # None: all slots share the sockets
     current: _Process | None = None
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -161,13 +161,13 @@ class _Workers:
     def __init__(self, program: Sequence[str], folder: Path, counters: int, end_timeout_s: float) -> None:
         self._program, self._folder, self._counters = program, folder, counters
         self._end_timeout_s = end_timeout_s
-        self._places: list[_Place] = []
+        self._slots: list[_Slot] = []
         self._processes: set[_Process] = set()
         self._asked_to_replace = asyncio.Event()
 
     async def run(self, count: int, host: str, port: int, on_started: Callable[[str], None] | None) -> int:
         try:
-            self._places = await _places(count, host, port)
+            self._slots = await _slots(count, host, port)
         except OSError as error:
             _log.error("cannot listen", host=host, port=port, reason=error.strerror)
             return STARTUP_FAILURE
@@ -185,45 +185,45 @@ class _Workers:
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, lambda: None)
-            for place in self._places:
-                place.close()  # so that nobody connects to a port that no worker serves any more
+            for slot in self._slots:
+                slot.close()  # so that no client connects to a port without a worker
             await asyncio.gather(*(each.end(self._end_timeout_s) for each in self._processes))
 
     async def _run(self, on_started: Callable[[str], None] | None) -> int:
         """Start one worker, which may migrate or find a mistake in the settings, and then the others."""
-        first = self._places[0]
+        first = self._slots[0]
         process = await self._spawn(first)
         if not await process.is_ready():
             return await process.end(self._end_timeout_s) or STARTUP_FAILURE
         first.current = process
         address = address_of(first.sockets[0])
-        _log.info("serving", address=address, workers=len(self._places))
+        _log.info("serving", address=address, workers=len(self._slots))
         if on_started:
             on_started(address)
         async with asyncio.TaskGroup() as group:
-            for place in self._places:
-                group.create_task(self._keep(place))
+            for slot in self._slots:
+                group.create_task(self._keep(slot))
             group.create_task(self._replace_when_asked())
         raise AssertionError("the tasks do not end")
 
-    async def _keep(self, place: _Place) -> None:
-        """Start a worker at *place* whenever there is none."""
+    async def _keep(self, slot: _Slot) -> None:
+        """Start a worker at *slot* whenever there is none."""
         delay_s = 0.0
         while True:
-            if place.current is None:
+            if slot.current is None:
                 await asyncio.sleep(delay_s)
                 delay_s = min(max(1.0, 2 * delay_s), RETRY_MAX_S)
-                async with place.changing:
-                    if place.current is None:
-                        place.current = await self._start(place)
-                    if place.current is None and place.port is not None:
-                        place.close()  # the other workers get its connections
+                async with slot.changing:
+                    if slot.current is None:
+                        slot.current = await self._start(slot)
+                    if slot.current is None and slot.port is not None:
+                        slot.close()  # the other workers get its connections
                 continue
-            process, since = place.current, asyncio.get_running_loop().time()
+            process, since = slot.current, asyncio.get_running_loop().time()
             code = await process.wait()
-            if place.current is process:  # else it was replaced
-                _log.error("worker died", worker=place.number, pid=process.id, code=code)
-                place.current = None
+            if slot.current is process:  # else it was replaced
+                _log.error("worker died", worker=slot.number, pid=process.id, code=code)
+                slot.current = None
             if asyncio.get_running_loop().time() - since > HEALTHY_S:
                 delay_s = 0.0
 
@@ -231,38 +231,38 @@ class _Workers:
         while True:
             await self._asked_to_replace.wait()
             self._asked_to_replace.clear()
-            for place in self._places:
-                async with place.changing:
-                    successor = await self._start(place)
+            for slot in self._slots:
+                async with slot.changing:
+                    successor = await self._start(slot)
                     if successor is None:
-                        _log.error("workers are not replaced", worker=place.number)
+                        _log.error("workers are not replaced", worker=slot.number)
                         break
-                    former, place.current = place.current, successor
+                    former, slot.current = slot.current, successor
                 if former:
                     await former.end(self._end_timeout_s)
             else:
                 _log.info("workers are replaced")
 
-    async def _start(self, place: _Place) -> _Process | None:
-        """Start a worker at *place* and return it once it serves, or None if it does not."""
+    async def _start(self, slot: _Slot) -> _Process | None:
+        """Start a worker at *slot* and return it once it serves, or None if it does not."""
         try:
-            await place.open()
-            process = await self._spawn(place)
+            await slot.open()
+            process = await self._spawn(slot)
         except OSError as error:
-            _log.error("worker cannot be started", worker=place.number, reason=error.strerror)
+            _log.error("worker cannot be started", worker=slot.number, reason=error.strerror)
             return None
         if await process.is_ready():
             return process
         code = await process.end(self._end_timeout_s)
-        _log.error("worker did not start", worker=place.number, pid=process.id, code=code)
+        _log.error("worker did not start", worker=slot.number, pid=process.id, code=code)
         return None
 
-    async def _spawn(self, place: _Place) -> _Process:
+    async def _spawn(self, slot: _Slot) -> _Process:
         ours, control = socket.socketpair()
         ours.setblocking(False)
-        listening = tuple(each.fileno() for each in place.sockets)
+        listening = tuple(each.fileno() for each in slot.sockets)
         worker = Worker(
-            place.number, len(self._places), self._folder, self._counters, control.fileno(), listening
+            slot.number, len(self._slots), self._folder, self._counters, control.fileno(), listening
         )
         with control:
             process = _Process(
@@ -276,27 +276,27 @@ class _Workers:
         return process
 
 
-async def _places(count: int, host: str, port: int) -> list[_Place]:
-    """Return the places of *count* workers.
+async def _slots(count: int, host: str, port: int) -> list[_Slot]:
+    """Return the slots of *count* workers.
 
-    Where the kernel spreads connections over the sockets of one port, each place has its own. With a shared
+    Where the kernel spreads connections over the sockets of one port, each slot has its own. With a shared
     one, of 32 connections that a proxy opens at once most go to the same worker.
     """
     if shared := inherited_sockets():
-        return [_Place(number, shared, host, None) for number in range(1, count + 1)]
+        return [_Slot(number, shared, host, None) for number in range(1, count + 1)]
     # Without `reuse_port`, so that a second service is refused here.
     found = await _bind(host, port, reuse_port=False)
     port = found[0].getsockname()[1]
     if sys.platform != "linux":
-        return [_Place(number, found, host, None) for number in range(1, count + 1)]
+        return [_Slot(number, found, host, None) for number in range(1, count + 1)]
     for each in found:
         each.close()
-    places = [_Place(number, [], host, port) for number in range(1, count + 1)]
-    for place in places:
-        await place.open()
-    for each in places[0].sockets:
+    slots = [_Slot(number, [], host, port) for number in range(1, count + 1)]
+    for slot in slots:
+        await slot.open()
+    for each in slots[0].sockets:
         each.listen(BACKLOG)  # from now on a second service is refused, though no worker serves yet
-    return places
+    return slots
 
 
 def _is_in_a_terminal() -> bool:

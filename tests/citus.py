@@ -9,7 +9,7 @@ import asyncpg
 
 import db
 from server.startup import migrate
-from tests.guides import execute, sql, url_as
+from tests.guides import block, execute, url_as
 
 SHARDS = 4
 ROLES = ("tasks_migration", "tasks_service")
@@ -42,14 +42,15 @@ class Cluster:
 
     async def run(self, title: str, role: str | None = None) -> None:
         """Run a block of the guides on the coordinator, with the addresses of this cluster's nodes."""
-        block = sql(title)
+        statements = block(title)
         for number, server in enumerate(self.servers, 1):
             address = urlsplit(server)
-            block = block.replace(f"'10.0.0.{number}', 5432", f"'{address.hostname}', {address.port or 5432}")
-        assert "10.0.0." not in block, f"the guide has more nodes than TEST_CITUS_URL: {block}"
+            here = f"'{address.hostname}', {address.port or 5432}"
+            statements = statements.replace(f"'10.0.0.{number}', 5432", here)
+        assert "10.0.0." not in statements, f"the guide has more nodes than TEST_CITUS_URL: {statements}"
         connection = await asyncpg.connect(self.url_as(role) if role else self.url)
         try:
-            for statement in block.split(";\n")[:-1]:  # each its own transaction, as psql runs them
+            for statement in statements.split(";\n")[:-1]:  # each its own transaction, as psql runs them
                 await connection.execute(statement)
         finally:
             await connection.close()
@@ -70,7 +71,7 @@ class Cluster:
         await self._drop()
         for server, node in zip(self.servers, self.nodes, strict=True):
             await execute(server, "CREATE DATABASE tasks")
-            await execute(node, sql("on every node"))
+            await execute(node, block("on every node"))
         await self.run("nodes")
         # Few shards, because moving each takes some seconds.
         await execute(self.url, f"ALTER DATABASE tasks SET citus.shard_count = {SHARDS}")

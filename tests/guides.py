@@ -1,4 +1,4 @@
-"""The blocks of SQL in the guides, and how they are run."""
+"""The titled blocks of the guides, and how SQL of them is run."""
 
 import re
 from urllib.parse import urlsplit
@@ -7,13 +7,16 @@ import asyncpg
 
 from tests.service import PROJECT
 
-DEPLOY, CITUS = ((PROJECT / "docs" / f"{name}.md").read_text() for name in ("deploy", "citus"))
-_BLOCK = re.compile(r"^```sql (.+)\n((?:.*\n)*?)```$", re.MULTILINE)
-_SQL: dict[str, str] = dict(_BLOCK.findall(DEPLOY) + _BLOCK.findall(CITUS))
+DEPLOY, CITUS, CELLS = (
+    (PROJECT / "docs" / f"{name}.md").read_text() for name in ("deploy", "citus", "cells")
+)
+_TITLED = re.compile(r"^```\w+ ([^\n]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCKS: dict[str, str] = dict(_TITLED.findall("\n".join((DEPLOY, CITUS, CELLS))))
 
 
-def sql(title: str) -> str:
-    return _SQL[title]
+def block(title: str) -> str:
+    """Return the block of a guide whose fence ends with *title*."""
+    return _BLOCKS[title]
 
 
 def url_as(role: str, url: str) -> str:

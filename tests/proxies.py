@@ -14,13 +14,12 @@ from urllib.parse import quote
 
 import pytest
 
+from tests.guides import block
 from tests.postgres import free_port, is_root
-from tests.service import PROJECT
 
-PAGE = (PROJECT / "docs" / "cells.md").read_text()
 START_TIMEOUT_S = 60
 
-# What Debian's own nginx.conf says around the page's part, but in a folder of the test.
+# Stands for Debian's nginx.conf around the page's part, in a folder of the test.
 NGINX = """
 {user}
 daemon off;
@@ -38,12 +37,6 @@ http {{
     include {folder}/tasks.conf;
 }}
 """
-
-
-def block(title: str) -> str:
-    """Return the block of the page whose fence ends with *title*."""
-    (text,) = re.findall(rf"^```\w+ {re.escape(title)}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    return str(text)
 
 
 class Proxy:
@@ -148,7 +141,11 @@ class HAProxy(Proxy):
     def _write_configuration(self) -> None:
         text = self.configuration().replace("/etc/haproxy/users.map", str(self.users))
         text = text.replace("bind :80 ", f"bind 127.0.0.1:{self._port} ")
-        (self._folder / "haproxy.cfg").write_text(text.replace("abns@tasks", f"abns@tasks{self._port}"))
+        text = text.replace("abns@tasks", f"abns@tasks{self._port}")
+        text = re.sub(
+            r"^    (user|group) haproxy\n", "", text, flags=re.MULTILINE
+        )  # who has the programs only
+        (self._folder / "haproxy.cfg").write_text(text)
 
 
 class Nginx(Proxy):

@@ -27,9 +27,9 @@ from auth import tokens
 from server.heads import HEAD_MAX_BYTES
 from tests import postgres, test_tasks
 from tests.conftest import SECRET, Person, person
-from tests.guides import execute
+from tests.guides import block, execute
 from tests.postgres import free_port, running_process
-from tests.proxies import PROXIES, Proxy, block, running_proxy
+from tests.proxies import PROXIES, Proxy, running_proxy
 from tests.service import UNMEASURED, Service, run, running_service
 from tests.test_contract import CONFIG, SCHEMATHESIS
 from tests.test_deploy import every_operation

@@ -20,7 +20,7 @@ from queries.purge import Purge
 from server.heads import HEAD_MAX_BYTES
 from server.startup import migrate
 from tests.conftest import SECRET, Person, person, running, settings_for
-from tests.guides import DEPLOY, execute, sql, url_as
+from tests.guides import DEPLOY, block, execute, url_as
 from tests.postgres import Server, free_port, own_server
 from tests.service import PROJECT, running_service
 from tests.test_migrations import BETTER_AUTH_TABLES, OUR_TABLES
@@ -36,10 +36,10 @@ async def url() -> AsyncIterator[str]:
         url = server.url_of("tasks")
         for table in BETTER_AUTH_TABLES:
             await execute(url, f'CREATE TABLE "{table}" (id TEXT PRIMARY KEY)')
-        await execute(url, sql("before migrating"))
+        await execute(url, block("before migrating"))
         migration = url_as("tasks_migration", url)
         await asyncio.to_thread(migrate, db.connect(migration, pool_size=1))
-        await execute(migration, sql("after migrating"))
+        await execute(migration, block("after migrating"))
         yield url
 
 
@@ -153,13 +153,13 @@ async def test_a_missing_grant_is_503(url: str) -> None:
         create_app(settings_for(url_as("tasks_service", url), migrate_on_start=False))
     ) as client:
         answer = await person("alice", client).get()
-    await execute(migration, sql("after migrating"))
+    await execute(migration, block("after migrating"))
 
     assert answer.status_code == 503
 
 
 async def test_every_operation_works_with_the_primary_key_for_citus(postgres: Server) -> None:
-    (key,) = re.findall(r"^ALTER TABLE task .+;$", sql("distributing"), re.MULTILINE)
+    (key,) = re.findall(r"^ALTER TABLE task .+;$", block("distributing"), re.MULTILINE)
     async with postgres.migrated_database() as url:
         await execute(url, key)
 
@@ -226,8 +226,8 @@ def test_the_systemd_unit_wants_and_awaits_network_online() -> None:
 
 
 def test_every_table_with_rows_of_users_is_distributed() -> None:
-    distributed = re.findall(r"create_distributed_table\('(\w+)', 'user_id'", sql("distributing"))
-    emptied = re.findall(r"truncate_local_data_after_distributing_table\('(\w+)'", sql("distributing"))
+    distributed = re.findall(r"create_distributed_table\('(\w+)', 'user_id'", block("distributing"))
+    emptied = re.findall(r"truncate_local_data_after_distributing_table\('(\w+)'", block("distributing"))
 
     of_users = {name for name, table in SQLModel.metadata.tables.items() if "user_id" in table.c}
     assert set(distributed) == set(emptied) == of_users == set(OUR_TABLES) - {"local_account"}

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import bindparam, select, update
+from structlog.testing import capture_logs
 
 from database.statements import named
 from errors import Unavailable
@@ -295,7 +296,7 @@ async def test_a_purge_ends_when_another_process_purges(postgres: Server, days_a
 
 
 async def test_a_failed_purge_is_retried_and_ends_with_the_service(
-    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcomes = iter([Unavailable(), RuntimeError("a bug of ours")])
     purged = asyncio.Event()
@@ -309,10 +310,11 @@ async def test_a_failed_purge_is_retried_and_ends_with_the_service(
     monkeypatch.setattr(purge, "FIRST_S", 0.001)
     monkeypatch.setattr(purge, "PURGE_S", 0.001)
     before = asyncio.all_tasks()
-    async with running(create_app(settings_for(url))):
-        await asyncio.wait_for(purged.wait(), 5)
+    with capture_logs() as lines:
+        async with running(create_app(settings_for(url))):
+            await asyncio.wait_for(purged.wait(), 5)
 
-    assert capsys.readouterr().out.count("trash is not purged") == 1  # for RuntimeError
+    assert [line["event"] for line in lines].count("trash is not purged") == 1  # for RuntimeError
     assert not {task for task in asyncio.all_tasks() - before if "Purge" in repr(task.get_coro())}
 
 

@@ -222,7 +222,7 @@ async def test_a_locked_sqlite_file_is_served_once_the_lock_is_released(tmp_path
 async def test_a_signal_before_the_server_listens_for_signals_is_not_lost(tmp_path: Path) -> None:
     code = (
         "import main, os, signal\nfrom server import run\n"
-        "run._inherited_sockets = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"  # runs before serving
+        "run.inherited_sockets = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"  # runs before serving
         "main.main([])"
     )
     with running_service(tmp_path, "-c", code, PORT=str(free_port())) as service:

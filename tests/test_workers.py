@@ -15,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from config import Settings
+from observability import metrics, worker_metrics
 from server import workers
 from tests.conftest import SECRET
 from tests.postgres import free_port
@@ -152,13 +153,13 @@ async def test_attempts_to_start_a_worker_become_rarer(
 
     monkeypatch.setattr(asyncio, "sleep", wait)
     workers_ = workers._Workers([sys.executable, "-c", "exit(1)"], tmp_path, 0, end_timeout_s=1)
-    place = workers._Place(1, [], "127.0.0.1", 0)
+    slot = workers._Slot(1, [], "127.0.0.1", 0)
 
     with pytest.raises(TimeoutError):
-        await workers_._keep(place)
+        await workers_._keep(slot)
 
     assert waits == [0, 1, 2, 4, 8, 16, 30, 30]
-    assert place.sockets == []
+    assert slot.sockets == []
 
 
 def test_a_mistake_in_the_settings_is_said_once_and_ends_the_start(tmp_path: Path) -> None:
@@ -224,6 +225,11 @@ def _samples(text: str, name: str, **labels: str) -> dict[str, float]:
         for sample in family.samples
         if sample.name == name and labels.items() <= sample.labels.items()
     }
+
+
+def test_a_scrape_fails_if_no_worker_answers(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        metrics.render(worker_metrics.registry(tmp_path))
 
 
 def test_workers_share_what_one_client_may_open() -> None:

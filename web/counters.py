@@ -16,12 +16,12 @@ from limits.aio.storage import RedisStorage, Storage
 
 import tls
 
-KEYS_MAX = 100_000  # nearly all of so many have an entry of their own
+KEYS_MAX = 100_000  # over 99.9 % of so many have an entry of their own
 TIMEOUT_S = 0.25  # for a call of Redis, which usually takes less than a millisecond
 RETRY_S = 2.0  # after a failed call, until Redis is tried again
 CONNECTIONS_MAX = 32
 
-_CHOICES = 16  # entries that a key may have, one after the other
+_PROBES = 16  # consecutive entries at which a key may be (linear probing)
 _SECRET_BYTES = 16  # at the end of the table
 _ENTRIES = 2 * KEYS_MAX  # each a digest of the key, when the count expires, and the count
 _TABLE_BYTES = 20 * _ENTRIES + _SECRET_BYTES
@@ -48,7 +48,7 @@ class LocalStorage(Storage):
         self._digests = table[: 8 * _ENTRIES].cast("Q")
         self._expiries = table[8 * _ENTRIES : 16 * _ENTRIES].cast("d")
         self._counts = table[16 * _ENTRIES : 20 * _ENTRIES].cast("I")
-        # With a secret, so that nobody can choose keys which share an entry.
+        # Keyed by a secret, so that clients cannot choose keys that collide.
         self._hash = blake2b(table[-_SECRET_BYTES:], digest_size=8)
 
     @property
@@ -97,16 +97,16 @@ class LocalStorage(Storage):
 
     def _find(self, digest: int) -> int | None:
         digests = self._digests
-        start = digest % (_ENTRIES - _CHOICES)
-        for entry in range(start, start + _CHOICES):
+        start = digest % (_ENTRIES - _PROBES)
+        for entry in range(start, start + _PROBES):
             if digests[entry] == digest:
                 return entry
         return None
 
     def _free(self, digest: int) -> int:
         """Return an unused or expired entry or, of those that a key may have, the one that expires first."""
-        start = digest % (_ENTRIES - _CHOICES)
-        return min(range(start, start + _CHOICES), key=self._expiries.__getitem__)
+        start = digest % (_ENTRIES - _PROBES)
+        return min(range(start, start + _PROBES), key=self._expiries.__getitem__)
 
 
 def create_table() -> IO[bytes]:

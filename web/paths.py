@@ -63,7 +63,8 @@ def normalize(scope: Scope) -> bool:
 
     `/api/alice/tasks/` is answered as `/api/alice/tasks`: a redirect would repeat the Host header that a
     stranger sent. `/api/alice/tasks%0A` is nothing, though `$`, with which the patterns of the routes end,
-    would take it. Nor is what is not UTF-8, or one user would have many paths. The path is changed in place.
+    would take it. Nor is a path that is not UTF-8: invalid
+    bytes decode to U+FFFD, so many paths would name one user. The path is changed in place.
     """
     if b"%2" in scope["raw_path"] and b"%2F" in scope["raw_path"].upper():  # the first test is the faster
         scope["path"] = decode(scope["raw_path"])
