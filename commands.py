@@ -18,7 +18,7 @@ from config import Settings, load_settings, refuse
 from observability import logs, metrics, telemetry, worker_metrics
 from server import run, workers
 from server.connections import Connections
-from server.workers import Worker
+from server.worker import Worker
 from web import counters, openapi
 
 

@@ -15,7 +15,7 @@ from observability import telemetry
 from queries import idempotency
 from routes import accounts, changes, docs, health, metrics, tasks, trash
 from server import startup
-from server.workers import Worker
+from server.worker import Worker
 from services import Services
 from web import openapi, paths, problems
 

@@ -22,7 +22,7 @@ from live.streams import Streams
 from observability import metrics, worker_metrics
 from queries.purge import Purge
 from server.readiness import Readiness
-from server.workers import Worker
+from server.worker import Worker
 from web import counters
 from web.cursors import CursorSealer
 from web.rate_limits import RateLimits

@@ -1,4 +1,4 @@
-"""Workers: processes that serve one address together, started and replaced by a parent."""
+"""The parent of workers, which serve one address together: it starts, replaces and stops them."""
 
 import asyncio
 import contextlib
@@ -14,57 +14,16 @@ from pathlib import Path
 import structlog
 
 from server.run import STARTUP_FAILURE, address_of, inherited_sockets
+from server.worker import Worker
 
 START_TIMEOUT_S = 60.0
 HEALTHY_S = 10.0  # a worker that has run for this long is replaced at once when it dies
 RETRY_MAX_S = 30.0  # between two attempts to start a worker
 STOP_MARGIN_S = 3.0  # beyond the grace that workers observe themselves; then they are killed
-READY = b"\n"
 BACKLOG = 2048  # as uvicorn's
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as a container sees its own
 
 _log = structlog.get_logger("workers")
-
-
-@dataclass(frozen=True)
-class Worker:
-    """What a worker is told by its parent, in its arguments."""
-
-    number: int  # from 1
-    count: int
-    folder: Path  # of the Unix sockets at which workers serve their metrics
-    counters: int  # descriptor of the table in which workers count together
-    control: int  # descriptor of a socket to the parent
-    listening: tuple[int, ...]  # descriptors
-
-    @classmethod
-    def parse(cls, number: str, count: str, folder: str, *descriptors: str) -> "Worker":
-        counters, control, *listening = map(int, descriptors)
-        return cls(int(number), int(count), Path(folder), counters, control, tuple(listening))
-
-    @property
-    def arguments(self) -> list[str]:
-        return list(map(str, (self.number, self.count, self.folder, *self.descriptors)))
-
-    @property
-    def descriptors(self) -> tuple[int, ...]:
-        return self.counters, self.control, *self.listening
-
-    @property
-    def sockets(self) -> list[socket.socket]:
-        return [socket.socket(fileno=descriptor) for descriptor in self.listening]
-
-    def report_ready(self, _address: str) -> None:
-        """Tell the parent that this worker serves, and from now on stop when the parent is gone."""
-        parent = socket.socket(fileno=self.control)
-        parent.send(READY)
-        loop = asyncio.get_running_loop()
-
-        def stop() -> None:
-            loop.remove_reader(parent)
-            signal.raise_signal(signal.SIGTERM)
-
-        loop.add_reader(parent, stop)  # the parent sends nothing, so this is the end
 
 
 def cores() -> int:

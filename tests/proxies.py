@@ -144,7 +144,7 @@ class HAProxy(Proxy):
         text = text.replace("abns@tasks", f"abns@tasks{self._port}")
         text = re.sub(
             r"^    (user|group) haproxy\n", "", text, flags=re.MULTILINE
-        )  # who has the programs only
+        )  # only root may become another user
         (self._folder / "haproxy.cfg").write_text(text)
 
 
