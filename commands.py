@@ -35,9 +35,8 @@ def execute(create_app: AppFactory, arguments: list[str]) -> None:
     token = commands.add_parser("token", help="print a token for a user and exit")
     token.add_argument("user")
     commands.add_parser("openapi", help="print the OpenAPI document and exit")
-    commands.add_parser("worker").add_argument(
-        "arguments", nargs="+"
-    )  # started by the parent of several workers
+    # The parent of several workers starts each by this command.
+    commands.add_parser("worker").add_argument("arguments", nargs="+")
     parsed = parser.parse_args(arguments)
     if parsed.command == "openapi":
         print(_document(create_app), end="")

@@ -142,9 +142,8 @@ class HAProxy(Proxy):
         text = self.configuration().replace("/etc/haproxy/users.map", str(self.users))
         text = text.replace("bind :80 ", f"bind 127.0.0.1:{self._port} ")
         text = text.replace("abns@tasks", f"abns@tasks{self._port}")
-        text = re.sub(
-            r"^    (user|group) haproxy\n", "", text, flags=re.MULTILINE
-        )  # only root may become another user
+        # Only root may become another user.
+        text = re.sub(r"^    (user|group) haproxy\n", "", text, flags=re.MULTILINE)
         (self._folder / "haproxy.cfg").write_text(text)
 
 
