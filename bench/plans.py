@@ -72,10 +72,11 @@ async def pages(url: str, rounds: int) -> None:
     owner = Owner(OWNER, database)
     print(f"\npages of {PAGE_SIZE}, ms (times of page 1)")
     for name, order in (("the default list", Order()), ("sort=due_date", DUE), ("sort=-due_date", DUE_LAST)):
-        rows = await lists.list_tasks(owner, Filter(), order, TASKS)
+        rows = (await lists.list_tasks(owner, Filter(), order, TASKS)).tasks
         last = {page: rows[(page - 1) * PAGE_SIZE - 1] for page in PAGES if page > 1}
         starts = [
-            Position(last[page][order.field], last[page]["id"]) if page in last else None for page in PAGES
+            Position(getattr(last[page], order.field), last[page].id) if page in last else None
+            for page in PAGES
         ]
         taken: dict[int, list[float]] = {page: [] for page in PAGES}
         for _ in range(rounds):
@@ -83,7 +84,7 @@ async def pages(url: str, rounds: int) -> None:
                 start = time.perf_counter()
                 found = await lists.list_tasks(owner, Filter(), order, PAGE_SIZE + 1, after)
                 taken[page].append((time.perf_counter() - start) * 1000)
-                assert len(found) >= PAGE_SIZE
+                assert len(found.tasks) >= PAGE_SIZE
         medians = {page: statistics.median(times) for page, times in taken.items()}
         print(
             f"{name:20}"

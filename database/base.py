@@ -35,8 +35,8 @@ class Executor(ABC):
     share = UNLIMITED  # slots of each user
 
     @abstractmethod
-    async def all(self, statement: Statement, **values: Any) -> list[Row]:
-        """Return every row of *statement*.
+    async def all(self, statement: Statement, **values: Any) -> list[Any]:
+        """Return every row of *statement*: a `Row`, or an object if the statement asks for objects.
 
         Raises:
             Unavailable: the database cannot be used right now.

@@ -15,7 +15,7 @@ from database.base import DEFAULT_TIMEOUTS, Database, Executor, Timeouts, share_
 from database.failures import is_transient_error, translated, unavailable
 from database.fair_share import FairShare
 from database.pool import Connection, Pool
-from database.statements import Row, Statement, compile_statement
+from database.statements import Statement, compile_statement
 from errors import Unavailable
 
 CANCEL_S = 0.5  # our timeout for a statement is this much longer than the server's
@@ -48,7 +48,7 @@ class Postgres(Database):
     async def close(self) -> None:
         await self.pool.close()
 
-    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+    async def all(self, statement: Statement, **values: Any) -> list[Any]:
         compiled = compile_statement(statement, self.dialect)
         arguments, took = compiled.arguments(values), partial(self.took, compiled)
         try:
@@ -59,7 +59,7 @@ class Postgres(Database):
                 raise
             with translated:
                 records = await self.pool.fetch(compiled.sql, arguments, took)
-        return compiled.converted([dict(record.items()) for record in records])
+        return compiled.rows(records)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Executor]:
@@ -111,10 +111,10 @@ class _Transaction(Executor):
         self._database = database
         self._connection = connection
 
-    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+    async def all(self, statement: Statement, **values: Any) -> list[Any]:
         compiled = compile_statement(statement, self._database.dialect)
         with translated:
             records = await self._connection.fetch(
                 compiled.sql, compiled.arguments(values), partial(self._database.took, compiled)
             )
-        return compiled.converted([dict(record.items()) for record in records])
+        return compiled.rows(records)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
 from math import inf
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiosqlite
-import orjson
+import msgspec
 from sqlalchemy import Connection as EngineConnection
 from sqlalchemy import NullPool, event
 from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
@@ -52,7 +52,8 @@ class SQLite(Database):
         self._timeouts = timeouts
         # As compact as SQLite writes JSON itself, so that equal lists are equal texts.
         self.dialect = SQLiteDialect_aiosqlite(
-            json_serializer=lambda value: orjson.dumps(value).decode(), json_deserializer=orjson.loads
+            json_serializer=lambda value: msgspec.json.encode(value).decode(),
+            json_deserializer=msgspec.json.decode,
         )
         path = make_url(url).database
         if not path or path == ":memory:":
@@ -83,7 +84,7 @@ class SQLite(Database):
         await self._readers.close()
         await self._writer.close()
 
-    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+    async def all(self, statement: Statement, **values: Any) -> list[Any]:
         compiled = compile_statement(statement, self.dialect)
         call = Call(compiled.sql, compiled.arguments(values))
         run = self._readers.read if compiled.reads else self._group_commit.write
@@ -93,21 +94,16 @@ class SQLite(Database):
             finally:
                 if call.seconds:  # else it has not run
                     self.took(compiled, call.seconds)
-        return self._rows(compiled, found)
+        return compiled.rows(found)
 
-    async def fetch(self, connection: aiosqlite.Connection, compiled: Compiled, values: Row) -> list[Row]:
+    async def fetch(self, connection: aiosqlite.Connection, compiled: Compiled, values: Row) -> list[Any]:
         with translated:
             began = time.perf_counter()
             try:
                 found = await connection.execute_fetchall(compiled.sql, compiled.arguments(values))
             finally:
                 self.took(compiled, time.perf_counter() - began)
-        return self._rows(compiled, found)
-
-    @staticmethod
-    def _rows(compiled: Compiled, found: Iterable[Any]) -> list[Row]:
-        names = [name for name, _ in compiled.columns]
-        return compiled.converted([dict(zip(names, row, strict=True)) for row in found])
+        return compiled.rows(found)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Executor]:
@@ -153,7 +149,7 @@ class _Transaction(Executor):
         self._database = database
         self._connection = connection
 
-    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+    async def all(self, statement: Statement, **values: Any) -> list[Any]:
         compiled = compile_statement(statement, self._database.dialect)
         return await self._database.fetch(self._connection, compiled, values)
 
@@ -300,4 +296,4 @@ def _has_words(title: str, description: str | None, words: str) -> bool:
 
 @lru_cache(maxsize=64)
 def _lowered(words: str) -> list[str]:
-    return [_lower(word) or "" for word in orjson.loads(words)]
+    return [_lower(word) or "" for word in msgspec.json.decode(words)]

@@ -1,10 +1,11 @@
 """Statements: SQLAlchemy expressions with a name, compiled once for each driver."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 from sqlalchemy import TypeDecorator
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.base import Executable
@@ -15,11 +16,16 @@ Row = dict[str, Any]
 S = TypeVar("S", bound=Executable)
 
 UNNAMED = "unnamed"
+ABSENT = msgspec.UNSET
 
 
-def named(name: str, statement: S) -> S:
-    """Return *statement* with the name under which metrics and the log show it."""
-    return statement.execution_options(name=name)
+def named(name: str, statement: S, *, objects: bool = False) -> S:
+    """Return *statement* with the name under which metrics and the log show it.
+
+    *objects*: each of its rows is an object with the columns as attributes. To make one and encode it as JSON
+    takes a quarter of what a `Row` takes, which counts where there are many. `ABSENT` is not encoded.
+    """
+    return statement.execution_options(name=name, objects=objects)
 
 
 class Deferred(NamedTuple):
@@ -57,6 +63,7 @@ class Compiled:
     parameters: Sequence[tuple[str, Any, Callable[[Any], Any] | None]]
     columns: Sequence[tuple[str, Callable[[Any], Any] | None]]
     name: str = UNNAMED
+    kind: type[Any] | None = None  # of rows that are objects
 
     def arguments(self, values: Row) -> list[Any]:
         return [
@@ -64,12 +71,27 @@ class Compiled:
             for name, default, convert in self.parameters
         ]
 
-    def converted(self, rows: list[Row]) -> list[Row]:
-        """Return *rows*, with the driver's values converted by their columns' types in place."""
+    def rows(self, found: Iterable[Sequence[Any]]) -> list[Any]:
+        """Return what the driver has *found* as rows, with its values converted by their columns' types."""
+        if self.kind is not None:
+            return self._objects(self.kind, found)
+        rows = [dict(zip(self._names, values, strict=False)) for values in found]  # `strict` takes 0.2 µs
         for name, convert in self._conversions:
             for row in rows:
                 row[name] = convert(row[name])
         return rows
+
+    def _objects(self, kind: type[Any], found: Iterable[Sequence[Any]]) -> list[Any]:
+        objects = [kind(*values) for values in found]
+        for name, convert in self._conversions:
+            for each in objects:
+                if (value := getattr(each, name)) is not None:
+                    setattr(each, name, convert(value))
+        return objects
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [name for name, _ in self.columns]
 
     @cached_property
     def _conversions(self) -> list[tuple[str, Callable[[Any], Any]]]:
@@ -95,8 +117,15 @@ def compile_statement(statement: Statement, dialect: Dialect) -> Compiled:
         (str(column.name), _result_processor(column.type, dialect))
         for column in statement.exported_columns  # type: ignore[attr-defined] # not in its stubs
     ]
-    name = statement.get_execution_options().get("name", UNNAMED)
-    return Compiled(compiled.string, statement.is_select and not writes, parameters, columns, name)
+    options = statement.get_execution_options()
+    kind = _kind(tuple(name for name, _ in columns)) if options.get("objects") else None
+    reads = statement.is_select and not writes
+    return Compiled(compiled.string, reads, parameters, columns, options.get("name", UNNAMED), kind)
+
+
+@lru_cache
+def _kind(names: tuple[str, ...]) -> type[Any]:
+    return msgspec.defstruct("Record", names, gc=False)  # they hold nothing that could hold them
 
 
 def _result_processor(kind: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:

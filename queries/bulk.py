@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
-import orjson
+import msgspec
 from sqlalchemy import (
     BigInteger,
     bindparam,
@@ -198,7 +198,7 @@ def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json(rows: Iterable[Row]) -> str:
-    return orjson.dumps([{**row, **_stored(row)} for row in rows]).decode()
+    return msgspec.json.encode([{**row, **_stored(row)} for row in rows]).decode()
 
 
 _RECORDS, _MEMBERS = records("records", {name: TASKS.c[name].type for name in ("id", *STORED)})

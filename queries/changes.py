@@ -11,7 +11,7 @@ from sqlalchemy.sql.base import Executable
 
 from database.arrays import AnyOf, list_of
 from database.base import Database
-from database.statements import Row, named
+from database.statements import ABSENT, named
 from models import BIG_ID
 from queries.owner import COLUMNS, OWNED, TASKS, Owner
 from queries.revisions import FORGOTTEN_OF_OWNER, OWNERS, REVISION_OF_OWNER
@@ -47,27 +47,25 @@ async def list_changes(owner: Owner, since: SyncPosition, limit: int) -> Changes
         limit=limit + 1,  # one more shows whether there are more
     )
     head = rows[0]
-    newest, forgotten = head["owner_revision"], head["forgotten_revision"]
+    newest, forgotten = head.owner_revision, head.forgotten_revision
     first = min(since.first, newest)
     if since != START and _is_forgotten(since, newest, forgotten):
         raise ChangesForgotten
-    tasks = rows if head["id"] is not None else []
-    for row in tasks:
-        del row["owner_revision"], row["forgotten_revision"]
+    tasks = rows if head.id is not None else []
     has_more = len(tasks) > limit
     del tasks[limit:]
-    positions = [SyncPosition(row.pop("revision"), row["id"], first) for row in tasks]
+    positions = [SyncPosition(row.revision, row.id, first) for row in tasks]
     after = positions[-1] if has_more else SyncPosition(newest, ID_MAX, 0)
     if positions:
         positions[-1] = after  # if nothing follows, the token outlives the tombstone at which it stands
     return Changes(list(map(_change, tasks)), positions, after, has_more)
 
 
-def _change(row: Row) -> dict[str, Any]:
-    deleted_at = row.pop("deleted_at")
-    if deleted_at is None:
-        return {"type": "changed", "task": row}
-    return {"type": "deleted", "id": row["id"], "deleted_at": deleted_at}
+def _change(row: Any) -> dict[str, Any]:
+    if row.deleted_at is not None:
+        return {"type": "deleted", "id": row.id, "deleted_at": row.deleted_at}
+    row.deleted_at = row.revision = row.owner_revision = row.forgotten_revision = ABSENT
+    return {"type": "changed", "task": row}
 
 
 def _is_forgotten(since: SyncPosition, newest: int, forgotten: int) -> bool:
@@ -114,6 +112,7 @@ def _changes_statement() -> Executable:
         select(*page.c, *head.c)
         .select_from(head.outerjoin(page, true()))
         .order_by(page.c.revision, page.c.id),
+        objects=True,
     )
 
 

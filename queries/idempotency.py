@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import orjson
+import msgspec
 import structlog
 from sqlalchemy import Integer, Table, bindparam, delete, func, insert, select, true
 from sqlalchemy.ext.compiler import compiles
@@ -47,7 +47,7 @@ async def once(
         KeyReused: the first request was a different one.
         TooManyKeys: no more can be kept for this user.
     """
-    # By the standard library: a version may be an integer of more than 64 bits, which orjson refuses.
+    # By the standard library: the fingerprints that are kept were made so.
     fingerprint = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     try:
         return await _do_or_repeat(owner, key, fingerprint, work)
@@ -84,11 +84,11 @@ async def _do_or_repeat(
         elif found["answer"] is not None:
             if found["fingerprint"] != fingerprint:
                 raise KeyReused
-            return orjson.loads(found["answer"]), True
+            return msgspec.json.decode(found["answer"]), True
         if found["used"] >= KEYS_MAX:
             raise TooManyKeys
         content = await work(tx)
-        answer = orjson.dumps(content, option=orjson.OPT_UTC_Z)
+        answer = msgspec.json.encode(content)
         weight = 1 + len(answer) // WEIGHT_BYTES
         await tx.one(_KEEP, key=key, fingerprint=fingerprint, answer=answer.decode(), weight=weight, now=now)
     return content, False

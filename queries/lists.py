@@ -16,7 +16,7 @@ from sqlalchemy import (
     union_all,
 )
 
-from database.statements import Deferred, Row, named
+from database.statements import ABSENT, Deferred, named
 from models import BIG_ID
 from queries.filters import FoldCase, Shape, conditions, shape_of, values_of
 from queries.owner import COLUMNS, TASKS, Owner
@@ -31,9 +31,12 @@ _LIMIT = bindparam("limit", type_=Integer)
 
 
 class Page(NamedTuple):
-    """Tasks, the owner's revision in which they are so, and how many all pages hold together, if counted."""
+    """Tasks, the owner's revision in which they are so, and how many all pages hold together, if counted.
 
-    tasks: list[Row]
+    A task is an object with the attributes of `schemas.TaskOut`.
+    """
+
+    tasks: list[Any]
     revision: int
     total: int | None = None
 
@@ -52,13 +55,13 @@ async def list_tasks(
     key, task_id = after or (None, None)
     rows = await owner.all(statement, limit=limit, after_key=key, after_id=task_id, **values_of(filters))
     first = rows[0]
-    revision, total = first["list_revision"], first.get("total")
-    if first["id"] is None:
+    revision, total = first.list_revision, first.total if counts else None
+    if first.id is None:
         return Page([], revision, total)
     for row in rows:
-        del row["list_revision"]
+        row.list_revision = ABSENT
         if counts:
-            del row["total"]
+            row.total = ABSENT
     return Page(rows, revision, total)
 
 
@@ -81,7 +84,7 @@ def page_of_tasks(shape: Shape, order: Order, start: Start, counts: bool) -> Sel
     first = head.subquery("head")
     statement = select(*tasks.c, *first.c).select_from(first.outerjoin(tasks, true()))
     name = "list_and_count_tasks" if counts else "list_tasks"
-    return named(name, statement.order_by(*_ordering(order, tasks.c)))
+    return named(name, statement.order_by(*_ordering(order, tasks.c)), objects=True)
 
 
 def _page(shape: Shape, order: Order, start: Start) -> Select[Any]:

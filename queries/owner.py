@@ -40,7 +40,7 @@ class Owner:
         rows = await self.all(statement, **values)
         return rows[0] if rows else None
 
-    async def all(self, statement: Statement, **values: Any) -> list[Row]:
+    async def all(self, statement: Statement, **values: Any) -> list[Any]:
         share, user_id = self.db.share, self.user_id
         if not share.take(user_id):  # without a coroutine where nothing has to wait
             await share.enter(user_id)

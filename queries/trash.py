@@ -21,8 +21,8 @@ from schemas import Order, Position
 LAST_DELETED_FIRST = Order("deleted_at", descending=True)
 
 
-async def list_trash(owner: Owner, limit: int, after: Position | None = None) -> list[Row]:
-    """Return up to *limit* tasks in the trash with their `deleted_at`, the last deleted first."""
+async def list_trash(owner: Owner, limit: int, after: Position | None = None) -> list[Any]:
+    """Return up to *limit* tasks in the trash, the last deleted first: objects with `deleted_at` too."""
     if after is None:
         return await owner.all(_SELECT_FIRST, limit=limit)
     return await owner.all(_SELECT_NEXT, limit=limit, after_key=after.key, after_id=after.task_id)
@@ -133,7 +133,8 @@ def _page(*, continued: bool) -> Select[Any]:
     if continued:
         statement = statement.where(position < after)
     newest_first = TASKS.c.deleted_at.desc(), TASKS.c.id.desc()
-    return named("list_trash", statement.order_by(*newest_first).limit(bindparam("limit", type_=Integer)))
+    statement = statement.order_by(*newest_first).limit(bindparam("limit", type_=Integer))
+    return named("list_trash", statement, objects=True)
 
 
 def _change(*conditions: ColumnElement[bool]) -> Update:

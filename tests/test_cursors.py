@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
-import orjson
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from fastapi import FastAPI
@@ -182,7 +182,7 @@ def test_cursors_stay_valid_while_their_secret_is_rotated() -> None:
 
 
 def test_a_cursor_sealed_with_the_token_secret_is_refused(sealer: CursorSealer) -> None:
-    payload = orjson.dumps(["Buy milk", 7])
+    payload = msgspec.json.encode(["Buy milk", 7])
     for key in (SECRET.encode()[:32], hashlib.sha512(SECRET.encode()).digest()):
         with pytest.raises(CursorInvalid):
             sealer.read(encode(AESSIV(key).encrypt(payload, [b"list:" + BINDING.encode()])), BINDING)
@@ -203,8 +203,8 @@ FORGED = st.one_of(
     st.binary(max_size=100).map(encode),
     near_misses(OWN),
     near_misses(decode(OWN).decode("latin-1")).map(lambda raw: encode(raw.encode("latin-1", "replace"))),
-    JSON.map(lambda content: encode(decode(OWN)[:16] + orjson.dumps(repr(content)))),
-    JSON.map(lambda content: encode(bytes(16) + orjson.dumps([repr(content), 1]))),
+    JSON.map(lambda content: encode(decode(OWN)[:16] + msgspec.json.encode(repr(content)))),
+    JSON.map(lambda content: encode(bytes(16) + msgspec.json.encode([repr(content), 1]))),
     st.builds(CursorSealer([OLDER]).write, st.lists(st.text() | st.integers(0, 9)), st.just(BINDING)),
     st.builds(CursorSealer([SECRET]).write, st.lists(st.text() | st.integers(0, 9)), st.text()),
 )

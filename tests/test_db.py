@@ -437,7 +437,7 @@ async def _add(owner: Owner, title: str = "Buy milk", **fields: object) -> None:
 
 
 async def _titles(owner: Owner) -> list[str]:
-    return [row["title"] for row in (await lists.list_tasks(owner, Filter(), Order(), 10_000)).tasks]
+    return [row.title for row in (await lists.list_tasks(owner, Filter(), Order(), 10_000)).tasks]
 
 
 async def _write_at_once(owner: Owner) -> None:
@@ -556,7 +556,7 @@ async def test_transactions_cancelled_at_any_moment_are_atomic(owner: Owner) -> 
 
 async def test_concurrent_transactions_lose_no_update(owner: Owner) -> None:
     await _add(owner, description="0")
-    ((task_id,),) = [(row["id"],) for row in (await lists.list_tasks(owner, Filter(), Order(), 1)).tasks]
+    ((task_id,),) = [(row.id,) for row in (await lists.list_tasks(owner, Filter(), Order(), 1)).tasks]
 
     async def change(number: int) -> None:
         async with owner.transaction() as within:

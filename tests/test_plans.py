@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 import db
-from database.statements import Row, Statement, compile_statement
+from database.statements import Statement, compile_statement
 from main import create_app
 from queries import bulk, idempotency, lists
 from queries.owner import Owner
@@ -92,16 +92,16 @@ def _rows_read(scan: dict[str, Any]) -> float:
 async def test_pages_by_due_date_go_through_every_task_once(url: str, descending: bool) -> None:
     order = Order("due_date", descending)
     database = db.connect(url, pool_size=1)
-    rows: list[Row] = []
+    rows: list[Any] = []
     after = None
     while page := (await lists.list_tasks(Owner(OWNER, database), Filter(), order, 777, after)).tasks:
         rows += page
-        after = Position(page[-1]["due_date"], page[-1]["id"])
+        after = Position(page[-1].due_date, page[-1].id)
     await database.close()
 
-    by_key = sorted(rows, key=lambda row: (row["due_date"] or date.min, row["id"]), reverse=descending)
-    assert len({row["id"] for row in rows}) == len(rows) == TASKS
-    assert rows == sorted(by_key, key=lambda row: row["due_date"] is None)
+    by_key = sorted(rows, key=lambda row: (row.due_date or date.min, row.id), reverse=descending)
+    assert len({row.id for row in rows}) == len(rows) == TASKS
+    assert rows == sorted(by_key, key=lambda row: row.due_date is None)
 
 
 @pytest.mark.parametrize("word", ["number", "om", RARE])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
+import msgspec
 from starlette.responses import Response
 
 from database.statements import Row
@@ -24,8 +24,7 @@ class JSONAnswer(Response):
             self.raw_headers.append((name.lower().encode(), value.encode("latin-1")))
 
 
-def dump(content: Any) -> bytes:
-    return orjson.dumps(content, option=orjson.OPT_UTC_Z)
+dump = msgspec.json.Encoder().encode
 
 
 def json_answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> JSONAnswer:

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from typing import Any, get_args
 from urllib.parse import quote
 
-import orjson
+import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from starlette.types import Scope
@@ -38,8 +38,8 @@ class TaskList:
     def binding(self) -> str:
         return f"{self.user_id}\n{description(self.filters, self.order)}"
 
-    def position_of(self, task: dict[str, Any]) -> Position:
-        return Position(task[self.order.field], task["id"])
+    def position_of(self, task: Any) -> Position:
+        return Position(getattr(task, self.order.field), task.id)
 
 
 @lru_cache(256)
@@ -67,7 +67,7 @@ class CursorSealer:
 
     def write(self, position: Sequence[Any], binding: str) -> str:
         """Return *position*, the sort key and id of a page's last task, as a cursor for *binding*."""
-        payload = orjson.dumps([_Time.dump(part) for part in position])
+        payload = msgspec.json.encode([_Time.dump(part) for part in position])
         sealed = self._keys[0].encrypt(payload, [_associated(binding)])
         return base64.urlsafe_b64encode(sealed).decode().rstrip("=")
 
@@ -79,7 +79,8 @@ class CursorSealer:
         """
         try:
             sealed = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-            return [_Time.load(part) for part in orjson.loads(self._open(sealed, _associated(binding)))]
+            payload = self._open(sealed, _associated(binding))
+            return [_Time.load(part) for part in msgspec.json.decode(payload)]
         except (binascii.Error, KeyError, TypeError, ValueError) as error:
             raise CursorInvalid from error
 

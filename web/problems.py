@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-import orjson
+import msgspec
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
@@ -52,7 +52,7 @@ def render(scope: Scope, error: HTTPException) -> Response:
     problem |= getattr(error, "extensions", {})
     if isinstance(error, Overloaded):
         state_of(scope)["overloaded"] = True  # the protocol then pauses the connection
-    return Response(orjson.dumps(problem), error.status_code, dict(error.headers or {}), MEDIA_TYPE)
+    return Response(msgspec.json.encode(problem), error.status_code, dict(error.headers or {}), MEDIA_TYPE)
 
 
 KNOWN = (HTTPException, Refusal, RequestValidationError)  # everything else is a crash
