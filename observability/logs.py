@@ -1,10 +1,12 @@
 """The format and destination of log lines, ours and every library's: on standard error."""
 
+import asyncio
 import contextlib
 import io
 import json
 import logging
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import MutableMapping
@@ -15,14 +17,19 @@ from typing import Any, TextIO
 import msgspec
 import structlog
 
+WAIT_S = 0.05  # of a JSON line that is no warning, for others to be written with it
+WRITTEN_MAX_BYTES = 4096  # at once; Linux does not mix such writes of several processes to a pipe (PIPE_BUF)
+_PATIENT = frozenset({"debug", "info"})
+
 
 def configure(level: str, log_format: str, stream: TextIO | None = None) -> None:
     """Send all logging to *stream*, standard error by default. *log_format* is `console` or `json`.
 
-    Our own lines are rendered and written at once. Those of libraries pass through the standard library's
-    logging, which costs several times as much.
+    Our own JSON lines are rendered in one step and written together: except for warnings and errors, they
+    wait for `WAIT_S` at most. Lines of libraries pass through the standard library's logging, which costs
+    several times as much, and which writes what waits when the process exits.
     """
-    output = _Unfailing(stream or sys.stderr)
+    output = _Output(stream or sys.stderr)
     processors = _processors(log_format, colors=output.isatty())
     logger = structlog.make_filtering_bound_logger(level)
     structlog.configure(
@@ -47,22 +54,57 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
         logging.getLogger(name).propagate = name != "uvicorn.access"
 
 
-class _Unfailing(io.StringIO):
+class _Output(io.StringIO):
     """A stream that ignores failed writes, so that a full disk or a closed pipe does not fail a request."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
+        self._lock = threading.Lock()
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+        self._flush_at = 0.0
 
     def write(self, text: str) -> int:
+        """Write *text* now, after the lines that wait."""
+        with self._lock:
+            self._write_waiting()
+            return self._write(text)
+
+    def write_soon(self, line: bytes) -> None:
+        """Write *line* within `WAIT_S` if an event loop is running, otherwise now."""
+        with self._lock:
+            if self._waiting_bytes + len(line) > WRITTEN_MAX_BYTES:
+                self._write_waiting()
+            self._waiting.append(line)
+            self._waiting_bytes += len(line)
+            now = time.monotonic()
+            if now < self._flush_at:
+                return
+            try:
+                asyncio.get_running_loop().call_later(WAIT_S, self.flush)
+            except RuntimeError:
+                self._write_waiting()
+            else:
+                self._flush_at = now + WAIT_S
+
+    def flush(self) -> None:
+        with self._lock:
+            self._write_waiting()
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def _write_waiting(self) -> None:
+        if self._waiting:
+            self._write(b"".join(self._waiting).decode())
+            self._waiting.clear()
+            self._waiting_bytes = 0
+
+    def _write(self, text: str) -> int:
         try:
             return self._stream.write(text)
         except (OSError, ValueError):
             return 0
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
 
     def isatty(self) -> bool:
         return self._stream.isatty()
@@ -102,13 +144,16 @@ class BoundedLog:
         self._log.warning(event, reason=reason, **values)
 
 
-def _in_one_step(logger: type[Any], output: TextIO) -> type[Any]:
+def _in_one_step(logger: type[Any], output: _Output) -> type[Any]:
     """Return *logger*, but rendering and writing JSON at once: structlog's own steps cost 20 µs more."""
 
     class JsonLogger(logger):  # type: ignore[misc] # mypy does not know its base
         def _proxy_to_logger(self, method_name: str, event: str | None = None, /, **values: Any) -> None:
-            line = {**self._context, **values, "event": event}
-            output.write(_render_json(None, method_name, line) + "\n")
+            line = _encoded(method_name, {**self._context, **values, "event": event}) + b"\n"
+            if method_name in _PATIENT:
+                output.write_soon(line)
+            else:
+                output.write(line.decode())
 
     return JsonLogger
 
@@ -132,14 +177,18 @@ _render_exception = structlog.processors.ExceptionRenderer(
 _encode = msgspec.json.Encoder(enc_hook=repr).encode
 
 
-def _render_json(logger: Any, method: str, line: MutableMapping[str, Any]) -> str:
+def _render_json(_logger: Any, method: str, line: MutableMapping[str, Any]) -> str:
+    return _encoded(method, line).decode()
+
+
+def _encoded(method: str, line: MutableMapping[str, Any]) -> bytes:
     """Render a line in one step: a processor for each of its parts costs four times as much."""
     if "exc_info" in line:
-        line = _render_exception(logger, method, line)
+        line = _render_exception(None, method, line)
     line["level"] = method
     line["timestamp"] = datetime.now(UTC)
     try:
-        return _encode(line).decode()
+        return _encode(line)
     except UnicodeEncodeError:  # an unpaired surrogate, which an exception's text may hold
         line["timestamp"] = line["timestamp"].isoformat()
-        return json.dumps(line, default=repr)
+        return json.dumps(line, default=repr).encode()

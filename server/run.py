@@ -1,6 +1,7 @@
 """Runs uvicorn: its sockets, its signals and its shutdown."""
 
 import atexit
+import logging
 import os
 import signal
 import socket
@@ -77,10 +78,14 @@ class _Server(uvicorn.Server):
         await super().serve(sockets)
         # A thread that waits for a lock of SQLite or for DNS cannot be interrupted. Ending it loses nothing,
         # because the database rolls back what has not been committed.
-        leaving = threading.Timer(END_S, os._exit, [0 if self.started else STARTUP_FAILURE])
+        leaving = threading.Timer(END_S, self._leave)
         leaving.daemon = True
         leaving.start()
         atexit.register(leaving.cancel)  # all threads have ended
+
+    def _leave(self) -> None:
+        logging.shutdown()  # writes what waits, as any other exit does
+        os._exit(0 if self.started else STARTUP_FAILURE)
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)

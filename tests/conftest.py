@@ -97,6 +97,8 @@ reset_log()
 
 class Log(io.StringIO):
     def events(self, name: str) -> list[dict[str, Any]]:
+        for handler in logging.getLogger().handlers:
+            handler.flush()
         lines = [json.loads(line) for line in self.getvalue().splitlines()]
         return [line for line in lines if line["event"] == name]
 

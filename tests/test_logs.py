@@ -1,10 +1,17 @@
+import asyncio
 import contextlib
 import io
 import json
 import logging
-from collections.abc import Iterator
+import select
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import structlog
@@ -12,6 +19,7 @@ import structlog
 from observability import logs
 from observability.logs import BoundedLog
 from tests.conftest import Clock, reset_log
+from tests.service import PROJECT
 
 
 @pytest.fixture
@@ -24,6 +32,79 @@ def stream() -> Iterator[io.StringIO]:
     reset_log()
     root.handlers = handlers
     root.setLevel(level)
+
+
+async def test_lines_are_written_together_and_soon(stream: io.StringIO) -> None:
+    log = structlog.get_logger("ours")
+    log.info("first")
+    log.info("second")
+    assert stream.getvalue() == ""
+
+    await asyncio.sleep(2 * logs.WAIT_S)
+
+    assert events(stream) == ["first", "second"]
+
+
+@pytest.mark.parametrize("get_logger", [structlog.get_logger, logging.getLogger])
+async def test_a_warning_is_written_at_once_after_what_waits(
+    stream: io.StringIO, get_logger: Callable[[str], Any]
+) -> None:
+    structlog.get_logger("ours").info("first")
+    get_logger("logger").warning("second")
+
+    assert events(stream) == ["first", "second"]
+
+
+async def test_what_is_written_together_is_not_mixed_with_lines_of_other_processes() -> None:
+    written = Mock(wraps=io.StringIO())
+    output = logs._Output(written)
+    lines = [b"%d %s\n" % (number, b"x" * number) for number in range(0, 1000, 7)]
+
+    for line in lines:
+        output.write_soon(line)
+    output.flush()
+
+    pieces = [call.args[0].encode() for call in written.write.call_args_list]
+    assert b"".join(pieces) == b"".join(lines)
+    assert max(map(len, pieces)) <= select.PIPE_BUF
+    assert len(pieces) < len(lines) / 4
+
+
+@pytest.mark.parametrize("end", ["pass", "sys.exit(1)", "raise RuntimeError"])
+def test_what_waits_is_written_at_the_end_of_the_process(end: str) -> None:
+    code = f"""
+import asyncio, sys
+import structlog
+from observability import logs
+
+async def main():
+    structlog.get_logger("ours").info("event")
+    {end}
+
+logs.configure("info", "json")
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("{")]
+    assert [json.loads(line)["event"] for line in lines] == ["event"]
+
+
+async def test_threads_lose_no_line(stream: io.StringIO) -> None:
+    log = structlog.get_logger("ours")
+
+    def write() -> None:
+        for number in range(200):
+            (log.warning if number % 50 == 0 else log.info)("event", number=number)
+
+    for number in range(200):
+        log.info("event", number=number)
+        if number % 50 == 0:
+            await asyncio.gather(*(asyncio.to_thread(write) for _ in range(4)))
+    logging.getLogger().handlers[0].flush()
+
+    assert Counter(json.loads(line)["number"] for line in stream.getvalue().splitlines()) == dict.fromkeys(
+        range(200), 17
+    )
 
 
 def test_libraries_write_in_the_same_format(stream: io.StringIO) -> None:
@@ -41,6 +122,10 @@ def test_lines_below_the_log_level_are_not_written(stream: io.StringIO) -> None:
     logging.getLogger("theirs").debug("event")
 
     assert stream.getvalue() == ""
+
+
+def events(stream: io.StringIO) -> list[str]:
+    return [json.loads(line)["event"] for line in stream.getvalue().splitlines()]
 
 
 def test_a_storm_of_events_is_bounded_and_counted(

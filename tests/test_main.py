@@ -63,13 +63,12 @@ def test_tasks_and_secret_survive_a_restart(tmp_path: Path) -> None:
 def test_uvicorn_serves_too(tmp_path: Path) -> None:
     port = str(free_port())
     command = ["-m", "uvicorn", "main:app", "--port", port]
-    with running_service(tmp_path, *command) as service:
+    with running_service(tmp_path, *command, LOG_FORMAT="json") as service:
         service.wait_for(f"http://127.0.0.1:{port}")
 
         assert service.stop() in (0, -15)
-    access = [line for line in service.logged.splitlines() if "/health" in line]
-    assert access
-    assert all("request_id=" in line for line in access)
+    access = [json.loads(line) for line in service.logged.splitlines() if "/health" in line]
+    assert [(line["event"], line["status"]) for line in access] == [("request", 200)]
 
 
 def test_a_response_over_a_socket_has_no_server_header(unconfigured: tuple[Service, str, Path]) -> None:
@@ -113,8 +112,9 @@ async def test_postgres_is_served_as_configured(tmp_path: Path, postgres_url: st
 
         assert listed.json() == [created.json()]
         assert service.printed == []
-        assert all(json.loads(line) for line in service.logged.splitlines())
         assert service.stop() == 0
+        lines = [json.loads(line) for line in service.logged.splitlines()]
+        assert [line["status"] for line in lines if line.get("user_id") == "alice"] == [201, 200]
 
 
 @pytest.mark.parametrize("command", [(MAIN,), ("-m", "uvicorn", "main:app")])
