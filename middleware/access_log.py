@@ -1,34 +1,57 @@
 """One line and one measurement for every request."""
 
+import logging
 import re
 import time
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
 import structlog
+from msgspec import UNSET, Struct, UnsetType, structs
 from starlette.types import Scope
 
 from observability import logs, metrics
-from web.request_state import request_id, state_of
+from web.request_state import header_values, request_id, state_of
 
 PATH_LOGGED_MAX = 500
 UNMATCHED = "unmatched"
+_UNQUOTED = "/:@!$&'()*+,;=-._~"
+_IS_PLAIN = re.compile(rf"[A-Za-z0-9{re.escape(_UNQUOTED)}]*").fullmatch
 # Version, trace, parent and flags (W3C Trace Context, section 3.2); a later version may append more.
 _TRACEPARENT = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
 
 
+class Line(Struct):
+    """A line of the access log; its fields are its members in JSON."""
+
+    method: str
+    path: str
+    route: str | None
+    status: int
+    duration_ms: float
+    bytes: int
+    request_id: str
+    user_id: str | UnsetType
+    trace_id: str | UnsetType
+    event: str
+    level: str
+    timestamp: datetime
+
+
 class AccessLog:
     def __init__(self, *, lines: bool = True, measures: bool = True) -> None:
-        self._lines, self._measures = lines, measures
         self._log = structlog.get_logger("access").bind()  # bound once: binding costs more than the line
+        self._lines, self._measures = lines and self._log.is_enabled_for(logging.INFO), measures
+        self._write = getattr(self._log, "write_soon", self._write_members)
 
     def start(self, scope: Scope) -> float:
         """Count the request of *scope* as in flight and return when it began."""
         logs.request_id.set(request_id(scope))
         if self._measures:
-            metrics.requests_in_flight.inc()
+            metrics.in_flight.number += 1
         return time.perf_counter()
 
     def crashed(self, scope: Scope, path: str) -> None:
@@ -41,20 +64,31 @@ class AccessLog:
         """Measure the request and write its line; *path* is as the client sent it."""
         duration_s = time.perf_counter() - started
         if self._measures:
-            metrics.requests_in_flight.dec()
+            metrics.in_flight.number -= 1
             until_stream_s = state_of(scope).get("streams_since", started + duration_s) - started
             metrics.request_answered(route or UNMATCHED, scope["method"], status, until_stream_s)
         if self._lines:
-            self._log.info(
+            state = state_of(scope)
+            line = Line(
+                scope["method"],
+                _plain(path),
+                route,
+                status,
+                round(duration_s * 1000, 2),
+                size_bytes,
+                state["request_id"],
+                state.get("user_id", UNSET),
+                _trace_id(scope) or UNSET,
                 "request",
-                method=scope["method"],
-                path=_plain(path),
-                route=route,
-                status=status,
-                duration_ms=round(duration_s * 1000, 2),
-                bytes=size_bytes,
-                **_identity(scope),
+                "info",
+                datetime.now(UTC),
             )
+            self._write(line)
+
+    def _write_members(self, line: Line) -> None:
+        values = {name: value for name, value in structs.asdict(line).items() if value is not UNSET}
+        del values["level"], values["timestamp"]
+        self._log.info(values.pop("event"), **values)
 
 
 def route_of(scope: Scope) -> str | None:
@@ -75,7 +109,7 @@ def _identity(scope: Scope) -> dict[str, Any]:
 
 
 def _trace_id(scope: Scope) -> str | None:
-    sent = [value for name, value in scope["headers"] if name == b"traceparent"]
+    sent = header_values(scope, b"traceparent")
     if len(sent) != 1 or not (found := _TRACEPARENT.fullmatch(sent[0])):
         return None
     # In version 00 nothing may follow the flags.
@@ -84,4 +118,5 @@ def _trace_id(scope: Scope) -> str | None:
 
 def _plain(path: str) -> str:
     """Return *path* shortened and quoted, so that it cannot control a terminal."""
-    return quote(path[:PATH_LOGGED_MAX], safe="/:@!$&'()*+,;=-._~")
+    path = path[:PATH_LOGGED_MAX]
+    return path if _IS_PLAIN(path) else quote(path, safe=_UNQUOTED)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from starlette.types import Scope
 
 import errors
+from web.request_state import header_values
 
 # RFC 9110, section 7.2: a name or address, an IPv6 one in brackets, and perhaps a port.
 _HOST = re.compile(r"([^\[\]:@/?#\s]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
@@ -30,7 +31,7 @@ class AllowedHosts:
 
     def admit(self, scope: Scope) -> bool:
         """Return whether the Host header names one of them. The caller exempts probes, sent to an address."""
-        sent = [value for name, value in scope["headers"] if name == b"host"]
+        sent = header_values(scope, b"host")
         if len(sent) != 1:
             return False
         if sent[0] in self._ours:

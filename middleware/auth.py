@@ -12,7 +12,7 @@ from observability import metrics
 from observability.logs import BoundedLog
 from queries.owner import Owner
 from services import services_of
-from web.request_state import request_id, state_of
+from web.request_state import header_values, request_id, state_of
 
 _log = BoundedLog("security")
 
@@ -92,7 +92,7 @@ def bearer_token(request: Request) -> str:
     Raises:
         Unauthorized: there is none, more than one, or another scheme.
     """
-    values = [value for name, value in request.scope["headers"] if name == b"authorization"]
+    values = header_values(request.scope, b"authorization")
     if not values:
         raise Unauthorized
     if len(values) > 1:

@@ -21,7 +21,7 @@ from middleware.cors import CORS
 from middleware.security_headers import security_headers
 from web import paths, problems
 from web.rate_limits import RateLimits
-from web.request_state import request_id, state_of
+from web.request_state import headers_of, request_id, state_of
 from web.route_table import RouteTable
 
 CLIENT_GONE = 499  # as nginx has it: the client did not wait for the answer
@@ -54,15 +54,13 @@ class FrontMiddleware:
             await self.app(scope, receive, send)
             return
         browser_headers = None
-        for name, _ in scope["headers"]:
-            if name == b"origin":  # a browser
-                browser_headers = Headers(scope=scope)
-                if scope["method"] == "OPTIONS" and "access-control-request-method" in browser_headers:
-                    answer = self.cors.preflight(scope, browser_headers)
-                    answer.headers["X-Request-ID"] = request_id(scope)
-                    await answer(scope, receive, send)
-                    return
-                break
+        if b"origin" in headers_of(scope):  # a browser
+            browser_headers = Headers(scope=scope)
+            if scope["method"] == "OPTIONS" and "access-control-request-method" in browser_headers:
+                answer = self.cors.preflight(scope, browser_headers)
+                answer.headers["X-Request-ID"] = request_id(scope)
+                await answer(scope, receive, send)
+                return
         await _Exchange(self, scope, receive, send, browser_headers).run()
 
 

@@ -148,6 +148,10 @@ def _in_one_step(logger: type[Any], output: _Output) -> type[Any]:
     """Return *logger*, but rendering and writing JSON at once: structlog's own steps cost 20 µs more."""
 
     class JsonLogger(logger):  # type: ignore[misc] # mypy does not know its base
+        def write_soon(self, line: msgspec.Struct) -> None:
+            """Write *line*, which has all that a line has."""
+            output.write_soon(_encode(line) + b"\n")
+
         def _proxy_to_logger(self, method_name: str, event: str | None = None, /, **values: Any) -> None:
             line = _encoded(method_name, {**self._context, **values, "event": event}) + b"\n"
             if method_name in _PATIENT:

@@ -55,7 +55,16 @@ _requests = Counter(
 )
 _requests_children: dict[tuple[str, str, int], Counter] = {}
 _durations = Timed("http_request_duration_seconds", "Time to answer a request, by route.", "route")
-requests_in_flight = Gauge("http_requests_in_flight", "Requests that are being answered.")
+
+
+class _InFlight:
+    """Requests that are being answered. A gauge that is read at the scrape costs a request nothing."""
+
+    number = 0
+
+
+in_flight = _InFlight()
+Gauge("http_requests_in_flight", "Requests that are being answered.").set_function(lambda: in_flight.number)
 
 _streams_open = Gauge("event_streams_open", "Event streams that are open.")
 _events_sent = Counter("events_sent", "Changes of tasks sent to event streams.")
@@ -85,12 +94,12 @@ def request_answered(route: str, method: str, status: int, seconds: float) -> No
 def stream_opened() -> None:
     """Move a request from those in flight to the open streams, as a stream stays open for hours."""
     _streams_open.inc()
-    requests_in_flight.dec()
+    in_flight.number -= 1
 
 
 def stream_closed() -> None:
     _streams_open.dec()
-    requests_in_flight.inc()
+    in_flight.number += 1
 
 
 def events_sent(count: int) -> None:

@@ -9,6 +9,7 @@ from database.statements import Row
 from errors import invalid_parameter
 from refusals import VersionConflict
 from web import etags
+from web.request_state import headers_of
 
 IfMatch = Annotated[
     str | None,
@@ -61,7 +62,7 @@ def refuse_conditions(request: Request) -> None:
     Raises:
         Unprocessable: there is one.
     """
-    sent = [field for field, _ in request.scope["headers"]]
+    sent = headers_of(request.scope)
     for name in ("If-Match", "If-None-Match"):
         if name.lower().encode() in sent:
             raise invalid_parameter(name, "is for single tasks only")

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from errors import ContentTooLarge, RequestTimeout, Unprocessable, UnsupportedMediaType, invalid_parameter
 from web import strict_json
 from web.answers import JSON
-from web.request_state import state_of
+from web.request_state import header_values, headers_of, state_of
 
 BODY_PROBLEMS = (RequestTimeout, ContentTooLarge, UnsupportedMediaType)  # of every route that reads a body
 NOT_ENCODED = "The request body must not be compressed"
@@ -184,7 +184,7 @@ def _header_reader(name: str, *, once: bool) -> Reader:
     field = name.replace("_", "-").encode()
 
     def read(request: Request) -> str | None:
-        found = [value for header, value in request.scope["headers"] if header == field]
+        found = header_values(request.scope, field)
         if once and len(found) > 1:
             raise invalid_parameter(field.decode().title(), "must be sent once")
         return b", ".join(found).decode("latin-1") if found else None
@@ -251,11 +251,8 @@ async def _receive(request: Request) -> bytes:
 
 
 def _field(request: Request, name: bytes, default: str = "") -> str:
-    """Return the first header called *name*; Starlette's look-up takes several times as long."""
-    for header, value in request.scope["headers"]:
-        if header == name:
-            return str(value, "latin-1")
-    return default
+    value = headers_of(request.scope).get(name)
+    return default if value is None else str(value, "latin-1")
 
 
 def _is_json(media_type: str) -> bool:

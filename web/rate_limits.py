@@ -11,6 +11,7 @@ from starlette.types import Scope
 from errors import QuotaExceeded
 from observability import metrics
 from web.client_addresses import client_address
+from web.counters import LocalStorage
 from web.request_state import state_of
 
 
@@ -25,6 +26,7 @@ class Limit:
         item = limits.parse(text)
         self._name, self._limit, self._window_s = name, item.amount, item.get_expiry()
         self._storage = storage
+        self._add = storage.add if isinstance(storage, LocalStorage) else None
         self._policy = (b"ratelimit-policy", f'"{name}";q={self._limit};w={self._window_s}'.encode())
 
     async def count(self, scope: Scope, key: str) -> None:
@@ -34,7 +36,11 @@ class Limit:
             QuotaExceeded: nothing was left.
         """
         window, passed_s = divmod(time.time() + crc32(key.encode()), self._window_s)
-        number = await self._storage.incr(f"{self._name}/{key}/{window:.0f}", self._window_s)
+        counted = f"{self._name}/{key}/{window:.0f}"
+        if self._add:
+            number = self._add(counted, self._window_s)
+        else:
+            number = await self._storage.incr(counted, self._window_s)
         left, reset_s = max(0, self._limit - number), math.ceil(self._window_s - passed_s)
         told = f'"{self._name}";r={left};t={reset_s}'.encode()
         state_of(scope)["rate_limit"] = (self._policy, (b"ratelimit", told))
