@@ -90,6 +90,11 @@ class Compiled:
         return objects
 
     @cached_property
+    def sql_for_one_row(self) -> str:
+        """SQL that returns the rows as one value in SQLite's JSON: an array of arrays."""
+        return f"SELECT json_group_array(json_array({', '.join(self._names)})) FROM ({self.sql})"  # noqa: S608 - ours
+
+    @cached_property
     def _names(self) -> list[str]:
         return [name for name, _ in self.columns]
 

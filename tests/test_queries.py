@@ -70,12 +70,12 @@ OPERATIONS: list[tuple[str, str, Any, str]] = [
     ("GET", "?status=pending&sort=title", None, "SELECT"),
     ("GET", "?sort=-created_at&completed=true", None, "SELECT"),
     ("GET", "?sort=updated_at&search=milk+oat+buy", None, "SELECT"),
-    ("GET", "?sort=-priority&priority=high&priority=low", None, "WITH"),
-    ("GET", "?sort=due_date&due_date_from=2026-01-01&due_date_to=2026-12-31", None, "WITH"),
-    ("GET", "?sort=-due_date&category=home&category=work", None, "WITH"),
+    ("GET", "?sort=-priority&priority=high&priority=low", None, "SELECT"),
+    ("GET", "?sort=due_date&due_date_from=2026-01-01&due_date_to=2026-12-31", None, "SELECT"),
+    ("GET", "?sort=-due_date&category=home&category=work", None, "SELECT"),
     ("GET", "?tags=home&tags=urgent", None, "SELECT"),
     ("GET", "?count=true&limit=1", None, "SELECT"),
-    ("GET", "?count=true&sort=due_date&status=pending&q=milk&priority=high&tags=home", None, "WITH"),
+    ("GET", "?count=true&sort=due_date&status=pending&q=milk&priority=high&tags=home", None, "SELECT"),
     ("GET", "/stats?today=2026-06-01", None, "SELECT"),
     ("POST", "", {"title": "Buy milk"}, "INSERT"),
     ("GET", "/{}", None, "SELECT"),
@@ -102,14 +102,14 @@ def _with_body(body: Any) -> dict[str, Any]:
 
 
 def _verbs(sent: list[str]) -> list[str]:
-    """Return the verbs; of a statement that first locks the owner's row, that of its change.
+    """Return the verbs; of a statement that begins with a CTE, that of what it is for.
 
     SQLite notes a statement, with its values, again for each statement of its triggers.
     """
-    changing = {"WITH locked": "UPDATE", "WITH following": "INSERT"}
+    known = {"WITH locked": "UPDATE", "WITH following": "INSERT", "WITH known": "SELECT"}
     pairs = zip(["", *sent], sent, strict=False)
     words = [after.split()[:2] for before, after in pairs if after != before or "$1" in after]
-    return [changing.get(" ".join(two), two[0]) for two in words]
+    return [known.get(" ".join(two), two[0]) for two in words]
 
 
 @pytest.mark.parametrize(("method", "path", "body", "verb"), OPERATIONS)
