@@ -4,6 +4,7 @@ import logging
 import re
 import time
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -45,7 +46,8 @@ class AccessLog:
     def __init__(self, *, lines: bool = True, measures: bool = True) -> None:
         self._log = structlog.get_logger("access").bind()  # bound once: binding costs more than the line
         self._lines, self._measures = lines and self._log.is_enabled_for(logging.INFO), measures
-        self._write = getattr(self._log, "write_soon", self._write_members)
+        write_soon = getattr(self._log, "write_soon", None)  # of JSON lines
+        self._write = partial(write_soon, _render) if write_soon else self._write_now
 
     def start(self, scope: Scope) -> float:
         """Count the request of *scope* as in flight and return when it began."""
@@ -68,27 +70,37 @@ class AccessLog:
             until_stream_s = state_of(scope).get("streams_since", started + duration_s) - started
             metrics.request_answered(route or UNMATCHED, scope["method"], status, until_stream_s)
         if self._lines:
-            state = state_of(scope)
-            line = Line(
-                scope["method"],
-                _plain(path),
-                route,
-                status,
-                round(duration_s * 1000, 2),
-                size_bytes,
-                state["request_id"],
-                state.get("user_id", UNSET),
-                _trace_id(scope) or UNSET,
-                "request",
-                "info",
-                datetime.now(UTC),
-            )
-            self._write(line)
+            self._write((scope, path, route, status, size_bytes, duration_s, time.time()))
 
-    def _write_members(self, line: Line) -> None:
-        values = {name: value for name, value in structs.asdict(line).items() if value is not UNSET}
+    def _write_now(self, answer: tuple[Any, ...]) -> None:
+        line = structs.asdict(_line(*answer))
+        values = {name: value for name, value in line.items() if value is not UNSET}
         del values["level"], values["timestamp"]
         self._log.info(values.pop("event"), **values)
+
+
+def _render(answer: tuple[Any, ...]) -> bytes:
+    return logs.encode(_line(*answer))
+
+
+def _line(
+    scope: Scope, path: str, route: str | None, status: int, size_bytes: int, duration_s: float, at: float
+) -> Line:
+    state = state_of(scope)
+    return Line(
+        scope["method"],
+        _plain(path),
+        route,
+        status,
+        round(duration_s * 1000, 2),
+        size_bytes,
+        state["request_id"],
+        state.get("user_id", UNSET),
+        _trace_id(scope) or UNSET,
+        "request",
+        "info",
+        datetime.fromtimestamp(at, UTC),
+    )
 
 
 def route_of(scope: Scope) -> str | None:

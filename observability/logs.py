@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -18,6 +18,7 @@ import msgspec
 import structlog
 
 WAIT_S = 0.05  # of a JSON line that is no warning, for others to be written with it
+WAITING_MAX = 12  # lines of 330 bytes make one write
 WRITTEN_MAX_BYTES = 4096  # at once; Linux does not mix such writes of several processes to a pipe (PIPE_BUF)
 _PATIENT = frozenset({"debug", "info"})
 
@@ -25,9 +26,10 @@ _PATIENT = frozenset({"debug", "info"})
 def configure(level: str, log_format: str, stream: TextIO | None = None) -> None:
     """Send all logging to *stream*, standard error by default. *log_format* is `console` or `json`.
 
-    Our own JSON lines are rendered in one step and written together: except for warnings and errors, they
-    wait for `WAIT_S` at most. Lines of libraries pass through the standard library's logging, which costs
-    several times as much, and which writes what waits when the process exits.
+    Our own JSON lines are rendered in one step. Except for warnings and errors they wait for `WAIT_S` at
+    most, to be rendered and written together: caches are warm then, so that it takes a third of the time.
+    Lines of libraries pass through the standard library's logging, which costs several times as much, and
+    which writes what waits when the process exits.
     """
     output = _Output(stream or sys.stderr)
     processors = _processors(log_format, colors=output.isatty())
@@ -61,8 +63,7 @@ class _Output(io.StringIO):
         super().__init__()
         self._stream = stream
         self._lock = threading.Lock()
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
+        self._waiting: list[tuple[Callable[[Any], bytes], Any]] = []
         self._flush_at = 0.0
 
     def write(self, text: str) -> int:
@@ -71,13 +72,13 @@ class _Output(io.StringIO):
             self._write_waiting()
             return self._write(text)
 
-    def write_soon(self, line: bytes) -> None:
-        """Write *line* within `WAIT_S` if an event loop is running, otherwise now."""
+    def write_soon(self, render: Callable[[Any], bytes], values: Any) -> None:
+        """Write the line that *render* makes of *values* within `WAIT_S` if an event loop runs, else now."""
         with self._lock:
-            if self._waiting_bytes + len(line) > WRITTEN_MAX_BYTES:
+            self._waiting.append((render, values))
+            if len(self._waiting) >= WAITING_MAX:
                 self._write_waiting()
-            self._waiting.append(line)
-            self._waiting_bytes += len(line)
+                return
             now = time.monotonic()
             if now < self._flush_at:
                 return
@@ -95,10 +96,16 @@ class _Output(io.StringIO):
             self._stream.flush()
 
     def _write_waiting(self) -> None:
-        if self._waiting:
-            self._write(b"".join(self._waiting).decode())
-            self._waiting.clear()
-            self._waiting_bytes = 0
+        waiting, self._waiting = self._waiting, []
+        piece = b""
+        for render, values in waiting:
+            line = render(values) + b"\n"
+            if len(piece) + len(line) > WRITTEN_MAX_BYTES:
+                self._write(piece.decode())
+                piece = b""
+            piece += line
+        if piece:
+            self._write(piece.decode())
 
     def _write(self, text: str) -> int:
         try:
@@ -148,16 +155,14 @@ def _in_one_step(logger: type[Any], output: _Output) -> type[Any]:
     """Return *logger*, but rendering and writing JSON at once: structlog's own steps cost 20 µs more."""
 
     class JsonLogger(logger):  # type: ignore[misc] # mypy does not know its base
-        def write_soon(self, line: msgspec.Struct) -> None:
-            """Write *line*, which has all that a line has."""
-            output.write_soon(_encode(line) + b"\n")
+        write_soon = staticmethod(output.write_soon)
 
         def _proxy_to_logger(self, method_name: str, event: str | None = None, /, **values: Any) -> None:
-            line = _encoded(method_name, {**self._context, **values, "event": event}) + b"\n"
+            line = _encoded(method_name, {**self._context, **values, "event": event})
             if method_name in _PATIENT:
-                output.write_soon(line)
+                output.write_soon(bytes, line)
             else:
-                output.write(line.decode())
+                output.write(f"{line.decode()}\n")
 
     return JsonLogger
 
@@ -178,7 +183,7 @@ _render_exception = structlog.processors.ExceptionRenderer(
 )
 
 
-_encode = msgspec.json.Encoder(enc_hook=repr).encode
+encode = msgspec.json.Encoder(enc_hook=repr).encode
 
 
 def _render_json(_logger: Any, method: str, line: MutableMapping[str, Any]) -> str:
@@ -192,7 +197,7 @@ def _encoded(method: str, line: MutableMapping[str, Any]) -> bytes:
     line["level"] = method
     line["timestamp"] = datetime.now(UTC)
     try:
-        return _encode(line)
+        return encode(line)
     except UnicodeEncodeError:  # an unpaired surrogate, which an exception's text may hold
         line["timestamp"] = line["timestamp"].isoformat()
         return json.dumps(line, default=repr).encode()
