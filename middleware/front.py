@@ -20,6 +20,7 @@ from middleware.allowed_hosts import AllowedHosts, WrongHost
 from middleware.cors import CORS
 from middleware.security_headers import security_headers
 from web import paths, problems
+from web.answers import JSONAnswer
 from web.rate_limits import RateLimits
 from web.request_state import headers_of, request_id, state_of
 from web.route_table import RouteTable
@@ -136,7 +137,18 @@ class _Exchange:
             response = await route.answer(Request(scope, self._receive))
         except problems.KNOWN as error:
             response = problems.answer(scope, error)
-        await response(scope, self._receive, self._charge_and_send)
+        if type(response) is JSONAnswer and self._scope["method"] != "HEAD":
+            await self._send_whole(response)
+        else:
+            await response(scope, self._receive, self._charge_and_send)
+
+    async def _send_whole(self, response: JSONAnswer) -> None:
+        """Do what *response* does when it is called, with three coroutines less."""
+        start = {"type": "http.response.start", "status": response.status_code}
+        await self._charge_and_send({**start, "headers": response.raw_headers})
+        if not self._is_replaced:
+            self._size += len(response.body)
+            await self._send({"type": "http.response.body", "body": response.body})
 
     async def _charge_and_send(self, message: Message) -> None:
         """Send what the application says, unless the deadline or the limit of the client's address is passed.
