@@ -70,6 +70,20 @@ async def test_what_is_written_together_is_not_mixed_with_lines_of_other_process
     assert len(pieces) < len(lines) / 4
 
 
+async def test_a_finalizer_may_log_while_lines_are_rendered() -> None:
+    written = io.StringIO()
+    output = logs._Output(written)
+
+    def render(line: bytes) -> bytes:
+        output.write("in between\n")
+        return line
+
+    output.write_soon(render, b"event")
+    await asyncio.wait_for(asyncio.to_thread(output.flush), 2)
+
+    assert written.getvalue().splitlines() == ["in between", "event"]
+
+
 @pytest.mark.parametrize("end", ["pass", "sys.exit(1)", "raise RuntimeError"])
 def test_what_waits_is_written_at_the_end_of_the_process(end: str) -> None:
     code = f"""
