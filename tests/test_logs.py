@@ -6,6 +6,7 @@ import logging
 import select
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
@@ -70,7 +71,7 @@ async def test_what_is_written_together_is_not_mixed_with_lines_of_other_process
     assert len(pieces) < len(lines) / 4
 
 
-async def test_a_finalizer_may_log_while_lines_are_rendered() -> None:
+def test_a_finalizer_may_log_while_lines_are_rendered() -> None:
     written = io.StringIO()
     output = logs._Output(written)
 
@@ -78,8 +79,9 @@ async def test_a_finalizer_may_log_while_lines_are_rendered() -> None:
         output.write("in between\n")
         return line
 
-    output.write_soon(render, b"event")
-    await asyncio.wait_for(asyncio.to_thread(output.flush), 2)
+    writing = threading.Thread(target=output.write_soon, args=(render, b"event"), daemon=True)
+    writing.start()
+    writing.join(2)
 
     assert written.getvalue().splitlines() == ["in between", "event"]
 
