@@ -62,7 +62,7 @@ class _Output(io.StringIO):
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
-        self._lock = threading.Lock()  # a finalizer, which may run at any allocation, may log
+        self._lock = threading.RLock()  # a finalizer, which may run at any allocation, may log
         self._waiting: list[tuple[Callable[[Any], bytes], Any]] = []
         self._flush_at = 0.0
 
