@@ -86,6 +86,6 @@ def is_transient_error(error: Exception) -> bool:
     if isinstance(error, asyncpg.InterfaceError):
         return not isinstance(error, ValueError)  # ValueError: a value does not fit its type
     if isinstance(error, sqlite3.OperationalError):
-        return error.sqlite_errorcode & 0xFF in _TRANSIENT_SQLITE
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF in _TRANSIENT_SQLITE
     # asyncpg raises InternalClientError when a connection ends while it changes its state.
     return isinstance(error, OSError | TimeoutError | PoolBusy | asyncpg.InternalClientError)

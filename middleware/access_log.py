@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 import structlog
-from msgspec import UNSET, Struct, UnsetType, structs
+from msgspec import UNSET, Struct, UnsetType, to_builtins
 from starlette.types import Scope
 
 from observability import logs, metrics
@@ -45,8 +45,9 @@ class Line(Struct):
 class AccessLog:
     def __init__(self, *, lines: bool = True, measures: bool = True) -> None:
         self._log = structlog.get_logger("access").bind()  # bound once: binding costs more than the line
-        self._lines, self._measures = lines and self._log.is_enabled_for(logging.INFO), measures
-        write_soon = getattr(self._log, "write_soon", None)  # of JSON lines
+        self._lines = lines and self._log.is_enabled_for(logging.INFO)
+        self._measures = measures
+        write_soon = getattr(self._log, "write_soon", None)  # only the JSON logger has it
         self._write = partial(write_soon, _render) if write_soon else self._write_now
 
     def start(self, scope: Scope) -> float:
@@ -73,9 +74,8 @@ class AccessLog:
             self._write((scope, path, route, status, size_bytes, duration_s, time.time()))
 
     def _write_now(self, answer: tuple[Any, ...]) -> None:
-        line = structs.asdict(_line(*answer))
-        values = {name: value for name, value in line.items() if value is not UNSET}
-        del values["level"], values["timestamp"]
+        values = to_builtins(_line(*answer))
+        del values["level"], values["timestamp"]  # the console's processors add their own
         self._log.info(values.pop("event"), **values)
 
 
@@ -131,4 +131,4 @@ def _trace_id(scope: Scope) -> str | None:
 def _plain(path: str) -> str:
     """Return *path* shortened and quoted, so that it cannot control a terminal."""
     path = path[:PATH_LOGGED_MAX]
-    return path if _IS_PLAIN(path) else quote(path, safe=_UNQUOTED)
+    return path if _IS_PLAIN(path) else quote(path, safe=_UNQUOTED)  # `quote` takes 1 µs even for a plain one

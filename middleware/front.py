@@ -143,9 +143,9 @@ class _Exchange:
             await response(scope, self._receive, self._charge_and_send)
 
     async def _send_whole(self, response: JSONAnswer) -> None:
-        """Do what *response* does when it is called, with three coroutines less."""
-        start = {"type": "http.response.start", "status": response.status_code}
-        await self._charge_and_send({**start, "headers": response.raw_headers})
+        """Send *response* as calling it would, but with three coroutines fewer."""
+        status, headers = response.status_code, response.raw_headers
+        await self._charge_and_send({"type": "http.response.start", "status": status, "headers": headers})
         if not self._is_replaced:
             self._size += len(response.body)
             await self._send({"type": "http.response.body", "body": response.body})

@@ -17,19 +17,19 @@ from typing import Any, TextIO
 import msgspec
 import structlog
 
-WAIT_S = 0.05  # of a JSON line that is no warning, for others to be written with it
-WAITING_MAX = 12  # lines of 330 bytes make one write
-WRITTEN_MAX_BYTES = 4096  # at once; Linux does not mix such writes of several processes to a pipe (PIPE_BUF)
-_PATIENT = frozenset({"debug", "info"})
+WAIT_S = 0.05  # until a buffered line is written at the latest
+BUFFERED_LINES_MAX = 12  # of some 330 bytes each, so that they fit into one write
+WRITE_MAX_BYTES = 4096  # PIPE_BUF on Linux: up to this size, writes of several processes to a pipe do not mix
+_BUFFERED_LEVELS = frozenset({"debug", "info"})
 
 
 def configure(level: str, log_format: str, stream: TextIO | None = None) -> None:
     """Send all logging to *stream*, standard error by default. *log_format* is `console` or `json`.
 
-    Our own JSON lines are rendered in one step. Except for warnings and errors they wait for `WAIT_S` at
-    most, to be rendered and written together: caches are warm then, so that it takes a third of the time.
-    Lines of libraries pass through the standard library's logging, which costs several times as much, and
-    which writes what waits when the process exits.
+    Our own JSON lines are rendered in one step. Those below warning are buffered for up to `WAIT_S` and
+    written together; the access log renders its lines then too, in a third of the time, as caches are warm.
+    Lines of libraries pass through the standard library's logging, which costs several times as much. Its
+    handler flushes the buffer when the process exits.
     """
     output = _Output(stream or sys.stderr)
     processors = _processors(log_format, colors=output.isatty())
@@ -40,6 +40,7 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
         wrapper_class=_in_one_step(logger, output) if log_format == "json" else logger,
     )
     handler = logging.StreamHandler(output)
+    handler.lock = output.lock  # with two, each of two threads could wait for the other
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *processors],
@@ -57,26 +58,29 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
 
 
 class _Output(io.StringIO):
-    """A stream that ignores failed writes, so that a full disk or a closed pipe does not fail a request."""
+    """A stream that writes buffered lines together.
+
+    It ignores failed writes, so that a full disk or a closed pipe does not fail a request.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
-        self._lock = threading.RLock()  # a finalizer, which may run at any allocation, may log
+        self.lock = threading.RLock()  # a finalizer, which may run at any allocation, may log
         self._waiting: list[tuple[Callable[[Any], bytes], Any]] = []
         self._flush_at = 0.0
 
     def write(self, text: str) -> int:
-        """Write *text* now, after the lines that wait."""
-        with self._lock:
+        """Write the buffered lines, then *text*."""
+        with self.lock:
             self._write_waiting()
             return self._write(text)
 
     def write_soon(self, render: Callable[[Any], bytes], values: Any) -> None:
-        """Write the line that *render* makes of *values* within `WAIT_S` if an event loop runs, else now."""
-        with self._lock:
+        """Buffer *values*, of which *render* makes a line. Without an event loop the line is written now."""
+        with self.lock:
             self._waiting.append((render, values))
-            if len(self._waiting) >= WAITING_MAX:
+            if len(self._waiting) >= BUFFERED_LINES_MAX:
                 self._write_waiting()
                 return
             now = time.monotonic()
@@ -90,7 +94,7 @@ class _Output(io.StringIO):
                 self._flush_at = now + WAIT_S
 
     def flush(self) -> None:
-        with self._lock:
+        with self.lock:
             self._write_waiting()
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
@@ -99,8 +103,11 @@ class _Output(io.StringIO):
         waiting, self._waiting = self._waiting, []
         piece = b""
         for render, values in waiting:
-            line = render(values) + b"\n"
-            if len(piece) + len(line) > WRITTEN_MAX_BYTES:
+            try:
+                line = render(values) + b"\n"
+            except Exception as error:  # the others must not be lost
+                line = _encoded("error", {"event": "line lost", "reason": repr(error)}) + b"\n"
+            if len(piece) + len(line) > WRITE_MAX_BYTES:
                 self._write(piece.decode())
                 piece = b""
             piece += line
@@ -152,14 +159,14 @@ class BoundedLog:
 
 
 def _in_one_step(logger: type[Any], output: _Output) -> type[Any]:
-    """Return *logger*, but rendering and writing JSON at once: structlog's own steps cost 20 µs more."""
+    """Return a subclass of *logger* that renders JSON in one step; structlog's own steps cost 20 µs more."""
 
     class JsonLogger(logger):  # type: ignore[misc] # mypy does not know its base
         write_soon = staticmethod(output.write_soon)
 
         def _proxy_to_logger(self, method_name: str, event: str | None = None, /, **values: Any) -> None:
             line = _encoded(method_name, {**self._context, **values, "event": event})
-            if method_name in _PATIENT:
+            if method_name in _BUFFERED_LEVELS:
                 output.write_soon(bytes, line)
             else:
                 output.write(f"{line.decode()}\n")

@@ -1,8 +1,7 @@
 """Metrics of this process for Prometheus; docs/operations.md explains them."""
 
-import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import prometheus_client
@@ -13,7 +12,7 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 VALUES_MAX = 32  # of one label; unbounded values would overload the Prometheus server
 OTHER = "other"
-COUNTED_TOGETHER = 32
+BATCH_SIZE = 32  # measurements
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
@@ -21,33 +20,40 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # not annotated
 
 
-# What has been measured and not yet counted. Many are counted together, which takes a third of the time, as
-# caches are warm then.
+# Measurements that are not counted yet. Counting a batch takes a third of the time, because caches are warm.
 _measured: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
 
 
 def _measure(count: Callable[..., None], *values: Any) -> None:
     _measured.append((count, values))
-    if len(_measured) >= COUNTED_TOGETHER:
+    if len(_measured) >= BATCH_SIZE:
         _count_measured()
 
 
 def _count_measured() -> None:
-    with contextlib.suppress(IndexError):  # empty: a scrape may count on another thread
-        while True:
+    while _measured:
+        try:
             count, values = _measured.popleft()
-            count(*values)
+        except IndexError:  # a scrape on another thread took the last one
+            return
+        count(*values)
 
 
-class _Before(Collector):
-    """Counts what has been measured before a scrape; registered first, it is asked first."""
+class _Batched:
+    """A metric whose measurements are all counted before it is read."""
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterable[Metric]:
         _count_measured()
-        return iter(())
+        metrics: Iterable[Metric] = super().collect()  # type: ignore[misc] # mixed into those below
+        return metrics
 
 
-REGISTRY.register(_Before())
+class _BatchedCounter(_Batched, Counter):
+    """See `_Batched`."""
+
+
+class _BatchedHistogram(_Batched, Histogram):
+    """See `_Batched`."""
 
 
 class Labelled:
@@ -73,7 +79,7 @@ class Timed:
     """A histogram of seconds with one label; its look-up of a child costs a tenth of what `labels` costs."""
 
     def __init__(self, name: str, documentation: str, label: str) -> None:
-        self._histogram = Histogram(name, documentation, [label], buckets=_SECONDS)
+        self._histogram = _BatchedHistogram(name, documentation, [label], buckets=_SECONDS)
         self._children: dict[str, Histogram] = {}
 
     def observe(self, value: str, seconds: float) -> None:
@@ -83,7 +89,7 @@ class Timed:
         child.observe(seconds)
 
 
-_requests = Counter(
+_requests = _BatchedCounter(
     "http_requests", "Requests answered, by route, method and status.", ["route", "method", "status"]
 )
 _requests_children: dict[tuple[str, str, int], Counter] = {}
@@ -91,7 +97,7 @@ _durations = Timed("http_request_duration_seconds", "Time to answer a request, b
 
 
 class _InFlight:
-    """Requests that are being answered. A gauge that is read at the scrape costs a request nothing."""
+    """The number of requests being answered: a plain integer, which the gauge reads only at a scrape."""
 
     number = 0
 

@@ -47,7 +47,7 @@ async def once(
         KeyReused: the first request was a different one.
         TooManyKeys: no more can be kept for this user.
     """
-    # By the standard library: the fingerprints that are kept were made so.
+    # Not by msgspec: fingerprints that are already stored were computed from this encoding.
     fingerprint = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     try:
         return await _do_or_repeat(owner, key, fingerprint, work)

@@ -55,7 +55,8 @@ async def list_tasks(
     key, task_id = after or (None, None)
     rows = await owner.all(statement, limit=limit, after_key=key, after_id=task_id, **values_of(filters))
     first = rows[0]
-    revision, total = first.list_revision, first.total if counts else None
+    revision = first.list_revision
+    total = first.total if counts else None
     if first.id is None:
         return Page([], revision, total)
     for row in rows:

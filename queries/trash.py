@@ -22,7 +22,7 @@ LAST_DELETED_FIRST = Order("deleted_at", descending=True)
 
 
 async def list_trash(owner: Owner, limit: int, after: Position | None = None) -> list[Any]:
-    """Return up to *limit* tasks in the trash, the last deleted first: objects with `deleted_at` too."""
+    """Return up to *limit* tasks in the trash, the last deleted first, as objects that have `deleted_at`."""
     if after is None:
         return await owner.all(_SELECT_FIRST, limit=limit)
     return await owner.all(_SELECT_NEXT, limit=limit, after_key=after.key, after_id=after.task_id)

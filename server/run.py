@@ -78,14 +78,11 @@ class _Server(uvicorn.Server):
         await super().serve(sockets)
         # A thread that waits for a lock of SQLite or for DNS cannot be interrupted. Ending it loses nothing,
         # because the database rolls back what has not been committed.
-        leaving = threading.Timer(END_S, self._leave)
+        leaving = threading.Timer(END_S, os._exit, [0 if self.started else STARTUP_FAILURE])
         leaving.daemon = True
         leaving.start()
         atexit.register(leaving.cancel)  # all threads have ended
-
-    def _leave(self) -> None:
-        logging.shutdown()  # writes what waits, as any other exit does
-        os._exit(0 if self.started else STARTUP_FAILURE)
+        logging.shutdown()  # flushes buffered lines, which `os._exit` would lose
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)

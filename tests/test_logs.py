@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
@@ -105,6 +106,33 @@ asyncio.run(main())
     assert [json.loads(line)["event"] for line in lines] == ["event"]
 
 
+async def test_lines_of_another_thread_follow_those_being_rendered() -> None:
+    written, rendering = io.StringIO(), threading.Event()
+    output = logs._Output(written)
+
+    def render(line: bytes) -> bytes:
+        rendering.set()
+        time.sleep(0.05)
+        return line
+
+    output.write_soon(render, b"first")
+    flushing = threading.Thread(target=output.flush)
+    flushing.start()
+    rendering.wait()
+    output.write("second\n")
+    flushing.join()
+
+    assert written.getvalue().splitlines() == ["first", "second"]
+
+
+def test_a_line_that_cannot_be_rendered_loses_no_other(stream: io.StringIO) -> None:
+    output = logs._Output(stream)
+    output.write_soon(lambda line: line.encode(), "\ud800")
+    output.write_soon(lambda line: line.encode(), '{"event":"first"}')
+
+    assert events(stream) == ["line lost", "first"]
+
+
 async def test_threads_lose_no_line(stream: io.StringIO) -> None:
     log = structlog.get_logger("ours")
 
@@ -167,7 +195,7 @@ def test_a_storm_of_events_is_bounded_and_counted(
 def test_logging_to_a_full_disk_raises_nothing() -> None:
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
-    with Path("/dev/full").open("w") as full:
+    with Path("/dev/full").open("w", buffering=1) as full:  # fails at each line, not only at a flush
         logs.configure("info", "json", full)
 
         structlog.get_logger("ours").info("event")

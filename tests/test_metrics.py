@@ -72,6 +72,18 @@ async def test_a_trailing_slash_is_the_same_route(alice: Person, risen: Callable
     assert risen("http_requests_total", route="/api/{user_id}/tasks", method="GET") == 1
 
 
+async def test_a_scrape_of_some_metrics_is_up_to_date(alice: Person) -> None:
+    def answered() -> float:
+        names = ["http_requests_total"]
+        (family,) = metrics.REGISTRY.restricted_registry(names).collect()
+        return sum(sample.value for sample in family.samples)
+
+    before = answered()
+    await alice.get("/1")
+
+    assert answered() == before + 1
+
+
 async def test_a_crash_is_counted_and_no_longer_in_flight(
     database_url: str, monkeypatch: pytest.MonkeyPatch, risen: Callable[..., float]
 ) -> None:

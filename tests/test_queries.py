@@ -102,14 +102,14 @@ def _with_body(body: Any) -> dict[str, Any]:
 
 
 def _verbs(sent: list[str]) -> list[str]:
-    """Return the verbs; of a statement that begins with a CTE, that of what it is for.
+    """Return the verb of each statement; if it begins with a CTE, the verb of what it does.
 
     SQLite notes a statement, with its values, again for each statement of its triggers.
     """
-    known = {"WITH locked": "UPDATE", "WITH following": "INSERT", "WITH known": "SELECT"}
+    verbs = {"WITH locked": "UPDATE", "WITH following": "INSERT", "WITH known": "SELECT"}
     pairs = zip(["", *sent], sent, strict=False)
     words = [after.split()[:2] for before, after in pairs if after != before or "$1" in after]
-    return [known.get(" ".join(two), two[0]) for two in words]
+    return [verbs.get(" ".join(two), two[0]) for two in words]
 
 
 @pytest.mark.parametrize(("method", "path", "body", "verb"), OPERATIONS)

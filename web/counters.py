@@ -21,7 +21,7 @@ KEYS_MAX = 100_000  # over 99.9 % of so many have an entry of their own
 TIMEOUT_S = 0.25  # for a call of Redis, which usually takes less than a millisecond
 RETRY_S = 2.0  # after a failed call, until Redis is tried again
 CONNECTIONS_MAX = 32
-DIGESTS_REMEMBERED = 1024  # each takes some 250 bytes
+CACHED_DIGESTS_MAX = 1024  # of some 250 bytes each
 
 _PROBES = 16  # consecutive entries at which a key may be (linear probing)
 _SECRET_BYTES = 16  # at the end of the table
@@ -52,7 +52,7 @@ class LocalStorage(Storage):
         self._counts = table[16 * _ENTRIES : 20 * _ENTRIES].cast("I")
         # Keyed by a secret, so that clients cannot choose keys that collide.
         self._hash = blake2b(table[-_SECRET_BYTES:], digest_size=8)
-        self._digest = lru_cache(DIGESTS_REMEMBERED)(self._make_digest)
+        self._digest = lru_cache(CACHED_DIGESTS_MAX)(self._compute_digest)
 
     @property
     def base_exceptions(self) -> tuple[type[Exception], ...]:
@@ -62,7 +62,7 @@ class LocalStorage(Storage):
         return self.add(key, expiry, amount)
 
     def add(self, key: str, expiry: float, amount: int = 1) -> int:
-        """Do what `incr` does, without a coroutine."""
+        """Do what `incr` does. Not a coroutine, as nothing here waits."""
         digest = self._digest(key)
         entry = self._find(digest)
         now = time.time()
@@ -97,7 +97,7 @@ class LocalStorage(Storage):
     async def close(self) -> None:
         """Nothing is open."""
 
-    def _make_digest(self, key: str) -> int:
+    def _compute_digest(self, key: str) -> int:
         hashed = self._hash.copy()
         hashed.update(key.encode(errors="replace"))
         return int.from_bytes(hashed.digest(), "big")

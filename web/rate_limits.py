@@ -26,7 +26,7 @@ class Limit:
         item = limits.parse(text)
         self._name, self._limit, self._window_s = name, item.amount, item.get_expiry()
         self._storage = storage
-        self._add = storage.add if isinstance(storage, LocalStorage) else None
+        self._add = storage.add if isinstance(storage, LocalStorage) else None  # saves a coroutine
         self._policy = (b"ratelimit-policy", f'"{name}";q={self._limit};w={self._window_s}'.encode())
 
     async def count(self, scope: Scope, key: str) -> None:
@@ -36,11 +36,11 @@ class Limit:
             QuotaExceeded: nothing was left.
         """
         window, passed_s = divmod(time.time() + crc32(key.encode()), self._window_s)
-        counted = f"{self._name}/{key}/{window:.0f}"
+        counter = f"{self._name}/{key}/{window:.0f}"
         if self._add:
-            number = self._add(counted, self._window_s)
+            number = self._add(counter, self._window_s)
         else:
-            number = await self._storage.incr(counted, self._window_s)
+            number = await self._storage.incr(counter, self._window_s)
         left, reset_s = max(0, self._limit - number), math.ceil(self._window_s - passed_s)
         told = f'"{self._name}";r={left};t={reset_s}'.encode()
         state_of(scope)["rate_limit"] = (self._policy, (b"ratelimit", told))

@@ -19,7 +19,7 @@ class RequestState(TypedDict, total=False):
     pauses. `task` answers the request; the server names it, as asking for it is slow before Python 3.12.
     `body_received` says that reading the body will not wait. `expires_at` is until when the verified token
     is accepted, in seconds since 1970. `is_head` marks a HEAD request,
-    `streams_since` (`time.perf_counter`) a stream. `headers` is for `headers_of`.
+    `streams_since` (`time.perf_counter`) a stream. `headers` is the cache of `headers_of`.
     """
 
     request_id: str
@@ -40,7 +40,7 @@ def state_of(scope: Scope) -> RequestState:
 
 
 def headers_of(scope: Scope) -> dict[bytes, bytes]:
-    """Return the headers of a request; of one that was sent more than once the first."""
+    """Return the headers of a request by name. If one was sent more than once, its first value counts."""
     state = state_of(scope)
     if "headers" not in state:
         state["headers"] = dict(reversed(scope["headers"]))
@@ -52,7 +52,7 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
     headers = headers_of(scope)
     if name not in headers:
         return []
-    if len(headers) == len(scope["headers"]):
+    if len(headers) == len(scope["headers"]):  # no header was sent twice
         return [headers[name]]
     return [value for sent, value in scope["headers"] if sent == name]
 
@@ -61,7 +61,7 @@ def request_id(scope: Scope) -> str:
     """Return the id of this request: the client's `X-Request-ID` if it is a plain one, else a new one."""
     state = state_of(scope)
     if "request_id" not in state:
-        sent = headers_of(scope).get(b"x-request-id")
-        is_plain = sent and _PLAIN_ID.fullmatch(sent)
-        state["request_id"] = sent.decode() if sent and is_plain else f"{_ids.getrandbits(128):032x}"
+        sent = headers_of(scope).get(b"x-request-id", b"")
+        is_plain = _PLAIN_ID.fullmatch(sent)
+        state["request_id"] = sent.decode() if is_plain else f"{_ids.getrandbits(128):032x}"
     return state["request_id"]
