@@ -75,7 +75,7 @@ async def test_a_trailing_slash_is_the_same_route(alice: Person, risen: Callable
 async def test_a_scrape_of_some_metrics_is_up_to_date(alice: Person) -> None:
     def answered() -> float:
         names = ["http_requests_total"]
-        (family,) = metrics.REGISTRY.restricted_registry(names).collect()
+        (family,) = REGISTRY.restricted_registry(names).collect()
         return sum(sample.value for sample in family.samples)
 
     before = answered()
