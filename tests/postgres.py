@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import importlib.util
+import itertools
 import os
 import secrets
 import shutil
@@ -24,6 +25,8 @@ import db
 from server.startup import migrate
 
 START_TIMEOUT_S = 60
+PORT_RANGES = 16  # each process of a test run has one of them
+PORTS_EACH = 1_250
 
 
 @dataclass(frozen=True)
@@ -216,10 +219,24 @@ def is_root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
+def _own_ports() -> Iterator[int]:
+    """Yield ports in turn from a random one on, of those that no other process of this test run yields.
+
+    They lie below the ephemeral range, so that no outgoing connection can take one first.
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw-1").removeprefix("gw")) + 1
+    first, count = 12_000 + number % PORT_RANGES * PORTS_EACH, PORTS_EACH
+    start = secrets.randbelow(count)  # Hypothesis seeds `random` alike in every process
+    return (first + (start + step) % count for step in itertools.count())
+
+
+_ports = _own_ports()
+
+
 def free_port() -> int:
-    """Return a free port below the ephemeral range, so that no outgoing connection can take it first."""
+    """Return a free port that neither this process nor another one of this test run returns again soon."""
     while True:
-        port = 12_000 + secrets.randbelow(20_000)  # Hypothesis seeds `random` alike in every process
+        port = next(_ports)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
