@@ -25,8 +25,10 @@ CACHED_DIGESTS_MAX = 1024  # of some 250 bytes each
 
 _PROBES = 16  # consecutive entries at which a key may be (linear probing)
 _SECRET_BYTES = 16  # at the end of the table
-_ENTRIES = 2 * KEYS_MAX  # each a digest of the key, when the count expires, and the count
-_TABLE_BYTES = 20 * _ENTRIES + _SECRET_BYTES
+_ENTRIES = 2 * KEYS_MAX
+_WORDS = 3  # of an entry: a digest of the key, when the count expires, and the count
+_EXPIRY, _COUNT = 1, 2
+_TABLE_BYTES = 8 * _WORDS * _ENTRIES + _SECRET_BYTES
 
 Answer = TypeVar("Answer")
 
@@ -46,10 +48,9 @@ class LocalStorage(Storage):
         table = memoryview(mmap.mmap(-1 if file is None else file, _TABLE_BYTES))
         if file is None:
             table[-_SECRET_BYTES:] = secrets.token_bytes(_SECRET_BYTES)
-        # Each value is aligned and written at once, so that no other worker reads half of one.
-        self._digests = table[: 8 * _ENTRIES].cast("Q")
-        self._expiries = table[8 * _ENTRIES : 16 * _ENTRIES].cast("d")
-        self._counts = table[16 * _ENTRIES : 20 * _ENTRIES].cast("I")
+        # Each word is aligned and written at once, so that no other worker reads half of one.
+        self._words = table[:-_SECRET_BYTES].cast("Q")
+        self._seconds = table[:-_SECRET_BYTES].cast("d")  # the same words as expiries
         # Keyed by a secret, so that clients cannot choose keys that collide.
         self._hash = blake2b(table[-_SECRET_BYTES:], digest_size=8)
         self._digest = lru_cache(CACHED_DIGESTS_MAX)(self._compute_digest)
@@ -66,33 +67,36 @@ class LocalStorage(Storage):
         digest = self._digest(key)
         entry = self._find(digest)
         now = time.time()
-        if entry is not None and self._expiries[entry] > now:
-            count = self._counts[entry] = self._counts[entry] + amount
+        if entry is not None and self._seconds[entry + _EXPIRY] > now:
+            count = self._words[entry + _COUNT] = self._words[entry + _COUNT] + amount
             return count
         if entry is None:
             entry = self._free(digest)
-        self._expiries[entry], self._counts[entry], self._digests[entry] = now + expiry, amount, digest
+        self._seconds[entry + _EXPIRY], self._words[entry + _COUNT] = now + expiry, amount
+        self._words[entry] = digest
         return amount
 
     async def get(self, key: str) -> int:
         entry = self._find(self._digest(key))
-        return self._counts[entry] if entry is not None and self._expiries[entry] > time.time() else 0
+        if entry is None or self._seconds[entry + _EXPIRY] <= time.time():
+            return 0
+        return self._words[entry + _COUNT]
 
     async def get_expiry(self, key: str) -> float:
         entry = self._find(self._digest(key))
-        return self._expiries[entry] if entry is not None else time.time()
+        return self._seconds[entry + _EXPIRY] if entry is not None else time.time()
 
     async def clear(self, key: str) -> None:
         entry = self._find(self._digest(key))
         if entry is not None:
-            self._expiries[entry] = 0.0
+            self._seconds[entry + _EXPIRY] = 0.0
 
     async def check(self) -> bool:
         return True
 
     async def reset(self) -> None:
-        for entry in range(_ENTRIES):
-            self._expiries[entry] = 0.0
+        for entry in range(0, _WORDS * _ENTRIES, _WORDS):
+            self._seconds[entry + _EXPIRY] = 0.0
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -103,17 +107,22 @@ class LocalStorage(Storage):
         return int.from_bytes(hashed.digest(), "big")
 
     def _find(self, digest: int) -> int | None:
-        digests = self._digests
-        start = digest % (_ENTRIES - _PROBES)
-        for entry in range(start, start + _PROBES):
-            if digests[entry] == digest:
+        """Return the number of the first word of the entry with *digest*."""
+        words = self._words
+        for entry in _entries(digest):
+            if words[entry] == digest:
                 return entry
         return None
 
     def _free(self, digest: int) -> int:
         """Return an unused or expired entry or, of those that a key may have, the one that expires first."""
-        start = digest % (_ENTRIES - _PROBES)
-        return min(range(start, start + _PROBES), key=self._expiries.__getitem__)
+        return min(_entries(digest), key=lambda entry: self._seconds[entry + _EXPIRY])
+
+
+def _entries(digest: int) -> range:
+    """Return the entries at which a key with *digest* may be."""
+    start = digest % (_ENTRIES - _PROBES) * _WORDS
+    return range(start, start + _PROBES * _WORDS, _WORDS)
 
 
 def create_table() -> IO[bytes]:

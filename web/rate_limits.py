@@ -26,7 +26,7 @@ class Limit:
         item = limits.parse(text)
         self._name, self._limit, self._window_s = name, item.amount, item.get_expiry()
         self._storage = storage
-        self._add = storage.add if isinstance(storage, LocalStorage) else None  # saves a coroutine
+        self._add = storage.add if isinstance(storage, LocalStorage) else None
         self._policy = (b"ratelimit-policy", f'"{name}";q={self._limit};w={self._window_s}'.encode())
 
     async def count(self, scope: Scope, key: str) -> None:
@@ -36,12 +36,12 @@ class Limit:
             QuotaExceeded: nothing was left.
         """
         window, passed_s = divmod(time.time() + crc32(key.encode()), self._window_s)
-        counter = f"{self._name}/{key}/{window:.0f}"
-        if self._add:
-            number = self._add(counter, self._window_s)
+        left_s = self._window_s - passed_s
+        if self._add:  # no coroutine, and an entry for all windows of a key
+            number = self._add(f"{self._name}/{key}", left_s)
         else:
-            number = await self._storage.incr(counter, self._window_s)
-        left, reset_s = max(0, self._limit - number), math.ceil(self._window_s - passed_s)
+            number = await self._storage.incr(f"{self._name}/{key}/{window:.0f}", self._window_s)
+        left, reset_s = max(0, self._limit - number), math.ceil(left_s)
         told = f'"{self._name}";r={left};t={reset_s}'.encode()
         state_of(scope)["rate_limit"] = (self._policy, (b"ratelimit", told))
         if number > self._limit:

@@ -3,9 +3,10 @@
 import asyncio
 import random
 import re
+from collections.abc import Awaitable, Callable
 from typing import Any, TypedDict
 
-from starlette.types import Scope
+from starlette.types import Message, Scope
 
 REQUEST_ID_PATTERN = "[A-Za-z0-9._~+/=:-]{1,128}"
 _PLAIN_ID = re.compile(REQUEST_ID_PATTERN.encode())
@@ -17,6 +18,7 @@ class RequestState(TypedDict, total=False):
 
     `user_id` is the subject of a verified token. `overloaded` marks an answer after which the connection
     pauses. `task` answers the request; the server names it, as asking for it is slow before Python 3.12.
+    `send_whole` sends the start and the body of a response at once; not every server has it.
     `body_received` says that reading the body will not wait. `expires_at` is until when the verified token
     is accepted, in seconds since 1970. `is_head` marks a HEAD request,
     `streams_since` (`time.perf_counter`) a stream. `headers` is the cache of `headers_of`.
@@ -27,6 +29,7 @@ class RequestState(TypedDict, total=False):
     rate_limit: tuple[tuple[bytes, bytes], ...]
     overloaded: bool
     task: asyncio.Task[Any]
+    send_whole: Callable[[Message, bytes], Awaitable[None]]
     body_received: bool
     expires_at: float
     is_head: bool
