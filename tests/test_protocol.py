@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
+import httpx
 import pytest
 
 from auth import tokens
@@ -610,3 +611,34 @@ async def _connected(port: int, request: bytes) -> tuple[asyncio.StreamReader, a
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
     return reader, writer
+
+
+def test_requests_leave_nothing_to_the_garbage_collector(tmp_path: Path) -> None:
+    """A reference cycle in each request cost 8 % of its CPU."""
+    port, metrics = free_port(), free_port()
+    code = "import main\nfrom server import startup\nstartup.GC_THRESHOLD = 50\nmain.main([])"
+    settings = {"PORT": str(port), "METRICS_PORT": str(metrics), "BETTER_AUTH_SECRET": SECRET}
+    with running_service(tmp_path, "-c", code, **settings) as service:
+        service.wait_for(f"http://127.0.0.1:{port}")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            client.headers["Authorization"] = f"Bearer {tokens.issue('alice', SECRET, 60)}"
+
+            def request() -> None:
+                client.post("/api/alice/tasks", json={"title": "Buy milk"}).raise_for_status()
+                for path in ("", "/1", "/0", "/stats"):
+                    client.get(f"/api/alice/tasks{path}")
+                client.head("/nope")
+
+            for _ in range(10):
+                request()
+            before = _collected(metrics)
+            for _ in range(100):
+                request()
+
+            assert _collected(metrics) - before < 600  # fewer than requests; the start leaves some, too
+
+
+def _collected(port: int) -> float:
+    """Return how many objects the garbage collector of the service has freed."""
+    shown = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    return sum(map(float, re.findall(r"^python_gc_objects_collected_total\{.*\} (.*)$", shown, re.MULTILINE)))
