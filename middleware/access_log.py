@@ -3,8 +3,8 @@
 import logging
 import re
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct, UnsetType, to_builtins
 from starlette.types import Scope
 
 from observability import logs, metrics
-from web.request_state import header_values, request_id, state_of
+from web.request_state import header_values, headers_of, request_id, state_of
 
 PATH_LOGGED_MAX = 500
 UNMATCHED = "unmatched"
@@ -47,8 +47,7 @@ class AccessLog:
         self._log = structlog.get_logger("access").bind()  # bound once: binding costs more than the line
         self._lines = lines and self._log.is_enabled_for(logging.INFO)
         self._measures = measures
-        write_soon = getattr(self._log, "write_soon", None)  # only the JSON logger has it
-        self._write = partial(write_soon, _render) if write_soon else self._write_now
+        self._write = getattr(self._log, "write_soon", self._write_now)  # only the JSON logger has the former
 
     def start(self, scope: Scope) -> float:
         """Count the request of *scope* as in flight and return when it began."""
@@ -71,9 +70,9 @@ class AccessLog:
             until_stream_s = state_of(scope).get("streams_since", started + duration_s) - started
             metrics.request_answered(route or UNMATCHED, scope["method"], status, until_stream_s)
         if self._lines:
-            self._write((scope, path, route, status, size_bytes, duration_s, time.time()))
+            self._write(_render, (scope, path, route, status, size_bytes, duration_s, time.time()))
 
-    def _write_now(self, answer: tuple[Any, ...]) -> None:
+    def _write_now(self, _render: Callable[..., bytes], answer: tuple[Any, ...]) -> None:
         values = to_builtins(_line(*answer))
         del values["level"], values["timestamp"]  # the console's processors add their own
         self._log.info(values.pop("event"), **values)
@@ -92,11 +91,11 @@ def _line(
         _plain(path),
         route,
         status,
-        round(duration_s * 1000, 2),
+        int(duration_s * 100_000 + 0.5) / 100,  # `round` takes four times as long
         size_bytes,
         state["request_id"],
         state.get("user_id", UNSET),
-        _trace_id(scope) or UNSET,
+        (b"traceparent" in headers_of(scope) and _trace_id(scope)) or UNSET,
         "request",
         "info",
         datetime.fromtimestamp(at, UTC),

@@ -8,7 +8,7 @@ import logging
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, MutableMapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -67,7 +67,7 @@ class _Output(io.StringIO):
         super().__init__()
         self._stream = stream
         self.lock = threading.RLock()  # a finalizer, which may run at any allocation, may log
-        self._waiting: list[tuple[Callable[[Any], bytes], Any]] = []
+        self._waiting: deque[tuple[Callable[[Any], bytes], Any]] = deque()
         self._flush_at = 0.0
 
     def write(self, text: str) -> int:
@@ -78,20 +78,12 @@ class _Output(io.StringIO):
 
     def write_soon(self, render: Callable[[Any], bytes], values: Any) -> None:
         """Buffer *values*, of which *render* makes a line. Without an event loop the line is written now."""
-        with self.lock:
-            self._waiting.append((render, values))
-            if len(self._waiting) >= BUFFERED_LINES_MAX:
+        self._waiting.append((render, values))
+        if len(self._waiting) >= BUFFERED_LINES_MAX:
+            with self.lock:
                 self._write_waiting()
-                return
-            now = time.monotonic()
-            if now < self._flush_at:
-                return
-            try:
-                asyncio.get_running_loop().call_later(WAIT_S, self.flush)
-            except RuntimeError:
-                self._write_waiting()
-            else:
-                self._flush_at = now + WAIT_S
+        elif time.monotonic() >= self._flush_at:
+            self._flush_later()
 
     def flush(self) -> None:
         with self.lock:
@@ -99,10 +91,19 @@ class _Output(io.StringIO):
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
+    def _flush_later(self) -> None:
+        try:
+            asyncio.get_running_loop().call_later(WAIT_S, self.flush)
+        except RuntimeError:
+            with self.lock:
+                self._write_waiting()
+        else:
+            self._flush_at = time.monotonic() + WAIT_S
+
     def _write_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
         piece = b""
-        for render, values in waiting:
+        while self._waiting:
+            render, values = self._waiting.popleft()
             try:
                 line = render(values) + b"\n"
             except Exception as error:  # the others must not be lost
