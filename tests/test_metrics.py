@@ -6,7 +6,7 @@ from pathlib import Path
 import asyncpg
 import httpx
 import pytest
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from auth.jwks import FetchedKeys
@@ -163,6 +163,26 @@ def test_the_number_of_label_values_is_bounded() -> None:
     REGISTRY.unregister(counter._counter)
     assert len(counter._children) == metrics.VALUES_MAX + 1
     assert counter._children[metrics.OTHER]._value.get() == 1000 - metrics.VALUES_MAX
+
+
+def test_our_counts_and_histograms_read_like_those_of_the_library() -> None:
+    name, bounds = f"test_{secrets.token_hex(4)}", metrics._SECONDS
+    ours = (
+        metrics.Timed(f"{name}_seconds", "For this test.", "route"),
+        metrics.Counts(name, "Too.", ["route"]),
+    )
+    theirs = CollectorRegistry()
+    histogram = Histogram(f"{name}_seconds", "For this test.", ["route"], buckets=bounds, registry=theirs)
+    counter = Counter(name, "Too.", ["route"], registry=theirs)
+
+    for seconds in (0.0, 0.001, 0.0011, 0.04, 5.0, 5.1, 1e9):
+        ours[0].observe("/a", seconds)
+        histogram.labels("/a").observe(seconds)
+        ours[1].count("/b")
+        counter.labels("/b").inc()
+
+    shown = [line for line in metrics.render().decode().splitlines() if name in line]
+    assert sorted(shown) == sorted(metrics.render(theirs).decode().splitlines())
 
 
 async def test_statements_are_timed_by_their_purpose(alice: Person, risen: Callable[..., float]) -> None:
