@@ -86,10 +86,7 @@ class SQLite(Database):
 
     async def all(self, statement: Statement, **values: Any) -> list[Any]:
         compiled = compile_statement(statement, self.dialect)
-        # The driver waits for the GIL at each row, so a list is read as one row of JSON.
-        as_json = compiled.row_class is not None
-        sql = compiled.sqlite_json_sql if as_json else compiled.sql
-        call = Call(sql, compiled.arguments(values))
+        call = Call(compiled.sql, compiled.arguments(values))
         run = self._readers.read if compiled.reads else self._group_commit.write
         with translated:
             try:
@@ -97,7 +94,7 @@ class SQLite(Database):
             finally:
                 if call.seconds:  # else it has not run
                     self.took(compiled, call.seconds)
-        return compiled.rows(msgspec.json.decode(found[0][0]) if as_json else found)
+        return compiled.rows(found)
 
     async def fetch(self, connection: aiosqlite.Connection, compiled: Compiled, values: Row) -> list[Any]:
         with translated:

@@ -6,12 +6,11 @@ Tasks are read in the order of their owner's revisions. A task that changes whil
 from sys import maxsize
 from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, Integer, bindparam, func, literal_column, or_, select, true, tuple_
-from sqlalchemy.sql.base import Executable
+from sqlalchemy import BigInteger, Integer, bindparam, func, literal_column, or_, select, tuple_
 
 from database.arrays import AnyOf, list_of
 from database.base import Database
-from database.statements import ABSENT, named
+from database.statements import ABSENT, PerDatabase, headed, named
 from models import BIG_ID
 from queries.owner import COLUMNS, OWNED, TASKS, Owner
 from queries.revisions import FORGOTTEN_OF_OWNER, OWNERS, REVISION_OF_OWNER
@@ -86,17 +85,17 @@ async def revisions_of(database: Database, user_ids: list[str]) -> dict[str, int
     return {row["user_id"]: row["revision"] for row in rows}
 
 
-def _changes_statement() -> Executable:
-    head = select(
+def _changes_statement() -> PerDatabase:
+    head = [
         func.coalesce(REVISION_OF_OWNER, literal_column("0")).label("owner_revision"),
         func.coalesce(FORGOTTEN_OF_OWNER, literal_column("0")).label("forgotten_revision"),
-    ).subquery("head")
+    ]
     after = tuple_(
         bindparam("after_revision", type_=BigInteger()),
         bindparam("after_id", type_=BIG_ID),
     )
     known_from = bindparam("known_from", type_=BigInteger())
-    page: Any = (
+    page = (
         select(*COLUMNS, TASKS.c.revision, TASKS.c.deleted_at)
         .where(
             OWNED,
@@ -105,15 +104,8 @@ def _changes_statement() -> Executable:
         )
         .order_by(TASKS.c.revision, TASKS.c.id)
         .limit(bindparam("limit", type_=Integer))
-        .subquery("page")
     )
-    return named(
-        "list_changes",
-        select(*page.c, *head.c)
-        .select_from(head.outerjoin(page, true()))
-        .order_by(page.c.revision, page.c.id),
-        objects=True,
-    )
+    return headed("list_changes", page, head, lambda columns: (columns.revision, columns.id))
 
 
 _SELECT_CHANGES = _changes_statement()

@@ -1,5 +1,6 @@
 """Lists of tasks: their orders and pages. With every filter and order there are 144 statements."""
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
@@ -11,12 +12,11 @@ from sqlalchemy import (
     func,
     literal_column,
     select,
-    true,
     tuple_,
     union_all,
 )
 
-from database.statements import ABSENT, Deferred, named
+from database.statements import ABSENT, Deferred, PerDatabase, headed
 from models import BIG_ID
 from queries.filters import FoldCase, Shape, conditions, shape_of, values_of
 from queries.owner import COLUMNS, TASKS, Owner
@@ -72,20 +72,17 @@ def start_of(after: Position | None) -> Start:
     return "after null" if after.key is None else "after value"
 
 
-def page_of_tasks(shape: Shape, order: Order, start: Start, counts: bool) -> Select[Any]:
+def page_of_tasks(shape: Shape, order: Order, start: Start, counts: bool) -> PerDatabase:
     """Return the statement for a page. It takes `owner`, `limit`, `after_key`, `after_id` and the values.
 
     Every row has `list_revision` and, if it *counts*, `total`. An empty page is one row without a task.
     """
-    tasks = _page(shape, order, start).subquery("page")
-    revision = func.coalesce(REVISION_OF_OWNER, literal_column("0")).label("list_revision")
-    head: Any = select(revision)
+    head = [func.coalesce(REVISION_OF_OWNER, literal_column("0")).label("list_revision")]
     if counts:
-        head = select(revision, func.count().label("total")).select_from(TASKS).where(*conditions(shape))
-    first = head.subquery("head")
-    statement = select(*tasks.c, *first.c).select_from(first.outerjoin(tasks, true()))
+        total = select(func.count()).select_from(TASKS).where(*conditions(shape))
+        head.append(total.scalar_subquery().label("total"))
     name = "list_and_count_tasks" if counts else "list_tasks"
-    return named(name, statement.order_by(*_ordering(order, tasks.c)), objects=True)
+    return headed(name, _page(shape, order, start), head, partial(_ordering, order))
 
 
 def _page(shape: Shape, order: Order, start: Start) -> Select[Any]:

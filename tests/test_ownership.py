@@ -187,7 +187,7 @@ WRITING = [
     each
     for module in (tasks, bulk, trash, purge)
     for each in vars(module).values()
-    if isinstance(each, PerDatabase)
+    if isinstance(each, PerDatabase) and each.writes
 ]
 WRITING += [bulk._reopen_all(shape) for shape in get_args(Shape)]
 WRITING += [bulk._delete_all(shape, trash) for shape in get_args(Shape) for trash in (False, True)]
