@@ -4,10 +4,10 @@ import ast
 import asyncio
 from pathlib import Path
 
-from sqlalchemy import String, column, select, table
+from sqlalchemy import String, column, func, select, table
 
 from database.base import Database
-from database.statements import named
+from database.statements import PerDatabase, named
 from errors import NotMigrated, Unavailable
 
 TIMEOUT_S = 1.5  # so that a probe is answered within 2 s, whatever the database does
@@ -15,8 +15,17 @@ AWAY = "The database cannot be used right now"
 OUTDATED = "The database's schema is not migrated: run alembic upgrade head"
 VERSIONS = Path(__file__).parent.parent / "migrations" / "versions"
 
-_SELECT_REVISION = named(
-    "schema_version", select(column("version_num", String())).select_from(table("task_schema_version"))
+_TABLE = "task_schema_version"
+_SELECT_REVISION = named("schema_version", select(column("version_num", String())).select_from(table(_TABLE)))
+_FIND_TABLE = PerDatabase(
+    named("find_schema_version", select(func.to_regclass(_TABLE).is_not(None).label("exists"))),
+    named(
+        "find_schema_version",
+        select((func.count() > 0).label("exists"))
+        .select_from(table("sqlite_master"))
+        .where(column("name") == _TABLE),
+    ),
+    writes=False,
 )
 
 
@@ -31,6 +40,17 @@ class Readiness:
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
         return await asyncio.shield(self._looking)
+
+    async def is_migrated(self) -> bool:
+        """Return whether the schema is known to be as new as this code needs.
+
+        On a new database the probe's statement would fail, and be logged as a failure.
+        """
+        try:
+            [found] = await self._database.all(_FIND_TABLE)
+        except Unavailable:
+            return False
+        return found["exists"] and await self.not_ready_reason() is None
 
     async def _look(self) -> str | None:
         try:

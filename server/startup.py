@@ -36,8 +36,6 @@ async def prepared(
 
     The block begins after the first attempt, or after `START_WAIT_S`; later attempts run alongside it.
     """
-    if migrates:
-        _import_alembic()
     first_attempt: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     tasks = {
         asyncio.create_task(_prepare(database, readiness, first_attempt, migrates=migrates)),
@@ -63,7 +61,7 @@ def migrate(database: Database) -> None:
 async def _prepare(
     database: Database, readiness: Readiness, first_attempt: "asyncio.Future[None]", *, migrates: bool
 ) -> None:
-    """Migrate and connect, and try again while the database is unreachable.
+    """Connect and migrate, and try again while the database is unreachable.
 
     *first_attempt* resolves after the first attempt, with the exception if the failure is permanent. By then
     the caller may have stopped waiting.
@@ -71,8 +69,9 @@ async def _prepare(
     migrated, opened = not migrates, False
     try:
         for attempt in itertools.count():
-            migrated = migrated or await _succeeds(_migrate(database), "database cannot be migrated yet")
             opened = opened or await _succeeds(database.open(), "database cannot be opened yet")
+            migrated = migrated or (opened and await readiness.is_migrated())
+            migrated = migrated or await _succeeds(_migrate(database), "database cannot be migrated yet")
             if attempt == 0:
                 await _log_not_ready(readiness)
             if not first_attempt.done():
@@ -119,13 +118,8 @@ async def _migrate(database: Database) -> None:
 
 
 def _upgrade(**attributes: Any) -> None:
-    command, config = _import_alembic()
+    from alembic import command, config  # 0.2 s of CPU and 7 MB, which only a start that migrates pays for
+
     alembic = config.Config(toml_file=PROJECT_FILE)
     alembic.attributes.update(attributes)
     command.upgrade(alembic, "head")
-
-
-def _import_alembic() -> tuple[Any, Any]:
-    from alembic import command, config  # 0.3 s, which only a start that migrates pays for
-
-    return command, config

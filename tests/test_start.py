@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import sqlite3
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -16,8 +17,9 @@ from alembic import command
 
 import db
 from auth import tokens
+from main import create_app
 from server.startup import migrate
-from tests.conftest import SECRET
+from tests.conftest import SECRET, running, settings_for
 from tests.postgres import Process, free_port, running_process
 from tests.service import Service, running_service
 from tests.test_migrations import _alembic
@@ -227,3 +229,14 @@ async def test_a_signal_before_the_server_listens_for_signals_is_not_lost(tmp_pa
     )
     with running_service(tmp_path, "-c", code, PORT=str(free_port())) as service:
         assert await asyncio.to_thread(service.process.wait, STARTED_WITHIN_S) == 0
+
+
+async def test_a_migrated_database_is_served_without_alembic(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(create_app(settings_for(database_url))):
+        pass  # migrates it
+    monkeypatch.setitem(sys.modules, "alembic", None)  # importing it fails
+
+    async with running(create_app(settings_for(database_url))) as client:
+        assert (await client.get("/health/ready")).status_code == 200
