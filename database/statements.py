@@ -41,7 +41,10 @@ class Deferred(NamedTuple):
 
 
 class PerDatabase(NamedTuple):
-    """A statement as each database wants it. PostgreSQL may write in the CTEs of a SELECT."""
+    """A statement as each database wants it.
+
+    *writes* is whether it changes tasks. Its type does not tell: PostgreSQL writes in the CTEs of a SELECT.
+    """
 
     postgresql: Executable
     sqlite: Executable
@@ -54,10 +57,11 @@ def headed(
     head: Sequence[ColumnElement[Any]],
     order: Callable[[Any], Iterable[ColumnElement[Any]]],
 ) -> PerDatabase:
-    """Return *page* with objects as rows, each with the values of *head* too.
+    """Return the statement of a *page* whose rows are objects that have the values of *head* too.
 
-    If the page is empty, there is one row with those only. *order* takes the columns of the page. PostgreSQL
-    joins both. SQLite reads all rows as one value, and the head beside it: a join would double the time.
+    An empty page is one row with those and nulls. *order* returns the order for the columns of the page.
+    PostgreSQL joins page and head. SQLite returns the rows as one JSON value and the head beside it, as a
+    join would double the time.
     """
     rows, once = page.subquery("page"), select(*head).subquery("head")
     joined = select(*rows.c, *once.c).select_from(once.outerjoin(rows, true())).order_by(*order(rows.c))
@@ -70,7 +74,7 @@ Statement = Executable | Deferred | PerDatabase
 
 
 def changes_tasks(statement: Statement) -> bool:
-    """Return whether *statement* writes tasks; `Deferred.writes` says so before it is built."""
+    """Return whether *statement* writes tasks, as its `writes` says; a plain expression does not."""
     return isinstance(statement, PerDatabase | Deferred) and statement.writes
 
 
@@ -141,7 +145,7 @@ def compile_statement(statement: Statement, dialect: Dialect) -> Compiled:
         for column in (*statement.exported_columns, *head)  # type: ignore[attr-defined] # not in its stubs
     ]
     is_collected = objects and dialect.name == "sqlite"
-    if is_collected:  # the driver waits for the GIL at each row
+    if is_collected:  # into one row, because the driver waits for the GIL at each
         rows = statement.subquery("rows")  # type: ignore[attr-defined] # not in its stubs
         statement = select(func.json_group_array(func.json_array(*rows.c)), *head).select_from(rows)
     compiled = statement.compile(dialect=dialect)  # type: ignore[attr-defined] # not in its stubs

@@ -47,7 +47,7 @@ class AccessLog:
         self._log = structlog.get_logger("access").bind()  # bound once: binding costs more than the line
         self._lines = lines and self._log.is_enabled_for(logging.INFO)
         self._measures = measures
-        self._write = getattr(self._log, "write_soon", self._write_now)  # only the JSON logger has the former
+        self._write = getattr(self._log, "write_soon", self._write_now)  # only JSON has the former
 
     def start(self, scope: Scope) -> float:
         """Count the request of *scope* as in flight and return when it began."""
@@ -72,7 +72,7 @@ class AccessLog:
         if self._lines:
             self._write(_render, (scope, path, route, status, size_bytes, duration_s, time.time()))
 
-    def _write_now(self, _render: Callable[..., bytes], answer: tuple[Any, ...]) -> None:
+    def _write_now(self, _: Callable[..., bytes], answer: tuple[Any, ...]) -> None:
         values = to_builtins(_line(*answer))
         del values["level"], values["timestamp"]  # the console's processors add their own
         self._log.info(values.pop("event"), **values)
@@ -95,7 +95,7 @@ def _line(
         size_bytes,
         state["request_id"],
         state.get("user_id", UNSET),
-        (b"traceparent" in headers_of(scope) and _trace_id(scope)) or UNSET,
+        _trace_id(scope) or UNSET,
         "request",
         "info",
         datetime.fromtimestamp(at, UTC),
@@ -120,6 +120,8 @@ def _identity(scope: Scope) -> dict[str, Any]:
 
 
 def _trace_id(scope: Scope) -> str | None:
+    if b"traceparent" not in headers_of(scope):
+        return None
     sent = header_values(scope, b"traceparent")
     if len(sent) != 1 or not (found := _TRACEPARENT.fullmatch(sent[0])):
         return None

@@ -67,6 +67,7 @@ class _Output(io.StringIO):
         super().__init__()
         self._stream = stream
         self.lock = threading.RLock()  # a finalizer, which may run at any allocation, may log
+        # Anyone may append, which is atomic; whoever takes lines out holds the lock.
         self._waiting: deque[tuple[Callable[[Any], bytes], Any]] = deque()
         self._flush_at = 0.0
 
@@ -86,19 +87,21 @@ class _Output(io.StringIO):
             self._flush_later()
 
     def flush(self) -> None:
+        self._flush_at = 0.0
         with self.lock:
             self._write_waiting()
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
     def _flush_later(self) -> None:
+        flush_at = time.monotonic() + WAIT_S
         try:
             asyncio.get_running_loop().call_later(WAIT_S, self.flush)
         except RuntimeError:
             with self.lock:
                 self._write_waiting()
         else:
-            self._flush_at = time.monotonic() + WAIT_S
+            self._flush_at = flush_at
 
     def _write_waiting(self) -> None:
         piece = b""

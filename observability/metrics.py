@@ -47,9 +47,9 @@ class Labelled:
 
 
 class Counts(Collector):
-    """Counters with labels of bounded values. Only the event loop counts, so there is no lock.
+    """A counter whose callers pass few values of its labels.
 
-    That takes a tenth of the time of the library's `Counter`, and is why a request is counted at once.
+    Only the event loop counts, so it needs no lock and takes a tenth of the time of the library's `Counter`.
     """
 
     def __init__(self, name: str, documentation: str, labels: Sequence[str]) -> None:
@@ -80,6 +80,7 @@ class Timed(Collector):
 
     def observe(self, value: str, seconds: float) -> None:
         if value not in self._counts:
+            # The sum first: a scrape on another thread goes by the counts.
             self._sums[value], self._counts[value] = 0.0, [0] * len(_BOUNDS)
         self._counts[value][bisect_left(_SECONDS, seconds)] += 1
         self._sums[value] += seconds

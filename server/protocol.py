@@ -240,14 +240,14 @@ class Protocol(HttpToolsProtocol):
         state = state_of(scope)
         state["task"], state["body_received"] = task, not self._answered.more_body
         sender = Sender(self._answered)
-        state["send_whole"] = sender.whole
+        state["send_whole"] = sender.send_whole
         try:
             await self._application(scope, receive, sender)
         except asyncio.CancelledError:
             if not self.transport.is_closing():
                 raise
         finally:
-            del state["send_whole"]  # a reference cycle, which only the garbage collector could free
+            del state["send_whole"]  # they refer to each other: only the garbage collector could free them
             await sender.begin()  # a start without a body: uvicorn then closes the connection
             if self._answering is task:  # else the next request has begun
                 self._answering = None

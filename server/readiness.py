@@ -42,14 +42,12 @@ class Readiness:
         return await asyncio.shield(self._looking)
 
     async def is_migrated(self) -> bool:
-        """Return whether the schema is known to be as new as this code needs.
+        """Return whether the schema is as new as this code needs.
 
-        On a new database the probe's statement would fail, and be logged as a failure.
+        It looks for the table first, because reading one that is missing would be logged as a failure.
         """
-        try:
+        async with asyncio.timeout(TIMEOUT_S):
             [found] = await self._database.all(_FIND_TABLE)
-        except Unavailable:
-            return False
         return found["exists"] and await self.not_ready_reason() is None
 
     async def _look(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Prepares the database at startup: migrates and connects, and retries while it is unreachable."""
+"""Prepares the database at startup: connects and migrates, and retries while it is unreachable."""
 
 import asyncio
 import contextlib
@@ -18,10 +18,10 @@ from server.readiness import Readiness
 START_WAIT_S = 1.5  # for the database; then the port opens, and requests get 503 until it is ready
 RETRY_MAX_S = 30.0  # between two attempts to migrate or connect
 MIGRATION_WAIT_S = 1.0  # for another process that migrates, before this one says so in the log
-# New containers until the collector looks for cycles, of which a request makes none: a list of 200 has 700
-# containers, Python's default, and would be scanned while it is made.
-GC_THRESHOLD = 10_000
 END_S = 0.5  # for closing connections when the service stops
+# Allocations before the garbage collector looks for cycles. Requests make none, and a list of 200 allocates
+# 700 containers, so with Python's default, 700, each would start a collection.
+GC_THRESHOLD = 10_000
 
 PROJECT_FILE = Path(__file__).parent.parent / "pyproject.toml"  # Alembic is configured there
 
@@ -70,8 +70,7 @@ async def _prepare(
     try:
         for attempt in itertools.count():
             opened = opened or await _succeeds(database.open(), "database cannot be opened yet")
-            migrated = migrated or (opened and await readiness.is_migrated())
-            migrated = migrated or await _succeeds(_migrate(database), "database cannot be migrated yet")
+            migrated = migrated or (opened and await _is_now_migrated(database, readiness))
             if attempt == 0:
                 await _log_not_ready(readiness)
             if not first_attempt.done():
@@ -81,9 +80,16 @@ async def _prepare(
             await asyncio.sleep(min(2**attempt, RETRY_MAX_S))
     except Exception as error:
         if first_attempt.done():
-            _log.exception("migration failed" if not migrated else "database cannot be opened")
+            _log.exception("migration failed" if opened else "database cannot be opened")
         else:
             first_attempt.set_exception(error)
+
+
+async def _is_now_migrated(database: Database, readiness: Readiness) -> bool:
+    with contextlib.suppress(Exception):  # migrating will meet it too
+        if await readiness.is_migrated():
+            return True
+    return await _succeeds(_migrate(database), "database cannot be migrated yet")
 
 
 async def _succeeds(attempt: Awaitable[None], event: str) -> bool:

@@ -25,7 +25,7 @@ import db
 from server.startup import migrate
 
 START_TIMEOUT_S = 60
-PORT_RANGES = 16  # each process of a test run has one of them
+PORT_RANGES = 16  # one for each process of a test run; with more processes some share one
 PORTS_EACH = 1_250
 
 
@@ -220,7 +220,7 @@ def is_root() -> bool:
 
 
 def _own_ports() -> Iterator[int]:
-    """Yield ports in turn from a random one on, of those that no other process of this test run yields.
+    """Return the ports of this process of the test run in turn, without end, from a random one on.
 
     They lie below the ephemeral range, so that no outgoing connection can take one first.
     """
@@ -234,7 +234,7 @@ _ports = _own_ports()
 
 
 def free_port() -> int:
-    """Return a free port that neither this process nor another one of this test run returns again soon."""
+    """Return a free port of this process; it returns the same one only after all others."""
     while True:
         port = next(_ports)
         with socket.socket() as probe, contextlib.suppress(OSError):

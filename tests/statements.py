@@ -14,7 +14,7 @@ MODULES = (tasks, trash, purge, changes, stats, bulk, idempotency, revisions)
 
 
 def every_statement() -> list[Executable]:
-    """Return every statement; those that write tasks twice, as each database wants them."""
+    """Return every statement; those that the databases want differently twice."""
     return [each for statement in sent() for each in variants(statement)]
 
 

@@ -143,7 +143,9 @@ def compiled(statement: Statement) -> Compiled:
 
 def arguments(statement: Statement) -> list[Any]:
     key = None
-    if not isinstance(statement, PerDatabase | Deferred):
+    if isinstance(statement, PerDatabase):
+        statement = statement.postgresql
+    if not isinstance(statement, Deferred):
         binds = statement.compile(dialect=DIALECT).binds  # type: ignore[attr-defined] # not in its stubs
         key = KEYS[binds["after_key"].type.compile(DIALECT)] if "after_key" in binds else None
     return compiled(statement).arguments(VALUES | {"after_key": key})

@@ -167,18 +167,16 @@ def test_the_number_of_label_values_is_bounded() -> None:
 
 def test_our_counts_and_histograms_read_like_those_of_the_library() -> None:
     name, bounds = f"test_{secrets.token_hex(4)}", metrics._SECONDS
-    ours = (
-        metrics.Timed(f"{name}_seconds", "For this test.", "route"),
-        metrics.Counts(name, "Too.", ["route"]),
-    )
+    timed = metrics.Timed(f"{name}_seconds", "For this test.", "route")
+    counts = metrics.Counts(name, "For this test.", ["route"])
     theirs = CollectorRegistry()
     histogram = Histogram(f"{name}_seconds", "For this test.", ["route"], buckets=bounds, registry=theirs)
-    counter = Counter(name, "Too.", ["route"], registry=theirs)
+    counter = Counter(name, "For this test.", ["route"], registry=theirs)
 
     for seconds in (0.0, 0.001, 0.0011, 0.04, 5.0, 5.1, 1e9):
-        ours[0].observe("/a", seconds)
+        timed.observe("/a", seconds)
         histogram.labels("/a").observe(seconds)
-        ours[1].count("/b")
+        counts.count("/b")
         counter.labels("/b").inc()
 
     shown = [line for line in metrics.render().decode().splitlines() if name in line]

@@ -26,9 +26,9 @@ CACHED_DIGESTS_MAX = 1024  # of some 250 bytes each
 _PROBES = 16  # consecutive entries at which a key may be (linear probing)
 _SECRET_BYTES = 16  # at the end of the table
 _ENTRIES = 2 * KEYS_MAX
-_WORDS = 3  # of an entry: a digest of the key, when the count expires, and the count
+_ENTRY_WORDS = 3  # a digest of the key, when the count expires, and the count
 _EXPIRY, _COUNT = 1, 2
-_TABLE_BYTES = 8 * _WORDS * _ENTRIES + _SECRET_BYTES
+_TABLE_BYTES = 8 * _ENTRY_WORDS * _ENTRIES + _SECRET_BYTES
 
 Answer = TypeVar("Answer")
 
@@ -50,7 +50,7 @@ class LocalStorage(Storage):
             table[-_SECRET_BYTES:] = secrets.token_bytes(_SECRET_BYTES)
         # Each word is aligned and written at once, so that no other worker reads half of one.
         self._words = table[:-_SECRET_BYTES].cast("Q")
-        self._seconds = table[:-_SECRET_BYTES].cast("d")  # the same words as expiries
+        self._seconds = table[:-_SECRET_BYTES].cast("d")  # the same memory, for expiries
         # Keyed by a secret, so that clients cannot choose keys that collide.
         self._hash = blake2b(table[-_SECRET_BYTES:], digest_size=8)
         self._digest = lru_cache(CACHED_DIGESTS_MAX)(self._compute_digest)
@@ -68,7 +68,8 @@ class LocalStorage(Storage):
         entry = self._find(digest)
         now = time.time()
         if entry is not None and self._seconds[entry + _EXPIRY] > now:
-            count = self._words[entry + _COUNT] = self._words[entry + _COUNT] + amount
+            count = self._words[entry + _COUNT] + amount
+            self._words[entry + _COUNT] = count
             return count
         if entry is None:
             entry = self._free(digest)
@@ -95,7 +96,7 @@ class LocalStorage(Storage):
         return True
 
     async def reset(self) -> None:
-        for entry in range(0, _WORDS * _ENTRIES, _WORDS):
+        for entry in range(0, _ENTRY_WORDS * _ENTRIES, _ENTRY_WORDS):
             self._seconds[entry + _EXPIRY] = 0.0
 
     async def close(self) -> None:
@@ -107,7 +108,7 @@ class LocalStorage(Storage):
         return int.from_bytes(hashed.digest(), "big")
 
     def _find(self, digest: int) -> int | None:
-        """Return the number of the first word of the entry with *digest*."""
+        """Return the index of the first word of the entry with *digest*, or None."""
         words = self._words
         for entry in _entries(digest):
             if words[entry] == digest:
@@ -120,9 +121,9 @@ class LocalStorage(Storage):
 
 
 def _entries(digest: int) -> range:
-    """Return the entries at which a key with *digest* may be."""
-    start = digest % (_ENTRIES - _PROBES) * _WORDS
-    return range(start, start + _PROBES * _WORDS, _WORDS)
+    """Return the indices of the first words of the entries that a key with *digest* may have."""
+    start = digest % (_ENTRIES - _PROBES) * _ENTRY_WORDS
+    return range(start, start + _PROBES * _ENTRY_WORDS, _ENTRY_WORDS)
 
 
 def create_table() -> IO[bytes]:

@@ -37,9 +37,9 @@ class Limit:
         """
         window, passed_s = divmod(time.time() + crc32(key.encode()), self._window_s)
         left_s = self._window_s - passed_s
-        if self._add:  # no coroutine, and an entry for all windows of a key
+        if self._add:  # without a coroutine, in one entry per key, which expires with its window
             number = self._add(f"{self._name}/{key}", left_s)
-        else:
+        else:  # a Redis counts in whole seconds, so the key names the window
             number = await self._storage.incr(f"{self._name}/{key}/{window:.0f}", self._window_s)
         left, reset_s = max(0, self._limit - number), math.ceil(left_s)
         told = f'"{self._name}";r={left};t={reset_s}'.encode()

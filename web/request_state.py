@@ -18,7 +18,7 @@ class RequestState(TypedDict, total=False):
 
     `user_id` is the subject of a verified token. `overloaded` marks an answer after which the connection
     pauses. `task` answers the request; the server names it, as asking for it is slow before Python 3.12.
-    `send_whole` sends the start and the body of a response at once; not every server has it.
+    `send_whole` sends the start and the body of a response in one call, if `server.protocol` serves.
     `body_received` says that reading the body will not wait. `expires_at` is until when the verified token
     is accepted, in seconds since 1970. `is_head` marks a HEAD request,
     `streams_since` (`time.perf_counter`) a stream. `headers` is the cache of `headers_of`.
