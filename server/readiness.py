@@ -10,7 +10,7 @@ from database.base import Database
 from database.statements import PerDatabase, named
 from errors import NotMigrated, Unavailable
 
-TIMEOUT_S = 1.5  # so that a probe is answered within 2 s, whatever the database does
+TIMEOUT_S = 1.2  # so that a probe is answered within 2 s, whatever the database does
 AWAY = "The database cannot be used right now"
 OUTDATED = "The database's schema is not migrated: run alembic upgrade head"
 VERSIONS = Path(__file__).parent.parent / "migrations" / "versions"
