@@ -32,6 +32,8 @@ class Call:
         try:
             return connection.execute(self.sql, self.arguments).fetchall()
         except Exception as error:  # whatever it is, it is this call's alone
+            if str(error).startswith("Could not decode"):  # the driver goes on with the text
+                return sqlite3.DataError("a text in the file is not UTF-8")
             return error
         finally:
             del connection.is_cancelled

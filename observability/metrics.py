@@ -63,7 +63,7 @@ class Counts(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = CounterMetricFamily(*self._about, labels=self._labels)
-        for values, count in list(self._counts.items()):  # a scrape may be on another thread
+        for values, count in self._counts.copy().items():  # a scrape may be on another thread
             family.add_metric([str(value) for value in values], count)
         yield family
 
@@ -87,7 +87,7 @@ class Timed(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = HistogramMetricFamily(*self._about, labels=self._labels)
-        for value, counts in list(self._counts.items()):
+        for value, counts in self._counts.copy().items():
             buckets = [*zip(_BOUNDS, accumulate(counts), strict=True)]
             family.add_metric([value], buckets, self._sums[value])
         yield family

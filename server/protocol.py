@@ -98,6 +98,7 @@ class Protocol(HttpToolsProtocol):
         if self._answering is not None:
             self._disconnect(self._answered)  # uvicorn tells only the last of several requests
             self.loop.call_later(CANCEL_DELAY_S, self._answering.cancel)
+        self.app = self._application  # else a reference cycle keeps the last head until a garbage collection
 
     def pause_writing(self) -> None:
         super().pause_writing()

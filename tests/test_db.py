@@ -18,6 +18,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 import db
 from database import failures, sqlite
 from database.base import Executor
+from database.calls import Call, InterruptibleConnection
 from database.fair_share import UNLIMITED
 from database.statements import Deferred, Row, Statement, compile_statement
 from errors import NotFound, Overloaded, Unavailable
@@ -684,3 +685,11 @@ async def test_a_failed_commit_raises_as_a_failed_statement_does(
         assert time.monotonic() - start < 2
         assert await _titles(owner) == []
         await _write_at_once(owner)
+
+
+async def test_an_error_of_sqlite_does_not_quote_what_is_stored() -> None:
+    with contextlib.closing(InterruptibleConnection(":memory:")) as connection:
+        outcome = Call("SELECT CAST(x'ff' || 'Buy milk' AS TEXT)", []).run(connection)
+
+    assert isinstance(outcome, sqlite3.DataError)
+    assert "milk" not in str(outcome)

@@ -84,13 +84,31 @@ async def test_a_limit_is_used_up_until_its_window_ends(
 ) -> None:
     async with limited(database_url) as client:
         alice = person("alice", client)
+        now = time.time() // 60 * 60 + 59
+        monkeypatch.setattr(rate_limits, "crc32", lambda _: 0)
+        monkeypatch.setattr(time, "time", lambda: now)
         for _ in range(4):
             answer = await alice.get()
-        later = time.time() + 60
-
-        monkeypatch.setattr(time, "time", lambda: later)
-
         assert_refused(answer, "user")
+        assert answer.headers["retry-after"] == "1"
+
+        monkeypatch.setattr(time, "time", lambda: now + 1.5)
+
+        assert left(await alice.get()) == 2
+
+
+async def test_a_clock_that_is_set_back_locks_nobody_out(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with limited(database_url) as client:
+        alice, now = person("alice", client), time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 600)
+        for _ in range(4):
+            answer = await alice.get()
+        assert_refused(answer, "user")
+
+        monkeypatch.setattr(time, "time", lambda: now)
+
         assert left(await alice.get()) == 2
 
 

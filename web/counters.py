@@ -21,6 +21,7 @@ KEYS_MAX = 100_000  # over 99.9 % of so many have an entry of their own
 TIMEOUT_S = 0.25  # for a call of Redis, which usually takes less than a millisecond
 RETRY_S = 2.0  # after a failed call, until Redis is tried again
 CONNECTIONS_MAX = 32
+CLOCK_TOLERANCE_S = 1.0  # between workers that count in the same window
 CACHED_DIGESTS_MAX = 1024  # of some 250 bytes each
 
 _PROBES = 16  # consecutive entries at which a key may be (linear probing)
@@ -67,13 +68,15 @@ class LocalStorage(Storage):
         digest = self._digest(key)
         entry = self._find(digest)
         now = time.time()
-        if entry is not None and self._seconds[entry + _EXPIRY] > now:
+        # A later expiry is one from before the clock was set back.
+        if entry is not None and now < self._seconds[entry + _EXPIRY] <= now + expiry + CLOCK_TOLERANCE_S:
             count = self._words[entry + _COUNT] + amount
             self._words[entry + _COUNT] = count
             return count
         if entry is None:
             entry = self._free(digest)
-        self._seconds[entry + _EXPIRY], self._words[entry + _COUNT] = now + expiry, amount
+        # The count first: until the expiry is written, other workers take the entry for an expired one.
+        self._words[entry + _COUNT], self._seconds[entry + _EXPIRY] = amount, now + expiry
         self._words[entry] = digest
         return amount
 
