@@ -120,7 +120,9 @@ class LocalStorage(Storage):
 
     def _free(self, digest: int) -> int:
         """Return an unused or expired entry or, of those that a key may have, the one that expires first."""
-        return min(_entries(digest), key=lambda entry: self._seconds[entry + _EXPIRY])
+        entries = _entries(digest)
+        expiries = self._seconds[entries.start + _EXPIRY : entries.stop : _ENTRY_WORDS].tolist()
+        return entries[expiries.index(min(expiries))]
 
 
 def _entries(digest: int) -> range:
