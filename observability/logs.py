@@ -67,7 +67,7 @@ class _Output(io.StringIO):
         super().__init__()
         self._stream = stream
         self.lock = threading.RLock()  # a finalizer, which may run at any allocation, may log
-        # Anyone may append, which is atomic; whoever takes lines out holds the lock.
+        # Appending is atomic and needs no lock; taking lines out does.
         self._waiting: deque[tuple[Callable[[Any], bytes], Any]] = deque()
         self._flush_at = 0.0
 

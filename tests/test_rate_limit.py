@@ -97,7 +97,7 @@ async def test_a_limit_is_used_up_until_its_window_ends(
         assert left(await alice.get()) == 2
 
 
-async def test_a_clock_that_is_set_back_locks_nobody_out(
+async def test_a_clock_that_is_set_back_uses_up_no_limit(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with limited(database_url) as client:

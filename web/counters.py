@@ -112,11 +112,11 @@ class LocalStorage(Storage):
 
     def _find(self, digest: int) -> int | None:
         """Return the index of the first word of the entry with *digest*, or None."""
-        words = self._words
-        for entry in _entries(digest):
-            if words[entry] == digest:
-                return entry
-        return None
+        entries = _entries(digest)
+        if self._words[entries.start] == digest:  # nearly always
+            return entries.start
+        digests = self._words[entries.start : entries.stop : _ENTRY_WORDS].tolist()
+        return entries[digests.index(digest)] if digest in digests else None
 
     def _free(self, digest: int) -> int:
         """Return an unused or expired entry or, of those that a key may have, the one that expires first."""
