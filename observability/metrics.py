@@ -27,39 +27,22 @@ _BOUNDS = (*map(floatToGoString, _SECONDS), "+Inf")
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # not annotated
 
 
-class Labelled:
-    """A counter with one label of bounded values, even if a caller passes some from requests."""
-
-    def __init__(self, name: str, documentation: str, label: str) -> None:
-        self._counter = Counter(name, documentation, [label])
-        self._children: dict[str, Counter] = {}
-
-    def count(self, value: str, times: int = 1) -> None:
-        child = self._children.get(value)
-        if child is None:
-            child = self._add(value if len(self._children) < VALUES_MAX else OTHER)
-        child.inc(times)
-
-    def _add(self, value: str) -> Counter:
-        if value not in self._children:
-            self._children[value] = self._counter.labels(value)
-        return self._children[value]
-
-
 class Counts(Collector):
     """A counter whose callers pass few values of its labels.
 
     Only the event loop counts, so it needs no lock and takes a tenth of the time of the library's `Counter`.
     """
 
-    def __init__(self, name: str, documentation: str, labels: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, documentation: str, labels: Sequence[str], registry: CollectorRegistry = REGISTRY
+    ) -> None:
         self._about = name, documentation
         self._labels = labels
         self._counts: dict[tuple[str | int, ...], int] = defaultdict(int)
-        REGISTRY.register(self)
+        registry.register(self)
 
-    def count(self, *values: str | int) -> None:
-        self._counts[values] += 1
+    def count(self, *values: str | int, times: int = 1) -> None:
+        self._counts[values] += times
 
     def collect(self) -> Iterator[Metric]:
         family = CounterMetricFamily(*self._about, labels=self._labels)
@@ -68,15 +51,26 @@ class Counts(Collector):
         yield family
 
 
+class BoundedCounts(Counts):
+    """A counter with one label of bounded values, even if a caller passes some from requests."""
+
+    def count(self, *values: str | int, times: int = 1) -> None:
+        if values not in self._counts and len(self._counts) >= VALUES_MAX:
+            values = (OTHER,)
+        super().count(*values, times=times)
+
+
 class Timed(Collector):
     """A histogram of seconds with one label of bounded values, counted like `Counts`."""
 
-    def __init__(self, name: str, documentation: str, label: str) -> None:
+    def __init__(
+        self, name: str, documentation: str, label: str, registry: CollectorRegistry = REGISTRY
+    ) -> None:
         self._about = name, documentation
         self._labels = [label]
         self._counts: dict[str, list[int]] = {}  # of each bucket
         self._sums: dict[str, float] = {}
-        REGISTRY.register(self)
+        registry.register(self)
 
     def observe(self, value: str, seconds: float) -> None:
         if value not in self._counts:
@@ -111,12 +105,18 @@ Gauge("http_requests_in_flight", "Requests that are being answered.").set_functi
 _streams_open = Gauge("event_streams_open", "Event streams that are open.")
 _events_sent = Counter("events_sent", "Changes of tasks sent to event streams.")
 _sync_gone = Counter("sync_gone", "Sync tokens refused because what they need is forgotten.")
-_refused_tokens = Labelled("tokens_refused", "Tokens that were not accepted, by reason.", "reason")
-_failed_sign_ins = Labelled("sign_ins_failed", "Sign-ins to local accounts that failed, by reason.", "reason")
-_rate_limited = Labelled("requests_rate_limited", "Requests refused for their number, by limit.", "limit")
-_key_fetches = Labelled("key_fetches", "Attempts to fetch the issuer's keys, by outcome.", "outcome")
-_unavailable = Labelled("database_unavailable", "Statements that could not be run, by reason.", "reason")
-_purged = Labelled("tasks_purged", "Tasks erased and tombstones dropped by the purge.", "outcome")
+_refused_tokens = BoundedCounts("tokens_refused", "Tokens that were not accepted, by reason.", ["reason"])
+_failed_sign_ins = BoundedCounts(
+    "sign_ins_failed", "Sign-ins to local accounts that failed, by reason.", ["reason"]
+)
+_rate_limited = BoundedCounts(
+    "requests_rate_limited", "Requests refused for their number, by limit.", ["limit"]
+)
+_key_fetches = BoundedCounts("key_fetches", "Attempts to fetch the issuer's keys, by outcome.", ["outcome"])
+_unavailable = BoundedCounts(
+    "database_unavailable", "Statements that could not be run, by reason.", ["reason"]
+)
+_purged = BoundedCounts("tasks_purged", "Tasks erased and tombstones dropped by the purge.", ["outcome"])
 _statements = Timed(
     "database_statement_duration_seconds", "Time from sending a statement to its rows.", "statement"
 )
@@ -169,7 +169,7 @@ def database_unavailable(reason: str) -> None:
 
 
 def tasks_purged(outcome: str, count: int) -> None:
-    _purged.count(outcome, count)
+    _purged.count(outcome, times=count)
 
 
 def statement_ran(name: str, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """The real app on both databases, and its users."""
 
+import asyncio
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ import pytest
 import structlog
 from fastapi import FastAPI
 
+import db
 import middleware.auth
 import routes.accounts
 from auth import tokens
@@ -26,6 +28,7 @@ from main import create_app
 from middleware.front import FrontMiddleware
 from observability import logs
 from queries import idempotency, purge
+from server.startup import migrate
 from tests import service
 from tests.citus import Cluster
 from tests.postgres import Server, running_server
@@ -200,17 +203,23 @@ DATABASES = ["sqlite", "postgres", *(["citus"] if "TEST_CITUS_URL" in os.environ
 
 @pytest.fixture(scope="session", params=DATABASES)
 async def database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
-    """A database shared by the whole run: a test that needs an empty list uses a new user."""
+    """A migrated database shared by the whole run: a test that needs an empty list uses a new user.
+
+    It is migrated before any service starts, because one that takes long to migrate is still at it while the
+    next one starts, and Alembic runs only once at a time in a process.
+    """
     if request.param == "citus":
         cluster: Cluster = request.getfixturevalue("cluster")
         await cluster.make_database()
         yield f"{cluster.url_as('tasks_service')}?sslmode=disable"  # tests read what is sent
         return
     if request.param == "sqlite":
-        yield f"sqlite:///{request.getfixturevalue('tmp_path_factory').mktemp('data') / 'tasks.db'}"
+        url = f"sqlite:///{request.getfixturevalue('tmp_path_factory').mktemp('data') / 'tasks.db'}"
+        await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
+        yield url
         return
     server: Server = request.getfixturevalue("postgres")
-    async with server.database() as url:
+    async with server.migrated_database() as url:
         yield url
 
 

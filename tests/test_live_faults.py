@@ -33,7 +33,8 @@ class Follower:
         self.owner = owner
         self.tasks: dict[int, dict[str, Any]] = {}
         self.token: str | None = None
-        self.breaks = self.events = 0
+        self.breaks = 0
+        self.listens, self.hears = asyncio.Event(), asyncio.Event()
 
     async def follow(self) -> None:
         """Listen until cancelled."""
@@ -65,8 +66,10 @@ class Follower:
                 name, data, token = await stream.next(PATIENCE_S)
                 if name == "end":
                     return
-                if name != "ready":
-                    self.events += 1
+                if name == "ready":
+                    self.listens.set()
+                else:
+                    self.hears.set()
                     self._apply(data)
                 self.token = token
 
@@ -126,10 +129,14 @@ async def suffer(reader: Person, writer: Person, fault: Callable[[], Any]) -> tu
     """Let a device follow while others write and *fault* happens; return both after it has caught up."""
     follower, writers = Follower(reader), Writers(writer)
     tasks = [asyncio.create_task(follower.follow())]
+    async with asyncio.timeout(PATIENCE_S):
+        await follower.listens.wait()  # writers may be faster than a device that catches up
     tasks += [asyncio.create_task(writers.write(number)) for number in range(WRITERS)]
     await writers.more(BEFORE)
     await asyncio.to_thread(fault)
     await writers.more(AFTER)
+    async with asyncio.timeout(PATIENCE_S):
+        await follower.hears.wait()
     for task in tasks:
         task.cancel()
     failures = [each for each in await asyncio.gather(*tasks, return_exceptions=True) if each]
@@ -140,7 +147,6 @@ async def suffer(reader: Person, writer: Person, fault: Callable[[], Any]) -> tu
     assert follower.tasks == listed
     assert writers.created - writers.uncertain <= listed.keys()
     assert not writers.deleted & listed.keys()
-    assert follower.events
     return follower, writers
 
 
