@@ -15,7 +15,6 @@ from database import failures
 from database.base import Database
 from server.readiness import Readiness
 
-START_WAIT_S = 1.5  # for the database; then the port opens, and requests get 503 until it is ready
 RETRY_MAX_S = 30.0  # between two attempts to migrate or connect
 MIGRATION_WAIT_S = 1.0  # for another process that migrates, before this one says so in the log
 END_S = 0.5  # for closing connections when the service stops
@@ -34,7 +33,7 @@ async def prepared(
 ) -> AsyncIterator[None]:
     """Prepare *database* and run *background* until the block ends.
 
-    The block begins after the first attempt, or after `START_WAIT_S`; later attempts run alongside it.
+    It begins after the first attempt or the database's `start_wait_s`; later attempts run alongside it.
     """
     first_attempt: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     tasks = {
@@ -43,7 +42,7 @@ async def prepared(
     }
     try:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(first_attempt, START_WAIT_S)
+            await asyncio.wait_for(first_attempt, database.start_wait_s)
         gc.freeze()  # objects made at startup stay, so the collector need not scan them again
         gc.set_threshold(GC_THRESHOLD)
         yield

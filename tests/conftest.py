@@ -201,22 +201,26 @@ def cluster() -> Cluster:
 DATABASES = ["sqlite", "postgres", *(["citus"] if "TEST_CITUS_URL" in os.environ else [])]
 
 
-@pytest.fixture(scope="session", params=DATABASES)
-async def database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
-    """A migrated database shared by the whole run: a test that needs an empty list uses a new user.
+@pytest.fixture(scope="session")
+async def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite database, to be copied."""
+    file = tmp_path_factory.mktemp("migrated") / "tasks.db"
+    await asyncio.to_thread(migrate, db.connect(f"sqlite:///{file}", pool_size=1))
+    return file
 
-    It is migrated before any service starts, because one that takes long to migrate is still at it while the
-    next one starts, and Alembic runs only once at a time in a process.
-    """
+
+@pytest.fixture(scope="session", params=DATABASES)
+async def database_url(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, migrated_file: Path
+) -> AsyncIterator[str]:
+    """A migrated database shared by the whole run: a test that needs an empty list uses a new user."""
     if request.param == "citus":
         cluster: Cluster = request.getfixturevalue("cluster")
         await cluster.make_database()
         yield f"{cluster.url_as('tasks_service')}?sslmode=disable"  # tests read what is sent
         return
     if request.param == "sqlite":
-        url = f"sqlite:///{request.getfixturevalue('tmp_path_factory').mktemp('data') / 'tasks.db'}"
-        await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
-        yield url
+        yield f"sqlite:///{shutil.copy(migrated_file, tmp_path_factory.mktemp('data'))}"
         return
     server: Server = request.getfixturevalue("postgres")
     async with server.migrated_database() as url:
@@ -227,22 +231,43 @@ async def database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
 on_one_database = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
-    """A database without tables, for one test."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'tasks.db'}"
-        return
-    server: Server = request.getfixturevalue("postgres")
-    async with server.database() as url:
-        yield url
+@pytest.fixture
+def sqlite_url(tmp_path: Path, migrated_file: Path) -> str:
+    """A migrated SQLite database of its own for one test."""
+    return f"sqlite:///{shutil.copy(migrated_file, tmp_path)}"
 
 
 @pytest.fixture
 async def postgres_url(postgres: Server) -> AsyncIterator[str]:
+    """A migrated PostgreSQL database of its own for one test."""
+    async with postgres.migrated_database() as url:
+        yield url
+
+
+@pytest.fixture
+async def empty_postgres_url(postgres: Server) -> AsyncIterator[str]:
     """A PostgreSQL database without tables, for one test."""
     async with postgres.database() as url:
         yield url
+
+
+@pytest.fixture(params=["sqlite_url", "postgres_url"], ids=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest) -> str:
+    """A migrated database of its own for one test.
+
+    A service that has to migrate first opens its port before it has ended, if that takes long.
+    """
+    url: str = request.getfixturevalue(request.param)
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database without tables, for one test."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'tasks.db'}"
+    url: str = request.getfixturevalue("empty_postgres_url")
+    return url
 
 
 def settings_for(database_url: str, **changes: Any) -> Settings:

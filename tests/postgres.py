@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,6 +34,7 @@ class Server:
     """A server on which tests create databases; *url* names an existing database."""
 
     url: str
+    _templates: list[str] = field(default_factory=list)  # the migrated database, once there is one
 
     def url_of(self, database: str) -> str:
         return urlsplit(self.url)._replace(path=f"/{database}").geturl()
@@ -48,9 +49,9 @@ class Server:
         await self.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
     @contextlib.asynccontextmanager
-    async def database(self) -> AsyncIterator[str]:
-        """Yield the URL of a new, empty database."""
-        name = await self.create_database()
+    async def database(self, template: str = "template1") -> AsyncIterator[str]:
+        """Yield the URL of a new database, which is empty unless *template* is not."""
+        name = await self.create_database(template)
         try:
             yield self.url_of(name)
         finally:
@@ -58,10 +59,16 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def migrated_database(self) -> AsyncIterator[str]:
-        """Yield the URL of a new, migrated database."""
-        async with self.database() as url:
-            await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
+        """Yield the URL of a new, migrated database: a copy of one that is migrated once."""
+        if not self._templates:
+            self._templates.append(await self.create_database())
+            await asyncio.to_thread(migrate, db.connect(self.url_of(self._templates[0]), pool_size=1))
+        async with self.database(self._templates[0]) as url:
             yield url
+
+    async def drop_template(self) -> None:
+        for name in self._templates:
+            await self.drop_database(name)
 
     async def execute(self, statement: str) -> None:
         connection = await asyncpg.connect(self.url)
@@ -75,7 +82,9 @@ class Server:
 def running_server() -> Iterator[Server]:
     """Yield the server in `TEST_DATABASE_URL`, or start one that stops with this process."""
     if url := os.environ.get("TEST_DATABASE_URL"):
-        yield Server(url)
+        server = Server(url)
+        yield server
+        asyncio.run(server.drop_template())
         return
     with running_process() as process:
         yield Server(process.url)

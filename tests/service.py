@@ -41,12 +41,12 @@ class Service:
     def logged(self) -> str:
         return self._errors.read_text()
 
-    def wait_for(self, address: str) -> None:
-        """Return once the service responds at *address*."""
+    def wait_for(self, address: str, path: str = "/health") -> None:
+        """Return once the service at *address* responds to *path* with a success."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                httpx.get(f"{address}/health").raise_for_status()
+            with contextlib.suppress(httpx.HTTPError):
+                httpx.get(f"{address}{path}").raise_for_status()
                 return
             time.sleep(0.05)
         raise RuntimeError(f"the service did not start: {self.logged}")

@@ -27,7 +27,6 @@ from queries import lists, tasks
 from queries.owner import Owner
 from refusals import TaskNotFound
 from schemas import Filter, Order, TaskCreate
-from server.startup import migrate
 from tests.conftest import Person, pages, person, running, settings_for
 from tests.postgres import Server
 
@@ -73,13 +72,13 @@ async def test_concurrent_updates_of_one_task_all_count(alice: Person) -> None:
     assert (await alice.get(f"/{task['id']}")).json()["version"] == task["version"] + 100
 
 
-async def test_sqlite_uses_wal_full_sync_and_foreign_keys(tmp_path: Path) -> None:
+async def test_sqlite_uses_wal_full_sync_and_foreign_keys(sqlite_url: str) -> None:
     expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
     columns: list[Any] = [literal_column(name) for name in expected]
     pragmas: Select[Any] = select(*columns).select_from(
         text(", ".join(f"pragma_{name}" for name in expected))
     )
-    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}") as database:
+    async with _opened(sqlite_url) as database:
         async with database.transaction() as writer:
             assert await writer.one(pragmas) == expected
         for found in await asyncio.gather(*(database.one(pragmas) for _ in range(2 * sqlite.READERS))):
@@ -271,10 +270,10 @@ async def test_a_blocked_statement_times_out_and_is_cancelled_on_the_server(post
 
 
 async def test_a_full_sqlite_queue_is_overloaded_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "WAITING_MAX", 3)
-    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}") as database:
+    async with _opened(sqlite_url) as database:
         holder, *owners = (Owner(f"user{number}", database) for number in range(10))
         async with holder.transaction():
             writing = [asyncio.create_task(_add(owner)) for owner in owners[:3]]
@@ -297,8 +296,8 @@ async def _served_within(timeout_s: float, database: db.Database) -> Row | None:
             await asyncio.sleep(0.01)
 
 
-async def test_reads_on_sqlite_are_served_by_the_readers_that_are_free(tmp_path: Path) -> None:
-    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.Timeouts(statement_s=60)) as database:
+async def test_reads_on_sqlite_are_served_by_the_readers_that_are_free(sqlite_url: str) -> None:
+    async with _opened(sqlite_url, db.Timeouts(statement_s=60)) as database:
         endless: Select[Any] = select(literal_column("n")).select_from(
             text(f"({COUNTING.format(10**12)}) AS counted")
         )
@@ -313,9 +312,9 @@ async def test_reads_on_sqlite_are_served_by_the_readers_that_are_free(tmp_path:
         await asyncio.gather(*busy, return_exceptions=True)
 
 
-async def test_a_read_that_waits_too_long_for_a_reader_of_sqlite_is_unavailable(tmp_path: Path) -> None:
+async def test_a_read_that_waits_too_long_for_a_reader_of_sqlite_is_unavailable(sqlite_url: str) -> None:
     timeouts = db.Timeouts(statement_s=0.3, wait_s=0.1)
-    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", timeouts) as database:
+    async with _opened(sqlite_url, timeouts) as database:
         endless: Select[Any] = select(literal_column("n")).select_from(
             text(f"({COUNTING.format(10**12)}) AS counted")
         )
@@ -328,8 +327,8 @@ async def test_a_read_that_waits_too_long_for_a_reader_of_sqlite_is_unavailable(
         assert await database.one(select(literal(1).label("one"))) == {"one": 1}
 
 
-async def test_a_cancelled_statement_is_interrupted_on_sqlite(tmp_path: Path) -> None:
-    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.Timeouts(statement_s=60)) as database:
+async def test_a_cancelled_statement_is_interrupted_on_sqlite(sqlite_url: str) -> None:
+    async with _opened(sqlite_url, db.Timeouts(statement_s=60)) as database:
         endless: Select[Any] = select(literal_column("n")).select_from(
             text(f"({COUNTING.format(10**12)}) AS counted")
         )
@@ -345,9 +344,9 @@ async def test_a_cancelled_statement_is_interrupted_on_sqlite(tmp_path: Path) ->
 
 @pytest.mark.parametrize("started_s", [0, 0.0001, 0.001])
 async def test_a_statement_that_is_cancelled_before_its_thread_begins_frees_its_reader(
-    tmp_path: Path, started_s: float
+    sqlite_url: str, started_s: float
 ) -> None:
-    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.Timeouts(statement_s=60)) as database:
+    async with _opened(sqlite_url, db.Timeouts(statement_s=60)) as database:
         assert isinstance(database, db.SQLite)
         endless: Select[Any] = select(literal_column("n")).select_from(
             text(f"({COUNTING.format(10**12)}) AS counted")
@@ -411,15 +410,10 @@ async def test_an_invalid_sqlite_statement_is_not_unavailable(tmp_path: Path) ->
 POOL_SIZE = 3
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-async def owner(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Owner]:
+@pytest.fixture
+async def owner(url: str) -> AsyncIterator[Owner]:
     """An owner with an empty database of their own."""
-    if request.param == "sqlite":
-        async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}") as database:
-            yield Owner("alice", database)
-        return
-    server: Server = request.getfixturevalue("postgres")
-    async with server.database() as url, _opened(url) as database:
+    async with _opened(url) as database:
         yield Owner("alice", database)
 
 
@@ -427,7 +421,6 @@ async def owner(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 async def _opened(url: str, timeouts: db.Timeouts | None = None) -> AsyncIterator[db.Database]:
     database = db.connect(url, pool_size=POOL_SIZE, timeouts=timeouts or db.Timeouts())
     database.share = UNLIMITED  # here, one user may take every connection
-    await asyncio.to_thread(migrate, database)
     await database.open()
     yield database
     await database.close()
@@ -582,8 +575,8 @@ async def test_postgres_runs_transactions_concurrently(postgres_url: str) -> Non
         assert len(await _titles(alice)) == len(await _titles(bob)) == 1
 
 
-async def test_waiting_too_long_for_the_sqlite_writer_is_unavailable(tmp_path: Path) -> None:
-    async with _opened(f"sqlite:///{tmp_path / 'tasks.db'}", db.Timeouts(wait_s=0.05)) as database:
+async def test_waiting_too_long_for_the_sqlite_writer_is_unavailable(sqlite_url: str) -> None:
+    async with _opened(sqlite_url, db.Timeouts(wait_s=0.05)) as database:
         owner = Owner("alice", database)
         async with owner.transaction():
             with pytest.raises(Unavailable):

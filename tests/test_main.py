@@ -93,10 +93,10 @@ def test_a_large_body_over_a_socket_is_a_problem(unconfigured: tuple[Service, st
     assert (after.status_code, after.json()) == (200, [])
 
 
-async def test_postgres_is_served_as_configured(tmp_path: Path, postgres_url: str) -> None:
+async def test_postgres_is_served_as_configured(tmp_path: Path, empty_postgres_url: str) -> None:
     port = str(free_port())
     settings = {
-        "DATABASE_URL": postgres_url.replace("postgresql://", "postgres://"),
+        "DATABASE_URL": empty_postgres_url.replace("postgresql://", "postgres://"),
         "BETTER_AUTH_SECRET": SECRET,
         "MIGRATE_ON_START": "true",
         "ENVIRONMENT": "production",

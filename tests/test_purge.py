@@ -276,7 +276,7 @@ async def test_a_task_deleted_again_since_it_was_found_is_not_erased(app: FastAP
 
 @pytest.mark.parametrize("days_ago", [31, 1])  # too old, and beyond the limit
 async def test_a_purge_ends_when_another_process_purges(postgres: Server, days_ago: int) -> None:
-    async with postgres.database() as url:
+    async with postgres.migrated_database() as url:
         app = create_app(settings_for(url))
         async with running(app) as client:
             alice = person("alice", client)
@@ -338,7 +338,7 @@ async def test_rows_whose_owner_has_none_do_not_keep_a_purge_busy(
     postgres: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(purge, "PORTION", 1)
-    async with postgres.database() as url:
+    async with postgres.migrated_database() as url:
         app = create_app(settings_for(url))
         async with running(app):
             loaded = await asyncpg.connect(url)

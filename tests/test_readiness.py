@@ -55,27 +55,26 @@ async def test_a_migrated_database_is_ready(client: httpx.AsyncClient) -> None:
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
-async def test_an_empty_database_is_not_ready_until_it_is_migrated(url: str) -> None:
-    async with running(unmigrated(url)) as client:
+async def test_an_empty_database_is_not_ready_until_it_is_migrated(empty_url: str) -> None:
+    async with running(unmigrated(empty_url)) as client:
         assert_hindered(await ready(client), OUTDATED)
 
-        await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
+        await asyncio.to_thread(migrate, db.connect(empty_url, pool_size=1))
 
         assert (await ready(client)).status_code == 200
         assert (await person("alice", client).post(json={"title": "Buy milk"})).status_code == 201
 
 
-async def test_a_schema_that_is_behind_is_not_ready(url: str) -> None:
-    database = db.connect(url, pool_size=1)
+async def test_a_schema_that_is_behind_is_not_ready(empty_url: str) -> None:
+    database = db.connect(empty_url, pool_size=1)
     for revision, downgrade in (("0001", False), ("base", True)):
         step = command.downgrade if downgrade else command.upgrade
         await asyncio.to_thread(step, _alembic(database), revision)
-        async with running(unmigrated(url)) as client:
+        async with running(unmigrated(empty_url)) as client:
             assert_hindered(await ready(client), OUTDATED)
 
 
 async def test_a_schema_that_is_ahead_is_ready(url: str) -> None:
-    await asyncio.to_thread(migrate, db.connect(url, pool_size=1))
     await run(url, "UPDATE task_schema_version SET version_num = '9999'")
 
     async with running(unmigrated(url)) as client:
@@ -83,10 +82,10 @@ async def test_a_schema_that_is_ahead_is_ready(url: str) -> None:
 
 
 async def test_without_a_schema_requests_are_503_and_the_start_logs_why(
-    url: str,
+    empty_url: str,
     log: Log,
 ) -> None:
-    async with running(unmigrated(url)) as client:
+    async with running(unmigrated(empty_url)) as client:
         answer = await person("alice", client).get()
 
     assert_problem(answer, 503, "Service Unavailable", Unavailable.sentence)

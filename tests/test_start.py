@@ -94,11 +94,11 @@ def black_hole() -> Iterator[str]:
 
 
 async def test_the_service_starts_and_stops_while_its_migration_is_blocked(
-    postgres_url: str, tmp_path: Path
+    empty_postgres_url: str, tmp_path: Path
 ) -> None:
-    other = await asyncpg.connect(postgres_url)
+    other = await asyncpg.connect(empty_postgres_url)
     await other.execute(f"SELECT pg_advisory_lock({MIGRATION_LOCK})")
-    with starting(tmp_path, settings_of(postgres_url)) as (service, address):
+    with starting(tmp_path, settings_of(empty_postgres_url)) as (service, address):
         await open_port(service, address)
         assert not await is_ready(address)
         await logged(service, "cannot be migrated yet")
@@ -108,11 +108,11 @@ async def test_the_service_starts_and_stops_while_its_migration_is_blocked(
 
 
 async def test_a_blocked_migration_runs_once_the_other_session_ends(
-    postgres_url: str, tmp_path: Path
+    empty_postgres_url: str, tmp_path: Path
 ) -> None:
-    other = await asyncpg.connect(postgres_url)
+    other = await asyncpg.connect(empty_postgres_url)
     await other.execute(f"SELECT pg_advisory_lock({MIGRATION_LOCK})")
-    with starting(tmp_path, settings_of(postgres_url)) as (service, address):
+    with starting(tmp_path, settings_of(empty_postgres_url)) as (service, address):
         await open_port(service, address)
         await logged(service, "cannot be migrated yet")
 
@@ -144,14 +144,14 @@ async def test_the_service_stops_while_its_startup_waits_for_the_database(
 
 
 async def test_a_migration_stopped_midway_leaves_each_revision_applied_or_not(
-    postgres_url: str, tmp_path: Path
+    empty_postgres_url: str, tmp_path: Path
 ) -> None:
-    await asyncio.to_thread(command.upgrade, _alembic(db.connect(postgres_url, pool_size=1)), "0001")
-    other = await asyncpg.connect(postgres_url)
+    await asyncio.to_thread(command.upgrade, _alembic(db.connect(empty_postgres_url, pool_size=1)), "0001")
+    other = await asyncpg.connect(empty_postgres_url)
     holding = other.transaction()
     await holding.start()
     await other.execute("LOCK TABLE task IN ACCESS SHARE MODE")  # revision 0002 passes, 0003 has to wait
-    with starting(tmp_path, settings_of(postgres_url)) as (service, address):
+    with starting(tmp_path, settings_of(empty_postgres_url)) as (service, address):
         await open_port(service, address)
         await eventually(partial(other.fetchval, "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"))
 
@@ -161,7 +161,7 @@ async def test_a_migration_stopped_midway_leaves_each_revision_applied_or_not(
     assert await other.fetchval("SELECT to_regclass('local_account')") == "local_account"
     assert await other.fetchval("SELECT to_regclass('idempotency_key')") is None
     await holding.rollback()
-    await asyncio.to_thread(migrate, db.connect(postgres_url, pool_size=1))
+    await asyncio.to_thread(migrate, db.connect(empty_postgres_url, pool_size=1))
     assert await other.fetchval("SELECT to_regclass('idempotency_key')") == "idempotency_key"
     await other.close()
 
@@ -222,6 +222,21 @@ async def test_a_locked_sqlite_file_is_served_once_the_lock_is_released(tmp_path
             await assert_stops(service)
 
 
+async def test_the_first_start_on_sqlite_waits_for_its_schema(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("BEGIN IMMEDIATE")
+        with starting(tmp_path, settings_of(f"sqlite:///{path}")) as (service, address):
+            await logged(service, "Waiting for application startup")
+            asyncio.get_running_loop().call_later(2.0, other.execute, "COMMIT")
+
+            await open_port(service, address)
+
+            assert await is_ready(address)
+            await assert_stops(service)
+
+
 async def test_a_signal_before_the_server_listens_for_signals_is_not_lost(tmp_path: Path) -> None:
     code = (
         "import main, os, signal\nfrom server import run\n"
@@ -236,8 +251,6 @@ async def test_a_signal_before_the_server_listens_for_signals_is_not_lost(tmp_pa
 async def test_a_migrated_database_is_served_without_alembic(
     url: str, monkeypatch: pytest.MonkeyPatch, newer: bool
 ) -> None:
-    async with running(create_app(settings_for(url))):
-        pass  # migrates it
     if newer:
         engine = db.connect(url, pool_size=1).engine()
         async with engine.begin() as connection:

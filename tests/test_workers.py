@@ -68,14 +68,14 @@ def running_workers(folder: Path, **settings: str) -> Iterator[Workers]:
     given = {"PORT": str(port), "WORKERS": str(COUNT), "BETTER_AUTH_SECRET": SECRET} | UNMEASURED | settings
     with running_service(folder, **given) as service:
         workers = Workers(service, f"http://127.0.0.1:{port}")
-        service.wait_for(workers.address)
+        service.wait_for(workers.address, "/health/ready")  # the port opens before a migration has ended
         yield workers
 
 
 async def test_replacing_and_stopping_workers_under_load_fails_no_request(
-    postgres_url: str, tmp_path: Path
+    empty_postgres_url: str, tmp_path: Path
 ) -> None:
-    with running_workers(tmp_path, **settings_of(postgres_url)) as its:
+    with running_workers(tmp_path, **settings_of(empty_postgres_url)) as its:
         await its.wait_for_all()
         before = its.alive
         async with loading(its.address) as load:
@@ -88,7 +88,7 @@ async def test_replacing_and_stopping_workers_under_load_fails_no_request(
             left = [each for each in after.values() if _is_running(each)]
     migrated = its.service.logged.count("Running upgrade  -> 0001")
     (again := tmp_path / "again").mkdir()
-    with running_workers(again, **settings_of(postgres_url)) as its:
+    with running_workers(again, **settings_of(empty_postgres_url)) as its:
         kept = await titles(its.address)
 
     assert before.keys() == after.keys() == {1, 2}
