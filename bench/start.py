@@ -1,6 +1,7 @@
 """How long a start takes: `uv run --group bench bench/start.py`.
 
-CPU and wall time from the start of the process to the first answered `/health`, and the costliest imports.
+CPU and wall time from the start of the process to the first answered `/health`, and the costliest imports,
+without development packages, as the Dockerfile installs the service.
 """
 
 import json
@@ -15,24 +16,25 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from bench.run import cpu_s
+from bench.runtimes import installed
 from tests.postgres import free_port
 from tests.service import running_service
 
 ROUNDS = 7
 
 
-def start(folder: Path) -> tuple[float, float]:
+def start(python: str, folder: Path) -> tuple[float, float]:
     """Return the CPU seconds and the seconds until the service answers."""
     port, began = free_port(), time.perf_counter()
-    with running_service(folder, PORT=str(port)) as service:
+    with running_service(folder, python=python, PORT=str(port)) as service:
         service.wait_for(f"http://127.0.0.1:{port}")
         return cpu_s(service.process.pid), time.perf_counter() - began
 
 
-def imports() -> list[tuple[str, float]]:
+def imports(python: str) -> list[tuple[str, float]]:
     """Return the top-level packages that take longest to import, with their milliseconds."""
     output = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", "import main"],
+        [python, "-X", "importtime", "-c", "import main"],
         cwd=HERE.parent,
         capture_output=True,
         text=True,
@@ -47,11 +49,17 @@ def imports() -> list[tuple[str, float]]:
 
 
 def main_() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        python = str(installed(sys.executable, Path(name) / "environment") / "python")
+        measure(python, Path(name))
+
+
+def measure(python: str, folder: Path) -> None:
     first, again = [], []
-    for _ in range(ROUNDS):
-        with tempfile.TemporaryDirectory() as name:
-            first.append(start(Path(name)))
-            again.append(start(Path(name)))
+    for number in range(ROUNDS):
+        (data := folder / str(number)).mkdir()
+        first.append(start(python, data))
+        again.append(start(python, data))
     results = {
         f"{label}, {unit}": round(statistics.median(values), 2)
         for label, runs in (("first start (makes the schema)", first), ("later start", again))
@@ -59,7 +67,7 @@ def main_() -> None:
     }
     print(json.dumps(results, indent=2))
     print("\nimports, ms in each package's own modules:")
-    for package, milliseconds in imports():
+    for package, milliseconds in imports(python):
         print(f"{package:20}{milliseconds:8.1f}")
 
 

@@ -86,10 +86,10 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def running_service(
-    folder: Path, *command: str, **settings: str
+    folder: Path, *command: str, python: str = sys.executable, **settings: str
 ) -> contextlib.AbstractContextManager[Service]:
-    """Start `python` with *command*, by default `main.py`, in *folder*, which has no `.env` file."""
-    program = [sys.executable, *(command or (str(PROJECT / "main.py"),))]
+    """Start *python* with *command*, by default `main.py`, in *folder*, which has no `.env` file."""
+    program = [python, *(command or (str(PROJECT / "main.py"),))]
     return _running(folder, program, settings)
 
 
