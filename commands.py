@@ -86,6 +86,7 @@ def _serve(create_app: AppFactory, settings: Settings, worker: Worker | None = N
         shutdown_grace_s=settings.shutdown_grace_s,
         sockets=worker.sockets if worker else None,
         on_stopping=app.state.services.streams.end,
+        on_signal=app.state.services.readiness.stop_waiting,
         on_started=worker.report_ready if worker else _welcome(settings),
     )
 

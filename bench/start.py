@@ -1,7 +1,7 @@
 """How long a start takes: `uv run --group bench bench/start.py`.
 
-CPU and wall time from the start of the process to the first answered `/health`, and the costliest imports,
-without development packages, as the Dockerfile installs the service.
+CPU and wall time from the start of the process to the first answered `/health`, and the costliest imports.
+There are no development packages, as in the Dockerfile.
 """
 
 import json
@@ -48,13 +48,7 @@ def imports(python: str) -> list[tuple[str, float]]:
     return sorted(own.items(), key=lambda item: -item[1])[:10]
 
 
-def main_() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        python = str(installed(sys.executable, Path(name) / "environment") / "python")
-        measure(python, Path(name))
-
-
-def measure(python: str, folder: Path) -> None:
+def report(python: str, folder: Path) -> None:
     first, again = [], []
     for number in range(ROUNDS):
         (data := folder / str(number)).mkdir()
@@ -72,4 +66,6 @@ def measure(python: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main_()
+    with tempfile.TemporaryDirectory() as name:
+        programs = installed(sys.executable, Path(name) / "environment")
+        report(str(programs / "python"), Path(name))

@@ -53,9 +53,8 @@ class Database(Executor):
 
     dialect: Dialect
     slow_statement_s = inf
-    start_wait_s = (
-        1.5  # of a start for the database; then the port opens, and requests get 503 until it is ready
-    )
+    # A start waits this long for the database. Then the port opens, and requests get 503 until it is ready.
+    start_wait_s = 1.5
 
     @property
     @abstractmethod

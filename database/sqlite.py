@@ -48,7 +48,7 @@ class SQLite(Database):
     If a request is cancelled, its connection serves the next one only after its statement has ended.
     """
 
-    start_wait_s = 10.0  # a first start makes the schema, which only a slow machine or a lock delays
+    start_wait_s = 10.0  # a local file takes that long only on a slow machine
 
     def __init__(self, url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:
         self._timeouts = timeouts

@@ -41,8 +41,8 @@ class Counts(Collector):
         self._counts: dict[tuple[str | int, ...], int] = defaultdict(int)
         registry.register(self)
 
-    def count(self, *values: str | int, times: int = 1) -> None:
-        self._counts[values] += times
+    def count(self, *values: str | int, amount: int = 1) -> None:
+        self._counts[values] += amount
 
     def collect(self) -> Iterator[Metric]:
         family = CounterMetricFamily(*self._about, labels=self._labels)
@@ -52,12 +52,12 @@ class Counts(Collector):
 
 
 class BoundedCounts(Counts):
-    """A counter with one label of bounded values, even if a caller passes some from requests."""
+    """A counter with one label of at most `VALUES_MAX` values; any further ones are counted as `OTHER`."""
 
-    def count(self, *values: str | int, times: int = 1) -> None:
+    def count(self, *values: str | int, amount: int = 1) -> None:
         if values not in self._counts and len(self._counts) >= VALUES_MAX:
             values = (OTHER,)
-        super().count(*values, times=times)
+        super().count(*values, amount=amount)
 
 
 class Timed(Collector):
@@ -169,7 +169,7 @@ def database_unavailable(reason: str) -> None:
 
 
 def tasks_purged(outcome: str, count: int) -> None:
-    _purged.count(outcome, times=count)
+    _purged.count(outcome, amount=count)
 
 
 def statement_ran(name: str, seconds: float) -> None:

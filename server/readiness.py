@@ -34,12 +34,17 @@ class Readiness:
         self._database = database
         self._outdated = outdated_revisions(versions)
         self._looking: asyncio.Task[str | None] | None = None
+        self.is_awaited = True  # by a start
 
     async def not_ready_reason(self) -> str | None:
         """Return why requests cannot be served, or None. Concurrent callers share one check."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
         return await asyncio.shield(self._looking)
+
+    def stop_waiting(self) -> None:
+        """End the wait of a start. A handler of signals may call it."""
+        self.is_awaited = False
 
     async def is_migrated(self) -> bool:
         """Return whether the schema is as new as this code needs.

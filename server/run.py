@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -32,11 +33,13 @@ def serve(
     sockets: list[socket.socket] | None = None,
     on_started: Callable[[str], None] | None = None,
     on_stopping: Callable[[], None] | None = None,
+    on_signal: Callable[[], None] | None = None,
 ) -> None:
     """Serve until a signal asks to stop; requests that have begun are finished first.
 
     It listens on *sockets*, on those that systemd passes, or at *host* and *port*. *on_started* is called
-    with the address once it listens, *on_stopping* before it waits for requests to finish.
+    with the address once it listens, *on_stopping* before it waits for requests to finish, and *on_signal*
+    at once, even during the startup.
     """
     config = uvicorn.Config(
         app,
@@ -52,7 +55,7 @@ def serve(
         proxy_headers=bool(proxies),
         forwarded_allow_ips=proxies,
     )
-    server = _Server(config, on_started, on_stopping)
+    server = _Server(config, on_started, on_stopping, on_signal)
     # uvicorn shuts down in order and then raises the signal again, but a requested stop is a success. An
     # earlier signal kills the process (-15), which has accepted nothing by then.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -70,9 +73,15 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         on_started: Callable[[str], None] | None,
         on_stopping: Callable[[], None] | None,
+        on_signal: Callable[[], None] | None,
     ) -> None:
         super().__init__(config)
-        self._on_started, self._on_stopping = on_started, on_stopping
+        self._on_started, self._on_stopping, self._on_signal = on_started, on_stopping, on_signal
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self._on_signal:
+            self._on_signal()
 
     async def serve(self, sockets: Any = None) -> None:
         await super().serve(sockets)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from database.base import Database
 from server.readiness import Readiness
 
 RETRY_MAX_S = 30.0  # between two attempts to migrate or connect
+SIGNAL_S = 0.1  # until a signal ends the wait for the database at the latest
 MIGRATION_WAIT_S = 1.0  # for another process that migrates, before this one says so in the log
 END_S = 0.5  # for closing connections when the service stops
 # Allocations before the garbage collector looks for cycles. Requests make none, and a list of 200 allocates
@@ -33,7 +35,8 @@ async def prepared(
 ) -> AsyncIterator[None]:
     """Prepare *database* and run *background* until the block ends.
 
-    It begins after the first attempt or the database's `start_wait_s`; later attempts run alongside it.
+    The block begins after the first attempt, or after `Database.start_wait_s`; later attempts run alongside.
+    A signal ends the wait.
     """
     first_attempt: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     tasks = {
@@ -41,8 +44,11 @@ async def prepared(
         *map(asyncio.create_task, background),
     }
     try:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(first_attempt, database.start_wait_s)
+        waited_until = time.monotonic() + database.start_wait_s
+        while readiness.is_awaited and not first_attempt.done() and time.monotonic() < waited_until:
+            await asyncio.wait({first_attempt}, timeout=SIGNAL_S)
+        if not first_attempt.cancel():  # it is over
+            first_attempt.result()  # raises a permanent failure
         gc.freeze()  # objects made at startup stay, so the collector need not scan them again
         gc.set_threshold(GC_THRESHOLD)
         yield

@@ -202,7 +202,7 @@ DATABASES = ["sqlite", "postgres", *(["citus"] if "TEST_CITUS_URL" in os.environ
 
 
 @pytest.fixture(scope="session")
-async def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+async def migrated_sqlite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated SQLite database, to be copied."""
     file = tmp_path_factory.mktemp("migrated") / "tasks.db"
     await asyncio.to_thread(migrate, db.connect(f"sqlite:///{file}", pool_size=1))
@@ -211,7 +211,7 @@ async def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=DATABASES)
 async def database_url(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, migrated_file: Path
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, migrated_sqlite_file: Path
 ) -> AsyncIterator[str]:
     """A migrated database shared by the whole run: a test that needs an empty list uses a new user."""
     if request.param == "citus":
@@ -220,7 +220,7 @@ async def database_url(
         yield f"{cluster.url_as('tasks_service')}?sslmode=disable"  # tests read what is sent
         return
     if request.param == "sqlite":
-        yield f"sqlite:///{shutil.copy(migrated_file, tmp_path_factory.mktemp('data'))}"
+        yield f"sqlite:///{shutil.copy(migrated_sqlite_file, tmp_path_factory.mktemp('data'))}"
         return
     server: Server = request.getfixturevalue("postgres")
     async with server.migrated_database() as url:
@@ -232,9 +232,9 @@ on_one_database = pytest.mark.parametrize("database_url", ["sqlite"], indirect=T
 
 
 @pytest.fixture
-def sqlite_url(tmp_path: Path, migrated_file: Path) -> str:
+def sqlite_url(tmp_path: Path, migrated_sqlite_file: Path) -> str:
     """A migrated SQLite database of its own for one test."""
-    return f"sqlite:///{shutil.copy(migrated_file, tmp_path)}"
+    return f"sqlite:///{shutil.copy(migrated_sqlite_file, tmp_path)}"
 
 
 @pytest.fixture
@@ -242,6 +242,12 @@ async def postgres_url(postgres: Server) -> AsyncIterator[str]:
     """A migrated PostgreSQL database of its own for one test."""
     async with postgres.migrated_database() as url:
         yield url
+
+
+@pytest.fixture
+def empty_sqlite_url(tmp_path: Path) -> str:
+    """A SQLite file that does not exist yet, for one test."""
+    return f"sqlite:///{tmp_path / 'tasks.db'}"
 
 
 @pytest.fixture
@@ -255,19 +261,15 @@ async def empty_postgres_url(postgres: Server) -> AsyncIterator[str]:
 def url(request: pytest.FixtureRequest) -> str:
     """A migrated database of its own for one test.
 
-    A service that has to migrate first opens its port before it has ended, if that takes long.
+    Migrated already, because a service opens its port before a slow migration has ended.
     """
-    url: str = request.getfixturevalue(request.param)
-    return url
+    return str(request.getfixturevalue(request.param))
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=["empty_sqlite_url", "empty_postgres_url"], ids=["sqlite", "postgres"])
+def empty_url(request: pytest.FixtureRequest) -> str:
     """A database without tables, for one test."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'tasks.db'}"
-    url: str = request.getfixturevalue("empty_postgres_url")
-    return url
+    return str(request.getfixturevalue(request.param))
 
 
 def settings_for(database_url: str, **changes: Any) -> Settings:

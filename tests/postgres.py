@@ -34,7 +34,7 @@ class Server:
     """A server on which tests create databases; *url* names an existing database."""
 
     url: str
-    _templates: list[str] = field(default_factory=list)  # the migrated database, once there is one
+    _templates: list[str] = field(default_factory=list)  # at most one migrated database, to be copied
 
     def url_of(self, database: str) -> str:
         return urlsplit(self.url)._replace(path=f"/{database}").geturl()
@@ -50,7 +50,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def database(self, template: str = "template1") -> AsyncIterator[str]:
-        """Yield the URL of a new database, which is empty unless *template* is not."""
+        """Yield the URL of a new database, a copy of *template*; by default it is empty."""
         name = await self.create_database(template)
         try:
             yield self.url_of(name)
@@ -59,10 +59,11 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def migrated_database(self) -> AsyncIterator[str]:
-        """Yield the URL of a new, migrated database: a copy of one that is migrated once."""
+        """Yield the URL of a new, migrated database: a copy of one that only the first call migrates."""
         if not self._templates:
-            self._templates.append(await self.create_database())
-            await asyncio.to_thread(migrate, db.connect(self.url_of(self._templates[0]), pool_size=1))
+            name = await self.create_database()
+            await asyncio.to_thread(migrate, db.connect(self.url_of(name), pool_size=1))
+            self._templates.append(name)
         async with self.database(self._templates[0]) as url:
             yield url
 
@@ -83,8 +84,10 @@ def running_server() -> Iterator[Server]:
     """Yield the server in `TEST_DATABASE_URL`, or start one that stops with this process."""
     if url := os.environ.get("TEST_DATABASE_URL"):
         server = Server(url)
-        yield server
-        asyncio.run(server.drop_template())
+        try:
+            yield server
+        finally:
+            asyncio.run(server.drop_template())
         return
     with running_process() as process:
         yield Server(process.url)

@@ -34,7 +34,7 @@ class Follower:
         self.tasks: dict[int, dict[str, Any]] = {}
         self.token: str | None = None
         self.breaks = 0
-        self.listens, self.hears = asyncio.Event(), asyncio.Event()
+        self.ready, self.received = asyncio.Event(), asyncio.Event()
 
     async def follow(self) -> None:
         """Listen until cancelled."""
@@ -67,9 +67,9 @@ class Follower:
                 if name == "end":
                     return
                 if name == "ready":
-                    self.listens.set()
+                    self.ready.set()
                 else:
-                    self.hears.set()
+                    self.received.set()
                     self._apply(data)
                 self.token = token
 
@@ -129,14 +129,13 @@ async def suffer(reader: Person, writer: Person, fault: Callable[[], Any]) -> tu
     """Let a device follow while others write and *fault* happens; return both after it has caught up."""
     follower, writers = Follower(reader), Writers(writer)
     tasks = [asyncio.create_task(follower.follow())]
-    async with asyncio.timeout(PATIENCE_S):
-        await follower.listens.wait()  # writers may be faster than a device that catches up
+    # Otherwise the device might get every change by catching up, and no event.
+    await asyncio.wait_for(follower.ready.wait(), PATIENCE_S)
     tasks += [asyncio.create_task(writers.write(number)) for number in range(WRITERS)]
     await writers.more(BEFORE)
     await asyncio.to_thread(fault)
     await writers.more(AFTER)
-    async with asyncio.timeout(PATIENCE_S):
-        await follower.hears.wait()
+    await asyncio.wait_for(follower.received.wait(), PATIENCE_S)
     for task in tasks:
         task.cancel()
     failures = [each for each in await asyncio.gather(*tasks, return_exceptions=True) if each]

@@ -19,7 +19,6 @@ from queries.owner import OWNED, TASKS, Owner
 from queries.purge import Deleters, Purge
 from queries.revisions import OWNERS
 from tests.conftest import Person, person, running, settings_for
-from tests.postgres import Server
 from tests.test_metrics import risen
 from tests.test_trash import EVERY_FIELD, ROWS, in_trash, owner_of
 
@@ -275,24 +274,23 @@ async def test_a_task_deleted_again_since_it_was_found_is_not_erased(app: FastAP
 
 
 @pytest.mark.parametrize("days_ago", [31, 1])  # too old, and beyond the limit
-async def test_a_purge_ends_when_another_process_purges(postgres: Server, days_ago: int) -> None:
-    async with postgres.migrated_database() as url:
-        app = create_app(settings_for(url))
-        async with running(app) as client:
-            alice = person("alice", client)
-            await deleted(app, alice, days_ago=days_ago)
-            other = await asyncpg.connect(url)
-            await other.execute("BEGIN; SELECT pg_advisory_xact_lock(hashtextextended('purge', 0))")
-            purging = purge_of(app, tasks_max=0)
-            purging.deleters.add(alice.user_id)
+async def test_a_purge_ends_when_another_process_purges(postgres_url: str, days_ago: int) -> None:
+    app = create_app(settings_for(postgres_url))
+    async with running(app) as client:
+        alice = person("alice", client)
+        await deleted(app, alice, days_ago=days_ago)
+        other = await asyncpg.connect(postgres_url)
+        await other.execute("BEGIN; SELECT pg_advisory_xact_lock(hashtextextended('purge', 0))")
+        purging = purge_of(app, tasks_max=0)
+        purging.deleters.add(alice.user_id)
 
-            await purging.once()
-            during, remembered = len(await in_trash(alice)), len(purging.deleters)
-            await other.close()
-            await purging.once()
+        await purging.once()
+        during, remembered = len(await in_trash(alice)), len(purging.deleters)
+        await other.close()
+        await purging.once()
 
-            assert (during, remembered) == (1, 1)
-            assert await rows_of(app, alice) == {}
+        assert (during, remembered) == (1, 1)
+        assert await rows_of(app, alice) == {}
 
 
 async def test_a_failed_purge_is_retried_and_ends_with_the_service(
@@ -335,19 +333,16 @@ async def test_a_service_purges_by_its_settings(url: str, monkeypatch: pytest.Mo
 
 
 async def test_rows_whose_owner_has_none_do_not_keep_a_purge_busy(
-    postgres: Server, monkeypatch: pytest.MonkeyPatch
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(purge, "PORTION", 1)
-    async with postgres.migrated_database() as url:
-        app = create_app(settings_for(url))
-        async with running(app):
-            loaded = await asyncpg.connect(url)
-            await loaded.execute(
-                "INSERT INTO task (user_id, title, deleted_at) VALUES ('x', 'x', '2020-01-01')"
-            )
-            await loaded.close()
+    app = create_app(settings_for(postgres_url))
+    async with running(app):
+        loaded = await asyncpg.connect(postgres_url)
+        await loaded.execute("INSERT INTO task (user_id, title, deleted_at) VALUES ('x', 'x', '2020-01-01')")
+        await loaded.close()
 
-            async with asyncio.timeout(2):
-                await purge_of(app).once()
+        async with asyncio.timeout(2):
+            await purge_of(app).once()
 
-            assert len(await Owner("x", app.state.services.database).all(ROWS)) == 1
+        assert len(await Owner("x", app.state.services.database).all(ROWS)) == 1

@@ -32,7 +32,7 @@ GRACE_S = 2
 STOPPED_WITHIN_S = GRACE_S + 1.5
 # On an idle machine the port opens 2.5 s after the start; waiting for a connection would take a minute.
 CONNECT_TIMEOUT_S = 60
-STARTED_WITHIN_S = 20
+STARTED_WITHIN_S = 20  # more than SQLite's `start_wait_s`
 
 
 def settings_of(url: str, *, migrates: bool = True) -> dict[str, str]:
@@ -222,14 +222,28 @@ async def test_a_locked_sqlite_file_is_served_once_the_lock_is_released(tmp_path
             await assert_stops(service)
 
 
-async def test_the_first_start_on_sqlite_waits_for_its_schema(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])  # the latter keeps it from being opened
+async def test_the_service_stops_while_its_startup_waits_for_a_locked_sqlite_file(
+    tmp_path: Path, lock: str
+) -> None:
+    path = tmp_path / "tasks.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute(f"PRAGMA journal_mode = {'WAL' if lock == 'IMMEDIATE' else 'DELETE'}")
+        other.execute(f"BEGIN {lock}")
+        with starting(tmp_path, settings_of(f"sqlite:///{path}")) as (service, _):
+            await logged(service, "Waiting for application startup")
+
+            await assert_stops(service)
+
+
+async def test_a_start_on_sqlite_waits_for_its_schema(tmp_path: Path) -> None:
     path = tmp_path / "tasks.db"
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("PRAGMA journal_mode = WAL")
         other.execute("BEGIN IMMEDIATE")
         with starting(tmp_path, settings_of(f"sqlite:///{path}")) as (service, address):
             await logged(service, "Waiting for application startup")
-            asyncio.get_running_loop().call_later(2.0, other.execute, "COMMIT")
+            asyncio.get_running_loop().call_later(2.0, other.execute, "COMMIT")  # PostgreSQL gets 1.5 s
 
             await open_port(service, address)
 

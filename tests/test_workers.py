@@ -68,7 +68,7 @@ def running_workers(folder: Path, **settings: str) -> Iterator[Workers]:
     given = {"PORT": str(port), "WORKERS": str(COUNT), "BETTER_AUTH_SECRET": SECRET} | UNMEASURED | settings
     with running_service(folder, **given) as service:
         workers = Workers(service, f"http://127.0.0.1:{port}")
-        service.wait_for(workers.address, "/health/ready")  # the port opens before a migration has ended
+        service.wait_for(workers.address, "/health/ready")  # /health answers before a migration has ended
         yield workers
 
 
